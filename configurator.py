@@ -1,0 +1,144 @@
+"""
+Turns a script's top-level variables into its command line:
+
+$ python train.py config/train_shakespeare_char.py --batch_size=32
+
+Arguments apply from left to right. A .py argument is a config file, run as Python; --key=value sets
+one option. The default in the script decides an option's type, and the comment beside it is its help.
+"""
+import ast
+import difflib
+import inspect
+import io
+import math
+import os
+import sys
+import tokenize
+import traceback
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+
+def configure(options: dict, argv: list[str] | None = None) -> dict:
+    """ override `options` (a script's globals()) in place, and return the final settings """
+    sys.excepthook = report
+    argv = sys.argv[1:] if argv is None else argv
+    keys = [k for k, v in options.items() if not k.startswith('_') and type(v) in (bool, int, float, str)]
+    if '--help' in argv or '-h' in argv:
+        print(describe(options['__file__'], {k: options[k] for k in keys}))
+        sys.exit(0)
+    defaults = {k: options[k] for k in keys}
+    for arg in argv:
+        options.update(read_argument(arg, {k: options[k] for k in keys}, defaults))
+    changed = [f"{k} = {options[k]!r}" for k in keys if options[k] != defaults[k]]
+    if changed and os.environ.get('RANK', '0') == '0':
+        print('; '.join(changed), file=sys.stderr)
+    return {k: options[k] for k in keys}
+
+def read_argument(arg: str, current: dict, defaults: dict) -> dict:
+    """ the settings one argument makes: all that a config file assigns, or a single --key=value """
+    if arg.startswith('--'):
+        key, equals, text = arg[2:].partition('=')
+        check_key(key, defaults, where='the command line')
+        if not equals:
+            raise ValueError(f"{arg} has no value; type {arg}={defaults[key]}, for instance")
+        return {key: parse(key, text, defaults[key])}
+    if not arg.endswith('.py'):
+        raise ValueError(f"{arg!r} is neither a config file (*.py) nor an option; options are typed --key=value")
+    names = run_file(arg, dict(current)) # so that a config may compute from what is set so far
+    settings = {k: v for k, v in names.items()
+                if not k.startswith('_') and not inspect.ismodule(v) and not callable(v)}
+    for key in settings:
+        check_key(key, defaults, where=arg)
+    return {key: match_type(key, value, defaults[key]) for key, value in settings.items()}
+
+def run_file(path: str, names: dict) -> dict:
+    """ run a config file over `names`; an error in it is told in one line """
+    try:
+        with open(path, encoding='utf-8') as file:
+            source = file.read()
+    except OSError as error:
+        near = difflib.get_close_matches(path, config_files(), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ''
+        raise ValueError(f"cannot read the config file {path} ({error.strerror}){hint}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text in UTF-8; a config file is a few lines of Python") from None
+    try:
+        exec(compile(source, path, 'exec'), names)
+    except Exception as error:
+        frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else frames[-1] if frames else 0
+        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}; mend that line") from None
+    return names
+
+def config_files() -> list[str]:
+    """ the config files that come with the project, as a user types them """
+    return [os.path.relpath(os.path.join(folder, name), ROOT)
+            for folder, _, files in os.walk(os.path.join(ROOT, 'config')) for name in files]
+
+def check_key(key: str, defaults: dict, where: str) -> None:
+    """ raise ValueError, with the nearest name, where there is no such option """
+    if key not in defaults:
+        near = difflib.get_close_matches(key, defaults, n=1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists every option"
+        raise ValueError(f"unknown option {key!r} in {where}; {hint}")
+
+def parse(key: str, text: str, default):
+    """ the value of --key=text; text for a text option is never evaluated, so --start=5 is '5' """
+    if isinstance(default, str) and default != 'auto':
+        return text
+    try:
+        value = ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        value = text
+    return match_type(key, value, default)
+
+def match_type(key: str, value, default):
+    """ `value` in the type of `default`; an 'auto' option takes text or True and False; else ValueError """
+    if type(default) is float and type(value) is int:
+        value = float(value)
+    if type(value) is float and not math.isfinite(value):
+        raise ValueError(f"{key} is {value}; type a finite number, such as --{key}={default}")
+    if default == 'auto' and type(value) in (bool, str):
+        return value
+    if type(value) is not type(default):
+        kind = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}[type(default)]
+        raise ValueError(f"{key} is {value!r}; it takes {kind}, such as --{key}={default}")
+    return value
+
+def describe(script: str, values: dict) -> str:
+    """ the help: what the script does, and one line per option under the comment that heads its group """
+    with open(script, encoding='utf-8') as file:
+        source = file.read()
+    comments = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline)
+                if t.type == tokenize.COMMENT}
+    lines, tree = source.splitlines(), ast.parse(source)
+    options = {node.lineno: node.targets[0].id for node in tree.body
+               if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
+    shown = [n for n, key in options.items() if key in values]
+    out = [(ast.get_docstring(tree) or '').strip(),
+           f"\nusage: python {os.path.relpath(script)} [config/file.py] [--key=value ...]"]
+    for n in range(tree.body[0].end_lineno + 1, shown[-1] + 1):
+        if n in shown:
+            out.append(f"  --{options[n]}={values[options[n]]!r}".ljust(44) + comments.get(n, ''))
+        elif lines[n - 1].startswith('#') and comments[n].strip('-'):
+            out.append(f"\n{comments[n]}")
+    return '\n'.join(out)
+
+def report(kind, error, trace) -> None:
+    """ the scripts' sys.excepthook: what our own files raise on purpose is for the user, in one line and
+    with exit status 2; what a library raises is a bug of ours and keeps its traceback """
+    if issubclass(kind, KeyboardInterrupt):
+        sys.exit(130)
+    if issubclass(kind, BrokenPipeError): # the reader has gone, as in `python sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    frames = traceback.extract_tb(trace)
+    raised_in = os.path.abspath(frames[-1].filename) if frames else ''
+    ours = raised_in.startswith(ROOT + os.sep) and 'site-packages' not in raised_in
+    if not (ours and issubclass(kind, (ValueError, OSError, ImportError))):
+        sys.__excepthook__(kind, error, trace)
+        sys.exit(1)
+    if os.environ.get('LOCAL_RANK', '0') == '0': # once a machine
+        hint = '; run pip install -r requirements.txt' if kind is ModuleNotFoundError else ''
+        print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+    sys.exit(2)

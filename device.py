@@ -1,0 +1,113 @@
+"""
+The machine: which device, number format and processes a run uses, and whether it compiles its model.
+
+Each choice is an option that may be 'auto'.
+"""
+import contextlib
+import gc
+import importlib.util
+import os
+import sys
+
+import torch
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+# peak FLOP/s of dense bf16 or fp16 matrix products that add up in fp32, from NVIDIA's data sheets
+PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12,
+              'L4': 121e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12}
+
+def pick_device(device: str = 'auto') -> str:
+    """ the fastest device there is, or the one named; raises ValueError where that is not there """
+    there = [f'cuda:{i}' for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    there += ['mps'] if torch.backends.mps.is_available() else []
+    there += ['cpu']
+    if device == 'auto':
+        return there[0].split(':')[0]
+    if device not in there and not (device == 'cuda' and 'cuda:0' in there):
+        raise ValueError(f"there is no device {device!r} here; type --device=NAME with one of: auto, {', '.join(there)}")
+    return device
+
+def pick_dtype(dtype: str, device: str) -> str:
+    """ the number format for matrix products: bfloat16 where the hardware computes it, else float16 on CUDA """
+    if dtype != 'auto':
+        if dtype not in DTYPES:
+            raise ValueError(f"there is no dtype {dtype!r}; type --dtype=NAME with one of: auto, {', '.join(DTYPES)}")
+        return dtype
+    if device.startswith('cuda'):
+        return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    if device == 'cpu' and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+        return 'bfloat16'
+    return 'float32'
+
+def autocast(device: str, dtype: str):
+    """ a context in which matrix products run in `dtype`, and whatever needs float32 stays in it """
+    if dtype == 'float32':
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, DTYPES[dtype])
+
+def start_processes(backend: str, device: str) -> tuple[int, int, str]:
+    """ join the processes that torchrun started, if it did: (rank, world_size, this process's device) """
+    if 'RANK' not in os.environ:
+        return 0, 1, device
+    if device == 'cuda':
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        pick_device(device) # fewer GPUs than processes is an error
+        torch.cuda.set_device(device)
+    if backend == 'auto':
+        backend = 'nccl' if device.startswith('cuda') else 'gloo'
+    torch.distributed.init_process_group(backend)
+    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+
+def stop_processes(world_size: int) -> None:
+    """ leave the others in order; gloo's threads abort a process whose Python ends before they do """
+    if world_size > 1:
+        gc.collect() # of whatever else holds the group
+        torch.distributed.destroy_process_group()
+
+def all_sum(values: list[float], world_size: int, device: str) -> list[float]:
+    """ each value, added up over all processes """
+    if world_size == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float32 if device == 'mps' else torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return total.tolist()
+
+def compile_model(model, choice, device: str, trial, dynamic: bool | None = None) -> bool:
+    """ compile `model` in place where `choice` (True, False or 'auto': on CUDA) asks for it, and tell if it is
+
+    `trial()` calls the model at once, so that a machine without a compiler costs one warning.
+    """
+    if choice not in ('auto', True, False):
+        raise ValueError(f"compile is {choice!r}; type --compile=auto, True or False")
+    if not choice or choice == 'auto' and not (device.startswith('cuda') and importlib.util.find_spec('triton')):
+        return False
+    model.compile(dynamic=dynamic)
+    try:
+        trial()
+    except Exception as error: # whatever a compiler's absence or fault raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+        print(f"warning: torch.compile does not work here ({reason}); going on without it", file=sys.stderr)
+        torch.compiler.set_stance('force_eager')
+        return False
+    return True
+
+def peak_flops(device: str) -> float | None:
+    """ the device's peak FLOP/s, or None where it is unknown """
+    if not device.startswith('cuda'):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+def memory_mb(device: str) -> float:
+    """ the most memory this process held so far, in MiB: the device's, or resident memory on a CPU """
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_reserved(device) / 2**20
+    if device == 'mps':
+        return torch.mps.driver_allocated_memory() / 2**20
+    try:
+        import resource
+    except ImportError: # Windows
+        return float('nan')
+    unit = 2**20 if sys.platform == 'darwin' else 2**10 # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,0 +1,234 @@
+"""
+GPT-2, in one file: the model, its loss, its pretrained weights and the sampling of text.
+
+References:
+1) OpenAI's TensorFlow implementation: https://github.com/openai/gpt-2/blob/master/src/model.py
+2) Hugging Face's PyTorch implementation, to which this one is equal:
+https://github.com/huggingface/transformers/blob/main/src/transformers/models/gpt2/modeling_gpt2.py
+Parameter names are nanoGPT's. Shapes: B sequences of T tokens, C = n_embd channels.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True # in the linear layers and layer norms, as GPT-2 has it
+
+GPT2_SHAPES = {
+    'gpt2': dict(n_layer=12, n_head=12, n_embd=768), # 124M parameters
+    'gpt2-medium': dict(n_layer=24, n_head=16, n_embd=1024), # 355M
+    'gpt2-large': dict(n_layer=36, n_head=20, n_embd=1280), # 774M
+    'gpt2-xl': dict(n_layer=48, n_head=25, n_embd=1600), # 1558M
+}
+
+class KVCache:
+    """ one layer's keys and values of the tokens seen so far, with room for `length` of them """
+
+    def __init__(self, length: int):
+        self.length, self.size = length, 0
+
+    def append(self, k, v):
+        """ take in those of T more tokens, (B, n_head, T, head_size), and return those of all """
+        if self.size == 0:
+            B, n_head, _, head_size = k.shape
+            self.k, self.v = k.new_empty(2, B, n_head, self.length, head_size)
+        start, self.size = self.size, self.size + k.size(2)
+        self.k[:, :, start:self.size], self.v[:, :, start:self.size] = k, v
+        return self.k[:, :, :self.size], self.v[:, :, :self.size]
+
+class CausalSelfAttention(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias) # queries, keys, values
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.size()
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) # (B, n_head, T, head_size)
+                   for part in self.c_attn(x).split(C, dim=2))
+        if cache is not None:
+            assert cache.size == 0 or T == 1 # a cache takes the prompt whole, then a token at a time
+            k, v = cache.append(k, v)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        y = y.transpose(1, 2).reshape(B, T, C) # the heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))) # GPT-2's GELU is tanh's
+
+class Block(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+class GPT(nn.Module):
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        check_shape(config)
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight # one matrix, tied
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():
+            if name.endswith('c_proj.weight'): # 2 * n_layer of them add up in the residual stream
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def num_params(self) -> int:
+        """ the parameters, the tied matrix counted once: 124,439,808 for gpt2 """
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T: int) -> float:
+        """ forward and backward at T tokens a sequence; PaLM's appendix B: https://arxiv.org/abs/2204.02311 """
+        config = self.config
+        matrices = self.num_params() - self.transformer.wpe.weight.numel() # positions are looked up
+        return 6 * matrices + 12 * config.n_layer * config.n_embd * T
+
+    def forward(self, idx, targets=None, cache=None, reduction: str = 'mean'):
+        """ (logits, loss) of token ids idx (B, T)
+
+        With targets (B, T), of which -1 do not count, logits are (B, T, vocab_size) and loss is the
+        cross-entropy in nats, its mean or its sum. Without, logits are those of the last position,
+        (B, 1, vocab_size), and loss is None. cache, a KVCache a layer, holds the tokens before idx.
+        """
+        T, seen = idx.size(1), cache[0].size if cache else 0
+        assert seen + T <= self.config.block_size, f"{seen + T} tokens, but block_size is {self.config.block_size}"
+        pos = torch.arange(seen, seen + T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos)) # (B, T, C)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, cache[i] if cache else None)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, [-1], :]), None
+        logits = self.lm_head(x)
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.view(-1),
+                               ignore_index=-1, reduction=reduction)
+        return logits, loss
+
+    def new_cache(self, length: int) -> list[KVCache]:
+        return [KVCache(length) for _ in self.transformer.h]
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+               top_p: float | None = None, n_vocab: int | None = None):
+        """ yield max_new_tokens times the next token (B,) of each sequence of the prompt idx (B, T >= 1)
+
+        The options are sample_token's. Past block_size the window restarts from its second half.
+        """
+        block_size = self.config.block_size
+        window = fed = idx[:, -block_size:]
+        cache = self.new_cache(min(block_size, window.size(1) + max_new_tokens))
+        for _ in range(max_new_tokens):
+            if window.size(1) > block_size:
+                window = fed = window[:, -(block_size // 2 or 1):]
+                cache = self.new_cache(block_size)
+            logits, _ = self(fed, cache=cache)
+            token = sample_token(logits[:, -1, :n_vocab].float(), temperature, top_k, top_p)
+            yield token
+            fed = token[:, None]
+            window = torch.cat((window, fed), dim=1)
+
+    def generate(self, idx, max_new_tokens: int, **options):
+        """ idx (B, T) and what stream makes of it: (B, T + max_new_tokens) """
+        return torch.cat([idx, *(token[:, None] for token in self.stream(idx, max_new_tokens, **options))], dim=1)
+
+    @classmethod
+    def from_weights(cls, config: GPTConfig, weights: dict) -> 'GPT':
+        """ a model of these tensors, which it keeps; raises RuntimeError where a name or a shape differs """
+        with torch.device('meta'): # no memory and no time for weights that go at once
+            model = cls(config)
+        weights = {name: tensor.float() for name, tensor in weights.items()}
+        model.load_state_dict(weights, assign=True)
+        model.lm_head.weight = model.transformer.wte.weight
+        return model
+
+    @classmethod
+    def from_pretrained(cls, source: str, dropout: float = 0.0) -> 'GPT':
+        """ GPT-2 from Hugging Face: one of the four names, a hub id, or a local directory """
+        from transformers import AutoConfig, GPT2LMHeadModel
+        c = AutoConfig.from_pretrained(source)
+        if (c.model_type != 'gpt2' or c.activation_function not in ('gelu_new', 'gelu_pytorch_tanh')
+                or not c.scale_attn_weights or c.scale_attn_by_inverse_layer_idx or not c.tie_word_embeddings
+                or c.n_inner not in (None, 4 * c.n_embd) or c.layer_norm_epsilon != 1e-5):
+            raise ValueError(f"{source} is a {c.model_type} that computes otherwise than GPT-2; expected tanh GELU, "
+                             "scaled attention, 4 * n_embd in the MLP and tied embeddings; take another model")
+        theirs, info = GPT2LMHeadModel.from_pretrained(source, output_loading_info=True)
+        if info['missing_keys']:
+            raise ValueError(f"{source} lacks the weights {sorted(info['missing_keys'])[:3]} and maybe more; "
+                             "expected a whole GPT-2; fetch or save it again")
+        conv1d = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight') # (in, out) in theirs, (out, in) in ours
+        weights = {name: tensor.t().contiguous() if name.endswith(conv1d) else tensor
+                   for name, tensor in theirs.state_dict().items()}
+        config = GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout, bias=True)
+        return cls.from_weights(config, weights)
+
+def check_shape(config: GPTConfig) -> None:
+    """ raise ValueError for sizes that make no model """
+    for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; type --{name}=N with N at least 1")
+    if config.n_embd % config.n_head:
+        near = [n for n in range(1, config.n_embd + 1) if config.n_embd % n == 0]
+        near = min(near, key=lambda n: abs(n - config.n_head))
+        raise ValueError(f"n_embd = {config.n_embd} does not divide into n_head = {config.n_head} equal heads; "
+                         f"type --n_head={near}, for instance")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"dropout is {config.dropout}; type --dropout=P with 0 <= P < 1")
+
+def sample_token(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None):
+    """ a token (B,) for each row of logits (B, V): the likeliest at temperature 0, else drawn from the
+    top_k likeliest and, of these, from the fewest that hold the probability top_p; None leaves a limit out """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k:
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p is not None and top_p < 1:
+        probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        beyond = probs.cumsum(dim=-1) - probs >= top_p # what stands before it is enough; the first always stays
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
+    return logits.softmax(dim=-1).multinomial(num_samples=1).squeeze(1)

@@ -1,0 +1,71 @@
+"""
+Optimizers and their learning rate: AdamW with GPT-2's groups, or Muon for the matrices of the blocks.
+"""
+import math
+
+import torch
+
+def get_lr(it: int, learning_rate: float, min_lr: float, warmup_iters: int, lr_decay_iters: int) -> float:
+    """ the learning rate of iteration `it`: up in a line, down along a cosine, then min_lr
+
+    >>> [round(get_lr(it, 1.0, 0.1, 4, 10), 2) for it in (0, 3, 4, 7, 10, 11)]
+    [0.2, 0.8, 1.0, 0.55, 0.1, 0.1]
+    """
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if it >= lr_decay_iters:
+        return min_lr
+    progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+
+class Pair:
+    """ two optimizers, each with its own parameters, as one """
+
+    def __init__(self, first, second):
+        self.both = first, second
+        self.param_groups = first.param_groups + second.param_groups
+
+    def step(self):
+        for optimizer in self.both:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True):
+        for optimizer in self.both:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return {'pair': [optimizer.state_dict() for optimizer in self.both]}
+
+def make_optimizer(name: str, model, learning_rate: float, muon_learning_rate: float, weight_decay: float,
+                   betas: tuple[float, float]):
+    """ 'adamw', with decay for matrices and none for vectors, in nanoGPT's order; or 'muon', which takes the
+    matrices of the blocks and leaves the rest to AdamW """
+    if name not in ('adamw', 'muon'):
+        raise ValueError(f"there is no optimizer {name!r}; type --optimizer=adamw or --optimizer=muon")
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    hidden = [p for n, p in params.items() if p.dim() == 2 and '.h.' in n] if name == 'muon' else []
+    rest = [p for p in params.values() if not any(p is h for h in hidden)]
+    groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=weight_decay),
+              dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    if not hidden:
+        return adamw
+    return Pair(torch.optim.Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay), adamw)
+
+def set_lr(optimizer, factor: float) -> None:
+    """ every group's learning rate, as a fraction of the one it was made with """
+    for group in optimizer.param_groups:
+        group['lr'] = group.setdefault('initial_lr', group['lr']) * factor
+
+def load_optimizer(optimizer, state: dict) -> None:
+    """ take over the moments of a saved state, and keep the learning rate, betas and decay of this run """
+    parts = optimizer.both if isinstance(optimizer, Pair) else [optimizer]
+    states = state.get('pair', [state])
+    now = [part.state_dict()['param_groups'] for part in parts]
+    same = [[len(g['params']) for g in groups] for groups in now] == [
+        [len(g['params']) for g in saved['param_groups']] for saved in states]
+    if not same:
+        raise ValueError("the checkpoint is of another optimizer or of other trained parameters; type the --optimizer "
+                         "it was trained with, or --init_from=ITS_FOLDER to start afresh from its weights")
+    for part, saved, groups in zip(parts, states, now):
+        part.load_state_dict({'state': saved['state'], 'param_groups': groups})

@@ -1,0 +1,135 @@
+"""
+Continues a prompt with text from a trained model, several samples at once:
+
+$ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
+"""
+# -----------------------------------------------------------------------------
+# options
+
+# which model
+init_from = 'resume' # resume (out_dir's), gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a model's path
+out_dir = 'out' # a run's folder, whose ckpt.pt is read, or a checkpoint such as out/last.pt
+# what to write
+start = '\n' # the prompt; FILE:prompt.txt takes it from a file, <|endoftext|> in it stands for that token
+num_samples = 10
+max_new_tokens = 500 # in each sample, at the most
+stop = '' # end a sample where this text comes up; it is not printed
+stream = False # print the first sample as it is made
+# how to draw tokens
+temperature = 0.8 # below 1 is more careful, above more random; 0 always takes the likeliest token
+top_k = 200 # draw from the likeliest top_k tokens, 0 for all
+top_p = 1.0 # draw from the likeliest tokens that together have this probability
+seed = 1337
+# machine
+device = 'auto' # auto, cpu, cuda, cuda:1, mps
+dtype = 'auto' # auto, float32, bfloat16, float16
+compile = False # auto (on CUDA), True, False
+
+from configurator import configure
+configure(globals())
+
+# -----------------------------------------------------------------------------
+# set-up
+
+import codecs
+import os
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+import checkpoint as checkpoints
+from dataset import DATA, read_text, read_tokenizer_state
+from device import DTYPES, compile_model, pick_device, pick_dtype
+from tokenizer import BPETokenizer, check_match, from_state
+
+for key, value in (('num_samples', num_samples), ('max_new_tokens', max_new_tokens)):
+    if value < 1:
+        raise ValueError(f"{key} is {value}; type --{key}=N with N at least 1")
+for key, value in (('temperature', temperature), ('top_k', top_k), ('seed', seed)):
+    if value < 0:
+        raise ValueError(f"{key} is {value}; type --{key}=N with N at least 0")
+if not 0 < top_p <= 1:
+    raise ValueError(f"top_p is {top_p}; type --top_p=P with 0 < P <= 1")
+
+device, dtype = pick_device(device), pick_dtype(dtype, pick_device(device))
+
+# -----------------------------------------------------------------------------
+# model and tokenizer
+
+if init_from == 'resume' and checkpoints.find(out_dir) is None:
+    raise FileNotFoundError(f"there is no checkpoint in {out_dir}; train one with train.py --out_dir={out_dir}, "
+                            "type --out_dir with a run's folder, or type --init_from=gpt2")
+model, loaded = checkpoints.load_model(out_dir if init_from == 'resume' else init_from)
+trained_on = loaded.get('config', {}).get('dataset', '')
+state = loaded.get('tokenizer') or read_tokenizer_state(os.path.join(DATA, trained_on)) # nanoGPT's do not say
+if 'tokenizer' not in loaded and state['name'] == 'gpt2' and model.config.vocab_size < BPETokenizer.n_vocab:
+    raise FileNotFoundError(f"the checkpoint has {model.config.vocab_size} ids and does not say which characters they "
+                            f"are; put the meta.pkl of its dataset at data/{trained_on}/meta.pkl")
+check_match(state, model.config.vocab_size, state, 'its dataset')
+tokenizer = from_state(state)
+model.eval().to(device, DTYPES[dtype])
+
+# -----------------------------------------------------------------------------
+# prompt
+
+if start.startswith('FILE:'):
+    try:
+        start = read_text(start.removeprefix('FILE:'))
+    except OSError as error:
+        raise OSError(f"cannot read the prompt {start} ({error.strerror}); type --start=FILE:PATH of a text") from None
+prompt = tokenizer.encode(start, allow_special=True)
+if len(prompt) > model.config.block_size:
+    print(f"the prompt has {len(prompt)} tokens, of which the model sees the last {model.config.block_size}",
+          file=sys.stderr)
+if not prompt: # something has to come before the first token
+    prompt = [tokenizer.eot] if tokenizer.eot is not None else [tokenizer.ids.get('\n', 0)]
+
+# -----------------------------------------------------------------------------
+# samples
+
+class Sample:
+    """ the text of one sample as it grows, until end-of-text or `stop` """
+
+    def __init__(self):
+        self.text, self.ended, self.printed = '', False, 0
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace') # holds a character's first bytes back
+
+    def add(self, token, last):
+        if self.ended:
+            return
+        self.ended = last or token == tokenizer.eot
+        new = b'' if token == tokenizer.eot else tokenizer.token_bytes(token)
+        self.text += self.decoder.decode(new, final=self.ended)
+        if stop and stop in self.text:
+            self.text, self.ended = self.text[:self.text.index(stop)], True
+
+    def print_new(self):
+        """ print what came since the last call, less an end that may turn out to be `stop` """
+        held = 0 if self.ended else max((n for n in range(len(stop)) if self.text.endswith(stop[:n])), default=0)
+        upto = len(self.text) - held
+        print(self.text[self.printed:upto], end='', flush=True)
+        self.printed = upto
+
+samples = [Sample() for _ in range(num_samples)]
+idx = torch.tensor([prompt] * num_samples, device=device)
+compile_model(model, compile, device, trial=lambda: list(model.stream(idx, 2)), dynamic=True)
+torch.manual_seed(seed)
+if stream:
+    print(start, end='', flush=True)
+begin = time.time()
+tokens = model.stream(idx, max_new_tokens, temperature, top_k, top_p, tokenizer.n_vocab)
+for n, token in enumerate(tqdm(tokens, total=max_new_tokens, unit='tok', delay=1, leave=False, disable=stream), 1):
+    for sample, t in zip(samples, token.tolist()):
+        sample.add(t, last=n == max_new_tokens)
+    if stream:
+        samples[0].print_new()
+    if all(sample.ended for sample in samples):
+        break
+seconds = time.time() - begin
+for i, sample in enumerate(samples):
+    print('' if stream and i == 0 else start + sample.text)
+    print('---------------')
+print(f"{num_samples} x {n} tokens in {seconds:.1f} s, {num_samples * n / seconds:.0f} tok/s on {device} in {dtype}",
+      file=sys.stderr)

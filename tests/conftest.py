@@ -1,0 +1,84 @@
+"""
+Fixtures: a copy of the project to run scripts in as a user does, and small datasets and models for them.
+"""
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+TEXT = open(os.path.join(ROOT, 'model.py'), encoding='utf-8').read() # a text that is always there
+CHARS = sorted(set(TEXT))
+TINY = ('--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4', '--max_iters=6',
+        '--gradient_accumulation_steps=2', '--eval_interval=4', '--eval_iters=2', '--warmup_iters=2',
+        '--learning_rate=1e-2', '--min_lr=1e-3', '--device=cpu', '--dtype=float32', '--log_interval=1')
+
+@pytest.fixture(scope='session')
+def clone(tmp_path_factory):
+    """ a copy of the scripts, so that no test writes into the project, with a character dataset in data/chars """
+    root = tmp_path_factory.mktemp('clone')
+    for name in os.listdir(ROOT):
+        if name.endswith('.py'):
+            shutil.copy(os.path.join(ROOT, name), root)
+    for folder in ('config', 'data'):
+        shutil.copytree(os.path.join(ROOT, folder), root / folder, ignore=shutil.ignore_patterns('*.bin', '*.pkl', '*.txt'))
+    write_chars(root / 'data' / 'chars')
+    return root
+
+def write_chars(folder):
+    """ TEXT as a nanoGPT data folder, by nanoGPT's own few lines """
+    stoi = {char: i for i, char in enumerate(CHARS)}
+    itos = {i: char for i, char in enumerate(CHARS)}
+    ids = np.array([stoi[char] for char in TEXT], dtype=np.uint16)
+    folder.mkdir()
+    ids[:int(len(ids) * 0.9)].tofile(folder / 'train.bin')
+    ids[int(len(ids) * 0.9):].tofile(folder / 'val.bin')
+    with open(folder / 'meta.pkl', 'wb') as file:
+        pickle.dump({'vocab_size': len(CHARS), 'itos': itos, 'stoi': stoi}, file)
+
+class Result:
+    """ what a script printed and left: its status, its text, and the rows of its log.csv """
+    def __init__(self, done, out_dir):
+        self.status, self.out, self.err, self.out_dir = done.returncode, done.stdout, done.stderr, out_dir
+
+    def column(self, name):
+        import csv
+        with open(self.out_dir / 'log.csv', newline='') as file:
+            return [row[name] for row in csv.DictReader(file)]
+
+@pytest.fixture
+def run(clone, tmp_path):
+    """ run a script of the clone as a user would: run('sample.py', '--top_k=0').out """
+    def run(script, *args, launch=(), env=None, out_dir='out', status=0, timeout=120):
+        out_dir = tmp_path / out_dir
+        if script in ('train.py', 'sample.py') and not any(str(a).startswith('--out_dir') for a in args):
+            args = (*args, f'--out_dir={out_dir}')
+        command = [sys.executable, *launch, script, *map(str, args)]
+        done = subprocess.run(command, cwd=clone, capture_output=True, encoding='utf-8', timeout=timeout,
+                              env={**os.environ, 'PYTHONIOENCODING': 'utf-8', **(env or {})})
+        assert status is None or done.returncode == status, f"{command}\n{done.stdout}\n{done.stderr}"
+        return Result(done, out_dir)
+    return run
+
+@pytest.fixture
+def train(run):
+    """ run train.py on the character dataset with a tiny model; later options win """
+    def train(*args, **kwargs):
+        return run('train.py', '--dataset=chars', *TINY, *args, **kwargs)
+    return train
+
+@pytest.fixture(scope='session')
+def hf_dir(tmp_path_factory):
+    """ a tiny GPT-2 with random weights and GPT-2's vocabulary, as transformers saves it """
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp('models') / 'hf'
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=32)).save_pretrained(folder)
+    return folder

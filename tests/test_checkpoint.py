@@ -1,0 +1,101 @@
+import os
+import pickle
+
+import pytest
+import torch
+
+import checkpoint as checkpoints
+from model import GPT, GPTConfig
+from test_dataset import Hostile
+
+def make(**extra):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(8, 11, 2, 2, 8))
+    return model, {'model': model.state_dict(), 'model_args': checkpoints.model_args(model), **extra}
+
+def test_a_saved_model_comes_back_equal(tmp_path):
+    model, dictionary = make(tokenizer={'name': 'gpt2'})
+    checkpoints.save(dictionary, str(tmp_path / 'ckpt.pt'))
+    again, rest = checkpoints.load_model(str(tmp_path), dropout=0.25)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    assert again.lm_head.weight is again.transformer.wte.weight and again.config.dropout == 0.25
+    assert rest['tokenizer'] == {'name': 'gpt2'}
+
+def test_the_keys_are_nanogpt_s():
+    model, dictionary = make()
+    assert set(dictionary['model_args']) == {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
+    block = {f'{part}.{kind}' for part in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj')
+             for kind in ('weight', 'bias')}
+    expected = {f'transformer.h.{i}.{name}' for i in range(2) for name in block} | {
+        'transformer.wte.weight', 'transformer.wpe.weight', 'transformer.ln_f.weight', 'transformer.ln_f.bias',
+        'lm_head.weight'}
+    assert set(dictionary['model']) == expected
+
+@pytest.mark.parametrize('prefix', ['', '_orig_mod.'])
+def test_a_nanogpt_checkpoint_loads(tmp_path, prefix):
+    model, dictionary = make(iter_num=7, best_val_loss=torch.tensor(1.5), config={'dataset': 'x'})
+    dictionary['model'] = {prefix + name: tensor for name, tensor in dictionary['model'].items()}
+    dictionary['model'][f'{prefix}transformer.h.0.attn.bias'] = torch.ones(1, 1, 8, 8).tril() # of old nanoGPT
+    torch.save(dictionary, tmp_path / 'ckpt.pt')
+    again, rest = checkpoints.load_model(str(tmp_path / 'ckpt.pt'))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    assert rest['iter_num'] == 7 and 'tokenizer' not in rest
+
+def test_a_save_that_fails_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    path = str(tmp_path / 'last.pt')
+    checkpoints.save({'iter_num': 1}, path)
+    before = open(path, 'rb').read()
+    def full(*args):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError):
+        checkpoints.save({'iter_num': 2}, path)
+    assert open(path, 'rb').read() == before
+
+@pytest.mark.parametrize('links', [True, False])
+def test_the_best_is_the_latest_file_and_stays_when_that_is_replaced(tmp_path, monkeypatch, links):
+    if not links: # as on FAT
+        monkeypatch.setattr(os, 'link', lambda *args: (_ for _ in ()).throw(OSError('no links')))
+    last, best = str(tmp_path / 'last.pt'), str(tmp_path / 'ckpt.pt')
+    for n in (1, 2):
+        checkpoints.save({'iter_num': n}, last)
+        checkpoints.link(last, best)
+        assert os.path.samefile(last, best) == links
+    checkpoints.save({'iter_num': 3}, last)
+    assert torch.load(best)['iter_num'] == 2 and torch.load(last)['iter_num'] == 3
+
+def test_a_hostile_checkpoint_runs_nothing(tmp_path):
+    marker = str(tmp_path / 'ran')
+    torch.save({'model': Hostile(marker), 'model_args': {}}, tmp_path / 'ckpt.pt')
+    with pytest.raises(ValueError, match='could run code'):
+        checkpoints.load(str(tmp_path / 'ckpt.pt'))
+    (tmp_path / 'plain.pt').write_bytes(pickle.dumps(Hostile(marker)))
+    with pytest.raises(ValueError, match='cannot use'):
+        checkpoints.load(str(tmp_path / 'plain.pt'))
+    assert not os.path.exists(marker)
+
+def damaged(dictionary):
+    """ what may be wrong with a checkpoint, and a part of what is said """
+    yield lambda d: d.pop('model'), 'has no model'
+    yield lambda d: d['model'].pop('transformer.wpe.weight'), 'does not fit together'
+    yield lambda d: d['model_args'].update(n_layer=3), 'does not fit together'
+    yield lambda d: d['model_args'].update(n_heads=3), 'does not fit together'
+    yield lambda d: d.update(version=99), 'format 99'
+
+@pytest.mark.parametrize('case', range(5))
+def test_a_damaged_checkpoint_is_told_in_one_error(tmp_path, case):
+    _, dictionary = make()
+    spoil, message = list(damaged(dictionary))[case]
+    spoil(dictionary)
+    torch.save({'version': 1, **dictionary}, tmp_path / 'ckpt.pt')
+    with pytest.raises(ValueError, match=message):
+        checkpoints.load_model(str(tmp_path))
+
+def test_a_truncated_checkpoint_is_told_at_every_length(tmp_path):
+    _, dictionary = make()
+    checkpoints.save(dictionary, str(tmp_path / 'whole.pt'))
+    whole = (tmp_path / 'whole.pt').read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / 'ckpt.pt').write_bytes(whole[:length])
+        with pytest.raises(ValueError, match='cut short, damaged or no checkpoint'):
+            checkpoints.load(str(tmp_path / 'ckpt.pt'))

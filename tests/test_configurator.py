@@ -1,0 +1,101 @@
+import ast
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configurator import ROOT, parse, read_argument
+
+DEFAULTS = {'batch_size': 12, 'learning_rate': 6e-4, 'compile': 'auto', 'decay_lr': True, 'start': '\n'}
+
+def read(arg):
+    return read_argument(arg, dict(DEFAULTS), DEFAULTS)
+
+@pytest.mark.parametrize('arg, expected', [
+    ('--batch_size=4', {'batch_size': 4}), ('--learning_rate=1', {'learning_rate': 1.0}),
+    ('--learning_rate=1e-3', {'learning_rate': 1e-3}), ('--decay_lr=False', {'decay_lr': False}),
+    ('--decay_lr=true', {'decay_lr': True}), ('--start=a=b', {'start': 'a=b'}), ('--start=5', {'start': '5'}),
+    ('--start=', {'start': ''}), ('--compile=False', {'compile': False}), ('--compile=auto', {'compile': 'auto'})])
+def test_an_option_takes_the_type_of_its_default(arg, expected):
+    got = read(arg)
+    assert got == expected and type(list(got.values())[0]) is type(list(expected.values())[0])
+
+@pytest.mark.parametrize('arg, message', [
+    ('--batchsize=4', "unknown option 'batchsize' in the command line; did you mean batch_size"),
+    ('--zzz=4', '--help lists every option'), ('--batch_size=4.5', 'takes a whole number'),
+    ('--batch_size=four', 'takes a whole number'), ('--batch_size=True', 'takes a whole number'),
+    ('--batch_size=', 'takes a whole number'), ('--decay_lr=1', 'takes True or False'), ('--batch_size', 'has no value'),
+    ('--learning_rate=1e999', 'type a finite number'), ('--compile=3', 'takes text'), ('-x', 'neither a config file'),
+    ('batch_size=4', 'neither a config file'), ('--batch_size=' + '(' * 5000, 'takes a whole number')])
+def test_a_bad_argument_is_told(arg, message):
+    with pytest.raises(ValueError) as error:
+        read(arg)
+    assert message in str(error.value)
+
+@given(st.text())
+def test_no_text_breaks_an_option_of_text_or_number(text):
+    assert parse('start', text, '\n') == text
+    try:
+        assert type(parse('batch_size', text, 12)) is int
+    except ValueError as error:
+        assert 'batch_size is' in str(error)
+
+def test_a_config_computes_and_may_import_and_define(tmp_path):
+    path = tmp_path / 'c.py'
+    path.write_text("import math\n_k = 2\ndef half(x): return x // 2\nbatch_size = half(_k * 8) + batch_size\n"
+                    "learning_rate = 1\ncompile = False\n")
+    assert read(str(path)) == {'batch_size': 20, 'learning_rate': 1.0, 'compile': False, 'decay_lr': True, 'start': '\n'}
+
+@pytest.mark.parametrize('text, message', [
+    ('batch_sise = 4', 'did you mean batch_size'), ('batch_size = "4"', 'takes a whole number'),
+    ('batch_size = ', 'line 1: SyntaxError'), ('\nbatch_size = x', 'line 2: NameError'),
+    ('import nothing_of_this_name', 'line 1: ModuleNotFoundError')])
+def test_a_bad_config_is_told(tmp_path, text, message):
+    (tmp_path / 'c.py').write_text(text)
+    with pytest.raises(ValueError) as error:
+        read(str(tmp_path / 'c.py'))
+    assert message in str(error.value)
+
+def test_a_missing_config_suggests_the_nearest(tmp_path):
+    with pytest.raises(ValueError, match='did you mean config/finetune/gpt2_medium.py'):
+        read('config/finetune_gpt2_medium.py')
+    (tmp_path / 'binary.py').write_bytes(b'\xff\xfe\x00')
+    with pytest.raises(ValueError, match='not text in UTF-8'):
+        read(str(tmp_path / 'binary.py'))
+
+SCRIPT = """
+from configurator import configure
+# options
+size = 1 # how large
+rate = 0.5
+configure(globals())
+"""
+
+def call(tmp_path, body, *args):
+    (tmp_path / 'script.py').write_text(f'import sys; sys.path.insert(0, {ROOT!r})' + SCRIPT + body)
+    return subprocess.run([sys.executable, 'script.py', *args], cwd=tmp_path, capture_output=True, encoding='utf-8')
+
+def test_arguments_apply_from_left_to_right(tmp_path):
+    (tmp_path / 'c.py').write_text('size = 5; rate = size / 2')
+    assert call(tmp_path, 'print(size, rate)', '--size=2', 'c.py', '--rate=3').stdout == '5 3.0\n'
+    assert call(tmp_path, 'print(size, rate)', 'c.py', '--size=2').stdout == '2 2.5\n'
+
+def test_a_library_s_error_keeps_its_traceback_and_ctrl_c_has_none(tmp_path):
+    bug = call(tmp_path, 'import json; json.loads("{")')
+    assert bug.returncode == 1 and 'Traceback' in bug.stderr
+    stopped = call(tmp_path, 'raise KeyboardInterrupt')
+    assert stopped.returncode == 130 and stopped.stderr == ''
+
+def test_every_config_sets_only_options_of_train_py():
+    with open(os.path.join(ROOT, 'train.py'), encoding='utf-8') as file:
+        tree = ast.parse(file.read())
+    defaults = {node.targets[0].id: node.value.value for node in tree.body if isinstance(node, ast.Assign)
+                and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Constant)}
+    paths = [os.path.join(folder, name) for folder, _, names in os.walk(os.path.join(ROOT, 'config'))
+             for name in names if name.endswith('.py')]
+    assert len(paths) >= 10
+    for path in paths:
+        assert read_argument(path, dict(defaults), defaults) != defaults

@@ -1,0 +1,135 @@
+import hashlib
+import os
+import pickle
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataset import Split, fetch, read_text, read_tokenizer_state, split_batch, write_dataset
+from tokenizer import BPETokenizer, CharTokenizer
+
+def make_split(folder, n, block_size, **options):
+    np.arange(n, dtype='<u2').tofile(folder / 'train.bin') # each token is its own position
+    return Split(str(folder), 'train', block_size, vocab_size=2**16, **options)
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(3, 300), block_size=st.integers(1, 40), seed=st.integers(0, 5), epoch=st.integers(0, 3))
+def test_every_token_is_a_target_once_an_epoch(tmp_path_factory, n, block_size, seed, epoch):
+    block_size = min(block_size, n - 1)
+    data = make_split(tmp_path_factory.mktemp('d'), n, block_size, seed=seed)
+    windows = data.training_windows(epoch, data.windows) # an iteration that takes a whole epoch
+    x, y = data.batch(windows)
+    assert sorted(y[y >= 0]) == list(range(1, n)) # the first has nothing before it
+    assert np.all(x[y >= 0] == y[y >= 0] - 1) # and each is predicted from the one before it
+
+def test_windows_depend_on_seed_and_iteration_alone(tmp_path):
+    data = make_split(tmp_path, 1000, 10, seed=3)
+    late_first = data.training_windows(29, 12)
+    stream = np.concatenate([data.training_windows(i, 12) for i in range(30)])
+    assert np.array_equal(late_first, stream[-12:])
+    again = make_split(tmp_path, 1000, 10, seed=3)
+    assert np.array_equal(stream, np.concatenate([again.training_windows(i, 8) for i in range(45)]))
+    assert not np.array_equal(stream, np.concatenate([
+        make_split(tmp_path, 1000, 10, seed=4).training_windows(i, 12) for i in range(30)]))
+
+def test_epochs_are_cut_and_shuffled_differently(tmp_path):
+    data = make_split(tmp_path, 1001, 10)
+    first, second = data.training_windows(0, 100), data.training_windows(1, 100)
+    assert first[0, 0] % 10 != second[0, 0] % 10
+    assert not np.array_equal(first, second)
+
+def test_batch_is_the_hand_worked_one(tmp_path):
+    data = make_split(tmp_path, 7, 4)
+    x, y = data.batch(np.array([[1, 4], [4, 2]])) # the second runs over the end, and two targets count
+    assert x.tolist() == [[1, 2, 3, 4], [4, 5, 0, 1]]
+    assert y.tolist() == [[2, 3, 4, 5], [5, 6, -1, -1]]
+
+def test_whole_evaluation_covers_each_token_once_and_a_part_is_evenly_spread(tmp_path):
+    data = make_split(tmp_path, 100, 8)
+    _, y = data.batch(data.evaluation_windows(10**9))
+    assert sorted(y[y >= 0]) == list(range(1, 100))
+    assert data.evaluation_windows(4)[:, 0].tolist() == [0, 24, 48, 72]
+
+def test_batches_are_filled_up_with_windows_that_do_not_count(tmp_path):
+    data = make_split(tmp_path, 100, 8)
+    batches = list(data.batches(data.evaluation_windows(10**9), 5))
+    assert [len(b) for b in batches] == [5, 5, 5]
+    assert (data.batch(batches[-1])[1][3:] == -1).all()
+
+@pytest.mark.parametrize('sequences, fits, expected', [(480, 25, (24, 20)), (7, 3, (1, 7)), (8, 8, (8, 1)), (6, 9, (6, 1))])
+def test_split_batch_takes_the_largest_even_share(sequences, fits, expected):
+    assert split_batch(sequences, fits) == expected
+
+def test_an_id_beyond_the_vocabulary_is_refused(tmp_path):
+    np.array([1, 2, 70, 3], dtype='<u2').tofile(tmp_path / 'train.bin')
+    with pytest.raises(ValueError, match='token id 70, but the vocabulary has only 65'):
+        Split(str(tmp_path), 'train', 2, vocab_size=65)
+
+class Hostile:
+    def __init__(self, marker):
+        self.marker = marker
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+def test_a_hostile_meta_pkl_runs_nothing(tmp_path):
+    marker = str(tmp_path / 'ran')
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': Hostile(marker)}))
+    with pytest.raises(ValueError, match='could run code'):
+        read_tokenizer_state(str(tmp_path))
+    assert not os.path.exists(marker)
+
+def test_written_characters_are_nanogpt_s_format(tmp_path):
+    write_dataset(str(tmp_path), ['hello world'], CharTokenizer(sorted(set('hello world'))), val_fraction=0.3)
+    with open(tmp_path / 'meta.pkl', 'rb') as file:
+        meta = pickle.load(file)
+    assert meta['vocab_size'] == 8 and meta['stoi']['h'] == 3 and meta['itos'][3] == 'h'
+    train, val = (np.fromfile(tmp_path / f'{name}.bin', dtype=np.uint16) for name in ('train', 'val'))
+    assert ''.join(meta['itos'][i] for i in [*train, *val]) == 'hello world' and len(train) == 7
+    assert read_tokenizer_state(str(tmp_path)) == {'name': 'char', 'chars': list(' dehlorw')}
+    assert sorted(os.listdir(tmp_path)) == ['meta.pkl', 'train.bin', 'val.bin']
+
+def test_each_document_is_closed_by_end_of_text(tmp_path):
+    bpe = BPETokenizer()
+    write_dataset(str(tmp_path), ['one two', 'three four five'], bpe, val_fraction=0.5, close=True)
+    train, val = (np.fromfile(tmp_path / f'{name}.bin', dtype='<u2').tolist() for name in ('train', 'val'))
+    assert train == [*bpe.encode('one two'), 50256, *bpe.encode('thre')]
+    assert val == [*bpe.encode('e four five'), 50256]
+
+def test_text_is_read_without_a_byte_order_mark_and_bad_utf8_is_placed(tmp_path):
+    (tmp_path / 'a.txt').write_bytes(b'\xef\xbb\xbfhi\r\n')
+    assert read_text(str(tmp_path / 'a.txt')) == 'hi\r\n'
+    (tmp_path / 'b.txt').write_bytes(b'good\xff')
+    with pytest.raises(ValueError, match='b.txt is not UTF-8 at byte 4'):
+        read_text(str(tmp_path / 'b.txt'))
+
+@pytest.fixture
+def server():
+    """ serves b'the text' at /text, and nothing else """
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == '/text' else 404)
+            self.end_headers()
+            self.wfile.write(b'the text')
+        def log_message(self, *args):
+            pass
+    with HTTPServer(('127.0.0.1', 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{httpd.server_port}'
+        httpd.shutdown()
+
+def test_fetch_checks_what_it_fetched_and_keeps_what_is_there(tmp_path, server):
+    path = str(tmp_path / 'input.txt')
+    with pytest.raises(ValueError, match='sent another file'):
+        fetch(f'{server}/text', path, '0' * 64)
+    with pytest.raises(OSError, match=f'put the file at .*input.txt yourself'):
+        fetch(f'{server}/none', path, '0' * 64)
+    with pytest.raises(OSError, match=f'put the file at .*input.txt yourself'):
+        fetch('http://127.0.0.1:9/text', path, '0' * 64)
+    assert not os.listdir(tmp_path)
+    assert fetch(f'{server}/text', path, hashlib.sha256(b'the text').hexdigest()) == 'the text'
+    (tmp_path / 'input.txt').write_text('mine')
+    assert fetch(f'{server}/text', path, '0' * 64) == 'mine'

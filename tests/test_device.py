@@ -1,0 +1,47 @@
+import pytest
+import torch
+import torch._inductor.compile_fx
+
+import device
+from model import GPT, GPTConfig
+
+def test_a_device_or_dtype_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="no device 'cuda:99'.*auto"):
+        device.pick_device('cuda:99')
+    with pytest.raises(ValueError, match="no device 'gpu'"):
+        device.pick_device('gpu')
+    with pytest.raises(ValueError, match="no dtype 'fp16'"):
+        device.pick_dtype('fp16', 'cpu')
+    assert device.pick_device('cpu') == 'cpu' and device.pick_dtype('float16', 'cpu') == 'float16'
+
+@pytest.mark.parametrize('amx, avx, expected', [(True, False, 'bfloat16'), (False, True, 'bfloat16'), (False, False, 'float32')])
+def test_a_cpu_computes_in_bfloat16_only_where_its_hardware_does(monkeypatch, amx, avx, expected):
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: avx)
+    assert device.pick_dtype('auto', 'cpu') == expected
+
+@pytest.mark.parametrize('emulated, expected', [(False, 'float16'), (True, 'bfloat16')])
+def test_a_gpu_without_bfloat16_computes_in_float16(monkeypatch, emulated, expected):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: including_emulation or emulated)
+    assert device.pick_dtype('auto', 'cuda') == expected
+
+@pytest.fixture
+def model():
+    yield GPT(GPTConfig(8, 11, 1, 1, 8))
+    torch.compiler.set_stance('default')
+
+def test_a_broken_compiler_costs_one_warning(monkeypatch, capsys, model):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no C++ compiler\nand a long explanation")
+    monkeypatch.setattr(torch._inductor.compile_fx, 'compile_fx', broken)
+    x = torch.zeros(1, 8, dtype=torch.long)
+    expected = model(x, x)[1]
+    assert not device.compile_model(model, True, 'cpu', lambda: model(x, x))
+    err = capsys.readouterr().err
+    assert err.count('warning') == err.count('\n') == 1 and 'going on without it' in err
+    assert model(x, x)[1] == expected # it still runs
+
+def test_compile_is_left_out_on_a_cpu_unless_asked_for(model):
+    assert not device.compile_model(model, 'auto', 'cpu', None)
+    with pytest.raises(ValueError, match='--compile=auto, True or False'):
+        device.compile_model(model, 'yes', 'cpu', None)

@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from model import GPT, GPT2_SHAPES, GPTConfig
+from optim import get_lr, load_optimizer, make_optimizer, set_lr
+
+def make(name, model, lr=1e-2):
+    return make_optimizer(name, model, lr, 0.02, 0.1, (0.9, 0.95))
+
+def test_learning_rate_is_the_hand_worked_one():
+    rates = [get_lr(it, 1.0, 0.1, 4, 10) for it in (0, 3, 4, 7, 10, 99)]
+    assert rates == pytest.approx([0.2, 0.8, 1.0, 0.55, 0.1, 0.1])
+
+def test_gpt2_medium_decays_its_matrices_and_nothing_else():
+    with torch.device('meta'):
+        decay, no_decay = make('adamw', GPT(GPTConfig(**GPT2_SHAPES['gpt2-medium']))).param_groups
+    assert (len(decay['params']), sum(p.numel() for p in decay['params'])) == (98, 354_501_632)
+    assert (len(no_decay['params']), sum(p.numel() for p in no_decay['params'])) == (194, 321_536)
+    assert (decay['weight_decay'], no_decay['weight_decay']) == (0.1, 0.0)
+
+def test_muon_takes_the_matrices_of_the_blocks():
+    model = GPT(GPTConfig(8, 11, 2, 1, 8))
+    muon, decay, no_decay = make('muon', model).param_groups
+    assert len(muon['params']) == 2 * 4 and all(p.dim() == 2 for p in muon['params'])
+    assert {id(p) for p in decay['params']} == {id(model.transformer.wte.weight), id(model.transformer.wpe.weight)}
+    everything = [id(p) for g in (muon, decay, no_decay) for p in g['params']]
+    assert sorted(everything) == sorted(id(p) for p in model.parameters())
+
+def step(model, optimizer):
+    model(idx := torch.arange(8)[None], idx)[1].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_a_saved_optimizer_goes_on_as_if_never_saved(name):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(8, 11, 2, 1, 8))
+    optimizer = make(name, model)
+    step(model, optimizer)
+    state, weights = optimizer.state_dict(), {n: p.clone() for n, p in model.state_dict().items()}
+    other = GPT(model.config)
+    other.load_state_dict(weights)
+    resumed = make(name, other)
+    load_optimizer(resumed, torch.load(as_file(state), weights_only=True))
+    step(model, optimizer)
+    step(other, resumed)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+def as_file(state):
+    import io
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
+
+def test_loading_keeps_this_run_s_settings():
+    model = GPT(GPTConfig(8, 11, 1, 1, 8))
+    old = make('adamw', model, lr=1e-2)
+    step(model, old)
+    new = make_optimizer('adamw', model, 5e-3, 0.02, 0.3, (0.8, 0.9))
+    load_optimizer(new, old.state_dict())
+    set_lr(new, 0.5)
+    group = new.param_groups[0]
+    assert (group['lr'], group['weight_decay'], group['betas']) == (2.5e-3, 0.3, (0.8, 0.9))
+
+def test_another_optimizer_s_state_is_refused():
+    model = GPT(GPTConfig(8, 11, 1, 1, 8))
+    adamw, muon = make('adamw', model), make('muon', model)
+    step(model, adamw)
+    with pytest.raises(ValueError, match='of another optimizer'):
+        load_optimizer(muon, adamw.state_dict())
+    with pytest.raises(ValueError, match='of another optimizer'):
+        load_optimizer(adamw, muon.state_dict())

@@ -1,0 +1,132 @@
+"""
+sample.py as a user runs it.
+"""
+import pickle
+
+import pytest
+import torch
+
+from conftest import CHARS
+from model import GPT, GPTConfig
+from tokenizer import BPETokenizer, CharTokenizer
+
+QUICK = ('--max_new_tokens=20', '--num_samples=2', '--device=cpu', '--dtype=float32')
+
+@pytest.fixture(scope='module')
+def chars(tmp_path_factory):
+    """ a random character model, and its checkpoint """
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(16, len(CHARS), 2, 2, 16)).eval()
+    for p in model.parameters():
+        p.data *= 4 # so that the likeliest token is ahead
+    path = tmp_path_factory.mktemp('chars') / 'ckpt.pt'
+    torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__,
+                'tokenizer': CharTokenizer(CHARS).state}, path)
+    return model, path
+
+def samples(result):
+    """ the samples that were printed """
+    assert result.out.endswith('---------------\n')
+    return result.out.split('\n---------------\n')[:-1]
+
+def greedy(model, prompt, n):
+    tokenizer = CharTokenizer(CHARS)
+    idx = torch.tensor([tokenizer.encode(prompt)])
+    for _ in range(n):
+        window = idx[:, -16:] if idx.size(1) <= 16 or _ == 0 else idx[:, -8:]
+        idx = torch.cat([idx, model(window)[0][:, -1].argmax(-1, keepdim=True)], 1)
+    return tokenizer.decode(idx[0].tolist())
+
+def test_greedy_samples_equal_the_uncached_model_s(run, chars):
+    model, path = chars
+    result = samples(run('sample.py', f'--out_dir={path}', '--start=def', '--temperature=0', '--top_k=0',
+                         '--max_new_tokens=13', '--num_samples=2', '--device=cpu', '--dtype=float32'))
+    assert result == [greedy(model, 'def', 13)] * 2
+
+@pytest.mark.parametrize('options', [('--start=',), ('--start=a=b',), ('--top_k=0', '--top_p=0.5'), ('--top_k=1000',),
+                                     ('--start=' + 'long prompt ' * 5,), ('--dtype=bfloat16',), ('--compile=True',)])
+def test_each_option_gives_samples_of_the_length_that_was_asked_for(run, chars, options):
+    result = run('sample.py', f'--out_dir={chars[1]}', *QUICK, *options)
+    prompt = next((o[8:] for o in options if o.startswith('--start=')), '\n')
+    found = samples(result)
+    assert len(found) == 2
+    assert all(text.startswith(prompt) and len(text) == len(prompt) + 20 for text in found)
+
+def test_the_same_seed_gives_the_same_samples_streamed_or_not(run, chars):
+    plain = run('sample.py', f'--out_dir={chars[1]}', *QUICK)
+    streamed = run('sample.py', f'--out_dir={chars[1]}', *QUICK, '--stream=True')
+    other = run('sample.py', f'--out_dir={chars[1]}', *QUICK, '--seed=1')
+    assert plain.out == streamed.out != other.out and samples(plain)[0] != samples(plain)[1]
+
+@pytest.mark.parametrize('stream', [True, False])
+def test_a_sample_ends_before_the_stop_text(run, chars, stream):
+    whole = samples(run('sample.py', f'--out_dir={chars[1]}', *QUICK, '--start=x'))[0][1:]
+    stop = whole[5:8]
+    cut = samples(run('sample.py', f'--out_dir={chars[1]}', *QUICK, '--start=x', f'--stop={stop}', f'--stream={stream}'))
+    assert cut[0] == 'x' + whole[:whole.index(stop)]
+
+def test_the_prompt_may_come_from_a_file(run, chars, tmp_path):
+    (tmp_path / 'prompt.txt').write_text('def f(x):\n', encoding='utf-8')
+    result = run('sample.py', f'--out_dir={chars[1]}', *QUICK, f"--start=FILE:{tmp_path / 'prompt.txt'}")
+    assert all(text.startswith('def f(x):\n') for text in samples(result))
+
+def test_a_model_from_hugging_face_samples_and_ends_at_end_of_text(run, hf_dir, tmp_path):
+    result = run('sample.py', f'--init_from={hf_dir}', *QUICK, '--start=Hello')
+    assert all(text.startswith('Hello') for text in samples(result))
+    model = GPT.from_pretrained(str(hf_dir))
+    with torch.no_grad(): # any token is followed by end-of-text
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.copy_(model.transformer.wte.weight[BPETokenizer.eot] * 1e5)
+    torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__, 'tokenizer': {'name': 'gpt2'}},
+               tmp_path / 'ends.pt')
+    result = run('sample.py', f"--out_dir={tmp_path / 'ends.pt'}", *QUICK, '--start=Hello')
+    assert samples(result) == ['Hello', 'Hello'] and '2 x 1 tokens' in result.err
+
+def test_streaming_never_splits_a_character(run, hf_dir, tmp_path):
+    """ a model that writes one emoji, which is several tokens of GPT-2's, again and again """
+    ids = BPETokenizer().encode('🙂')
+    assert len(ids) > 1
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(64, 50257, 1, 1, 64))
+    with torch.no_grad():
+        for p in model.transformer.h.parameters():
+            p.zero_() # a token's embedding alone decides what follows it
+        model.transformer.wpe.weight.zero_()
+        model.transformer.wte.weight.mul_(0.01)
+        for one, after in zip(ids, ids[1:] + ids[:1]):
+            model.transformer.wte.weight[one].zero_()
+            model.transformer.wte.weight[one][ids.index(one)] = 1.0
+        model.transformer.ln_f.bias.zero_()
+    # the head is tied, so the shift from one token to the next is made in the last block's MLP
+    mlp = model.transformer.h[0].mlp
+    with torch.no_grad():
+        model.transformer.h[0].ln_2.weight.fill_(1.0)
+        for i in range(len(ids)):
+            mlp.c_fc.weight[i, i] = 1.0
+            mlp.c_proj.weight[(i + 1) % len(ids), i] = 10.0
+    torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__, 'tokenizer': {'name': 'gpt2'}},
+               tmp_path / 'emoji.pt')
+    result = run('sample.py', f"--out_dir={tmp_path / 'emoji.pt'}", '--start=🙂', '--temperature=0', '--stream=True',
+                 f'--max_new_tokens={3 * len(ids)}', '--num_samples=1', '--device=cpu', '--dtype=float32')
+    assert samples(result) == ['🙂' * 4]
+
+@pytest.mark.parametrize('prefix', ['', '_orig_mod.'])
+def test_a_nanogpt_checkpoint_samples_with_its_dataset_s_characters(run, chars, tmp_path, prefix):
+    model, _ = chars
+    torch.save({'model': {prefix + k: v for k, v in model.state_dict().items()}, 'config': {'dataset': 'chars'},
+                'model_args': model.config.__dict__, 'iter_num': 1, 'best_val_loss': torch.tensor(1.0)}, tmp_path / 'n.pt')
+    args = ('--start=def', '--temperature=0', '--max_new_tokens=13', '--num_samples=1', '--device=cpu', '--dtype=float32')
+    assert samples(run('sample.py', f"--out_dir={tmp_path / 'n.pt'}", *args)) == [greedy(model, 'def', 13)]
+
+def test_ids_beyond_the_tokenizer_s_are_never_drawn(run, tmp_path):
+    """ nanoGPT pads its vocabulary to 50304 """
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(16, 50304, 1, 1, 8))
+    with torch.no_grad():
+        model.transformer.wte.weight.zero_()
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.transformer.wte.weight[50257:] = 10.0 # by far the likeliest
+    torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__, 'config': {'dataset': 'openwebtext'}},
+               tmp_path / 'n.pt')
+    assert len(samples(run('sample.py', f"--out_dir={tmp_path / 'n.pt'}", *QUICK))) == 2

