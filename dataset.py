@@ -86,6 +86,10 @@ def epoch_order(seed: int, epoch: int, targets: int, windows: int) -> tuple[int,
     rng = np.random.default_rng([seed, epoch])
     return int(rng.integers(targets)), rng.permutation(windows)
 
+def find_dataset(dataset: str) -> str:
+    """ the folder of a dataset: one in data/ by its name, any other by its path """
+    return dataset if os.path.isdir(dataset) and os.path.basename(dataset) != dataset else os.path.join(DATA, dataset)
+
 def split_batch(sequences: int, fits: int) -> tuple[int, int]:
     """ the largest micro-batch that fits and divides evenly, and how many of them: (480, 25) -> (24, 20) """
     batch_size = max(n for n in range(1, fits + 1) if sequences % n == 0)

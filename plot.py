@@ -23,12 +23,12 @@ def plot_run(out_dir: str) -> str:
     figure, axes = plt.subplots(figsize=(8, 5), dpi=100)
     axes.plot(*curves['loss'], color='#bbbbbb', linewidth=0.8, label='training loss of the iteration')
     axes.plot(*curves['train_loss'], color='#1f77b4', marker='.', label='train split')
-    axes.plot(*curves['val_loss'], color='#d62728', marker='.', label='val split')
+    label = 'val split'
     if curves['val_loss'][1]:
         best, at = min(zip(curves['val_loss'][1], curves['val_loss'][0]))
         axes.plot([at], [best], 'o', color='#d62728', fillstyle='none', markersize=10)
-        axes.annotate(f'best {best:.4f} at iteration {at}', (at, best), xytext=(0, 14), textcoords='offset points',
-                      ha='right' if at > axes.get_xlim()[1] / 2 else 'left', color='#d62728')
+        label += f', best {best:.4f} at iteration {at}'
+    axes.plot(*curves['val_loss'], color='#d62728', marker='.', label=label)
     axes.set(xlabel='iteration', ylabel='loss, nats a token', title=os.path.basename(os.path.abspath(out_dir)))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -32,7 +32,6 @@ configure(globals())
 # set-up
 
 import codecs
-import os
 import sys
 import time
 
@@ -40,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint as checkpoints
-from dataset import DATA, read_text, read_tokenizer_state
+from dataset import find_dataset, read_text, read_tokenizer_state
 from device import DTYPES, compile_model, pick_device, pick_dtype
 from tokenizer import BPETokenizer, check_match, from_state
 
@@ -53,6 +52,7 @@ for key, value in (('temperature', temperature), ('top_k', top_k), ('seed', seed
 if not 0 < top_p <= 1:
     raise ValueError(f"top_p is {top_p}; type --top_p=P with 0 < P <= 1")
 
+sys.stdout.reconfigure(errors='replace') # for what the terminal's encoding lacks
 device, dtype = pick_device(device), pick_dtype(dtype, pick_device(device))
 
 # -----------------------------------------------------------------------------
@@ -63,7 +63,7 @@ if init_from == 'resume' and checkpoints.find(out_dir) is None:
                             "type --out_dir with a run's folder, or type --init_from=gpt2")
 model, loaded = checkpoints.load_model(out_dir if init_from == 'resume' else init_from)
 trained_on = loaded.get('config', {}).get('dataset', '')
-state = loaded.get('tokenizer') or read_tokenizer_state(os.path.join(DATA, trained_on)) # nanoGPT's do not say
+state = loaded.get('tokenizer') or read_tokenizer_state(find_dataset(trained_on)) # nanoGPT's do not say
 if 'tokenizer' not in loaded and state['name'] == 'gpt2' and model.config.vocab_size < BPETokenizer.n_vocab:
     raise FileNotFoundError(f"the checkpoint has {model.config.vocab_size} ids and does not say which characters they "
                             f"are; put the meta.pkl of its dataset at data/{trained_on}/meta.pkl")

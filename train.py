@@ -77,7 +77,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint as checkpoints
-from dataset import DATA, Split, read_tokenizer_state, split_batch
+from dataset import Split, find_dataset, read_tokenizer_state, split_batch
 from device import (all_sum, autocast, compile_model, memory_mb, peak_flops, pick_device, pick_dtype,
                     start_processes, stop_processes)
 from model import GPT, GPTConfig
@@ -101,6 +101,9 @@ if device.startswith('cuda'):
     torch.set_float32_matmul_precision('high') # TF32 for what is float32
 sys.stdout.reconfigure(line_buffering=True) # so that a line is seen at once in a file, too
 
+if wandb_log:
+    import wandb # here, so that its absence is told before anything is done
+
 def say(text):
     if master:
         print(text)
@@ -120,7 +123,7 @@ if master and not eval_only:
 # -----------------------------------------------------------------------------
 # data
 
-data_dir = os.path.join(DATA, dataset)
+data_dir = find_dataset(dataset)
 tokenizer = read_tokenizer_state(data_dir)
 vocab_size = count_ids(tokenizer)
 train_data = Split(data_dir, 'train', block_size, vocab_size, seed)
@@ -246,7 +249,10 @@ def log(row):
     with open(log_path, 'a', newline='') as file:
         csv.DictWriter(file, COLUMNS).writerow({k: repr(v) for k, v in row.items() if v is not None})
     if 'val_loss' in row:
-        plot_run(out_dir)
+        try:
+            plot_run(out_dir)
+        except (ImportError, OSError) as error: # a picture is not worth a run
+            say(f"no loss.png: {error}; python plot.py {out_dir} draws it later")
     if wandb_log:
         wandb.log({k: v for k, v in row.items() if v is not None}, step=row['iter'])
 
@@ -277,7 +283,6 @@ if iter_num >= max_iters and init_from == 'resume':
 if master:
     start_log()
 if master and wandb_log:
-    import wandb
     wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=config)
 
 # -----------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """
-A text that every Python carries: the language's documentation and the standard library's docstrings.
+A text that every Python carries: the prose of its documentation, a token a character, from no network.
 
-A token a character, from no network. The amount differs a little from one version of Python to another.
+The paragraphs are those of the language's documentation (pydoc_data.topics) and of the docstrings of the
+standard library, less the ones that are mostly code. Another version of Python has a few more or less.
 """
 import ast
+import inspect
 import os
 import random
+import re
 import sys
 import sysconfig
 
@@ -15,28 +18,43 @@ sys.path.insert(0, os.path.join(folder, '..', '..')) # for the project's modules
 from configurator import configure
 
 # options
-max_chars = 3_000_000 # the text ends here
+max_chars = 3_000_000 # of text, at the most
 
 configure(globals())
 
 import pydoc_data.topics
 
+from tqdm import tqdm
+
 from dataset import write_dataset
 from tokenizer import CharTokenizer
+
+def library_files():
+    """ the standard library's modules, in the order of their names """
+    skip = {'test', 'tests', 'idlelib', 'lib2to3', 'turtledemo', 'site-packages', 'dist-packages', 'pydoc_data'}
+    for place, folders, files in os.walk(sysconfig.get_path('stdlib')):
+        folders[:] = sorted(set(folders) - skip)
+        yield from (os.path.join(place, file) for file in sorted(files) if file.endswith('.py'))
 
 def docstrings(path):
     """ the docstrings of a module, its classes and its functions, from the source alone """
     with open(path, 'rb') as file:
         tree = ast.parse(file.read())
-    places = [n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
-    return [doc for doc in map(ast.get_docstring, places) if doc and len(doc) > 200]
+    places = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [ast.get_docstring(node) or '' for node in ast.walk(tree) if isinstance(node, places)]
 
-texts = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
-library = sysconfig.get_path('stdlib')
-for name in sorted(os.listdir(library)):
-    if name.endswith('.py'):
-        texts += docstrings(os.path.join(library, name))
-random.Random(0).shuffle(texts) # the same order every time, and prose of all kinds in both splits
-text = '\n\n'.join(text.strip() for text in texts)[:max_chars]
-text = ''.join(char for char in text if char == '\n' or ' ' <= char <= '~') # a small vocabulary
+def prose(text):
+    """ the paragraphs of two lines or so and more that are nearly all letters and spaces """
+    for paragraph in re.split(r'\n\s*\n', text):
+        paragraph = inspect.cleandoc(paragraph)
+        letters = sum(char.isalpha() or char in ' \n' for char in paragraph)
+        if len(paragraph) > 60 and letters > 0.92 * len(paragraph) and paragraph.isascii():
+            yield paragraph
+
+texts = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+for path in tqdm(list(library_files()), desc='reading docstrings', unit='file', delay=1):
+    texts += docstrings(path)
+paragraphs = list(dict.fromkeys(paragraph for text in texts for paragraph in prose(text))) # each of them once
+random.Random(0).shuffle(paragraphs) # the same order every time, and all kinds in both splits
+text = re.sub(r'[^\n -~]', '', '\n\n'.join(paragraphs))[:max_chars]
 write_dataset(folder, [text], CharTokenizer(sorted(set(text))))
