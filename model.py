@@ -46,6 +46,14 @@ class KVCache:
         self.k[:, :, start:self.size], self.v[:, :, start:self.size] = k, v
         return self.k[:, :, :self.size], self.v[:, :, :self.size]
 
+def attend(q, k, v, dropout: float):
+    """ causal attention of q (B, n_head, T, head_size), to itself or, for T = 1, to all of k and v """
+    causal = q.size(2) > 1
+    if q.device.type == 'cpu' and q.requires_grad: # its kernel's backward is slow in bfloat16 for small heads
+        with torch.autocast('cpu', enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), dropout_p=dropout, is_causal=causal)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+
 class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
@@ -62,8 +70,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             assert cache.size == 0 or T == 1 # a cache takes the prompt whole, then a token at a time
             k, v = cache.append(k, v)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        y = attend(q, k, v, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C) # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 

@@ -44,11 +44,11 @@ def docstrings(path):
     return [ast.get_docstring(node) or '' for node in ast.walk(tree) if isinstance(node, places)]
 
 def prose(text):
-    """ the paragraphs of two lines or so and more that are nearly all letters and spaces """
+    """ the paragraphs of more than a few words that are nearly all letters and spaces """
     for paragraph in re.split(r'\n\s*\n', text):
         paragraph = inspect.cleandoc(paragraph)
         letters = sum(char.isalpha() or char in ' \n' for char in paragraph)
-        if len(paragraph) > 60 and letters > 0.92 * len(paragraph) and paragraph.isascii():
+        if len(paragraph) > 40 and letters > 0.92 * len(paragraph) and paragraph.isascii():
             yield paragraph
 
 texts = [text for _, text in sorted(pydoc_data.topics.topics.items())]
