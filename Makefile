@@ -20,7 +20,7 @@ data/quickstart/val.bin: data/quickstart/prepare.py | .venv/requirements.txt
 # each requirements file is copied into .venv when all that it names is installed
 .venv/%.txt: %.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: $(PYTHON) is Python %d.%d; Python 3.10 or newer is needed; type make PYTHON=python3.12" % sys.version_info[:2])'
-	test -x $(RUN) || $(PYTHON) -m venv .venv
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(RUN) -m pip install --disable-pip-version-check -r $<
 	cp $< $@
 

@@ -4,6 +4,8 @@ Checkpoints: written whole or not at all, read without running what is in them, 
 The file is nanoGPT's dict (model, optimizer, model_args, iter_num, best_val_loss, config) with our
 tokenizer, scaler and version beside it.
 """
+import contextlib
+import json
 import os
 import re
 import sys
@@ -17,11 +19,18 @@ VERSION = 1 # of the format; rises when an older reader would go wrong
 
 def save(checkpoint: dict, path: str) -> None:
     """ write `path` so that it holds the old checkpoint or the new one, whenever the machine stops """
-    with open(path + '.tmp', 'wb') as file:
-        torch.save({**checkpoint, 'version': VERSION}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + '.tmp', path)
+    try:
+        with open(path + '.tmp', 'wb') as file:
+            torch.save({**checkpoint, 'version': VERSION}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + '.tmp', path)
+    except (OSError, RuntimeError) as error: # torch raises RuntimeError where the disk is full
+        with contextlib.suppress(OSError):
+            os.remove(path + '.tmp')
+        why = str(error).strip().splitlines()[0]
+        raise OSError(f"cannot save {path} ({why}); what it held before is whole; make room on the disk, then "
+                      "type --init_from=resume") from None
 
 def link(path: str, to: str) -> None:
     """ let `to` be the same file as `path`, or a copy where the file system has no links """
@@ -49,7 +58,8 @@ def load(path: str) -> dict:
                    else "it is cut short, damaged or no checkpoint")
             raise ValueError(f"cannot use {path}: {why}; expected a file that train.py or nanoGPT wrote; type "
                              "--out_dir or --init_from with another") from None
-    missing = [key for key in ('model', 'model_args') if not isinstance(checkpoint, dict) or key not in checkpoint]
+    missing = [key for key in ('model', 'model_args')
+               if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict)]
     if missing:
         raise ValueError(f"{path} has no {' and no '.join(missing)}; expected a checkpoint of train.py or nanoGPT; "
                          "type --out_dir or --init_from with another")
@@ -86,11 +96,25 @@ def load_model(source: str, dropout: float = 0.0) -> tuple[GPT, dict]:
                                 f"{', '.join(GPT2_SHAPES)}")
     print(f"loading {source} ...", file=sys.stderr)
     try:
+        check_vocabulary(source)
         return GPT.from_pretrained(source, dropout), {'tokenizer': {'name': 'gpt2'}}
     except Exception as error: # whatever transformers, safetensors and the network raise
         why = str(error).strip().split('\n')[0]
         raise OSError(f"cannot load {source} from Hugging Face's format or hub ({type(error).__name__}: {why}); "
                       "expected a GPT-2 in a local directory or on the hub; check the name and the network") from None
+
+def check_vocabulary(source: str) -> None:
+    """ raise ValueError where a Hugging Face model brings a vocabulary, and it is not GPT-2's """
+    from transformers.utils import cached_file
+    for name in ('vocab.json', 'tokenizer.json'):
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        if path:
+            with open(path, encoding='utf-8') as file:
+                vocab = json.load(file)
+            vocab = vocab['model']['vocab'] if name == 'tokenizer.json' else vocab
+            gpt2 = {'Hello': 15496, 'er': 263, '\u0120the': 262, '\u0120world': 995} # \u0120 stands for a space
+            if any(vocab.get(token) != i for token, i in gpt2.items()):
+                raise ValueError(f"its {name} is not GPT-2's vocabulary, the only one that is prepared and sampled here")
 
 def model_args(model: GPT) -> dict:
     """ nanoGPT's keys, from which its own code can rebuild the model """

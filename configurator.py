@@ -13,6 +13,7 @@ import io
 import math
 import os
 import sys
+import time
 import tokenize
 import traceback
 
@@ -119,7 +120,7 @@ def describe(script: str, values: dict) -> str:
            f"\nusage: python {os.path.relpath(script)} [config/file.py] [--key=value ...]"]
     for n in range(tree.body[0].end_lineno + 1, shown[-1] + 1):
         if n in shown:
-            out.append(f"  --{options[n]}={values[options[n]]!r}".ljust(44) + comments.get(n, ''))
+            out.append(f"  --{options[n]}={values[options[n]]!r}".ljust(43) + ' ' + comments.get(n, ''))
         elif lines[n - 1].startswith('#') and comments[n].strip('-'):
             out.append(f"\n{comments[n]}")
     return '\n'.join(out)
@@ -138,7 +139,8 @@ def report(kind, error, trace) -> None:
     if not (ours and issubclass(kind, (ValueError, OSError, ImportError))):
         sys.__excepthook__(kind, error, trace)
         sys.exit(1)
-    if os.environ.get('LOCAL_RANK', '0') == '0': # once a machine
-        hint = '; run pip install -r requirements.txt' if kind is ModuleNotFoundError else ''
-        print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+    if os.environ.get('LOCAL_RANK', '0') != '0':
+        time.sleep(1) # torchrun ends this process first, if the error is not its own alone
+    hint = '; run pip install -r requirements.txt' if kind is ModuleNotFoundError else ''
+    print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -88,7 +88,8 @@ def epoch_order(seed: int, epoch: int, targets: int, windows: int) -> tuple[int,
 
 def find_dataset(dataset: str) -> str:
     """ the folder of a dataset: one in data/ by its name, any other by its path """
-    return dataset if os.path.isdir(dataset) and os.path.basename(dataset) != dataset else os.path.join(DATA, dataset)
+    is_path = os.path.isdir(dataset) and os.path.basename(dataset) != dataset
+    return dataset if is_path else os.path.join(DATA, dataset)
 
 def split_batch(sequences: int, fits: int) -> tuple[int, int]:
     """ the largest micro-batch that fits and divides evenly, and how many of them: (480, 25) -> (24, 20) """
@@ -107,7 +108,8 @@ def open_tokens(path: str, block_size: int) -> np.ndarray:
                else f"type --dataset=NAME with one of {', '.join(known)}, or make it with data/custom/prepare.py")
         raise FileNotFoundError(f"there is no {shorten(path)}; {how}")
     size = os.path.getsize(path)
-    again = f"run python {folder}/prepare.py again"
+    script = os.path.join(folder, 'prepare.py')
+    again = f"run python {script} again" if os.path.exists(script) else "prepare it again"
     if size == 0:
         raise ValueError(f"{shorten(path)} is empty; {again}")
     if size % 2:
@@ -138,7 +140,7 @@ def read_tokenizer_state(folder: str) -> dict:
         return {'name': 'char', 'chars': [meta['itos'][i] for i in range(meta['vocab_size'])]}
     except Exception as error: # a broken pickle may raise anything
         raise ValueError(f"cannot use {shorten(path)} ({error}); expected a plain dict with vocab_size, stoi "
-                         f"and itos; run python {shorten(folder)}/prepare.py again") from None
+                         "and itos; prepare the dataset again") from None
 
 # -----------------------------------------------------------------------------
 # writing
@@ -153,22 +155,27 @@ def write_dataset(folder: str, documents: list[str], tokenizer, val_fraction: fl
     total = sum(map(len, documents))
     end = [] if not close else [tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode('\n')
     parts = split_documents(documents, int(total * (1 - val_fraction)))
+    if not (parts[0] and parts[1]):
+        raise ValueError(f"{total} characters are too few to keep {val_fraction} of them to validate on; add text")
+    written = []
     os.makedirs(folder, exist_ok=True)
     print(f"{total:,} characters, a vocabulary of {tokenizer.n_vocab:,}")
     for name, texts in zip(('train', 'val'), parts):
         path = os.path.join(folder, f'{name}.bin')
         n_chars = sum(len(text) for text, _ in texts)
         n = write_tokens(path + '.tmp', encode_all(texts, tokenizer, end, allow_special, n_chars, name))
+        written.append(path)
         print(f"{shorten(path)}: {n:,} tokens of {n_chars:,} characters")
     meta_path = os.path.join(folder, 'meta.pkl')
     if tokenizer.state['name'] == 'char':
         meta = {'vocab_size': tokenizer.n_vocab, 'stoi': tokenizer.ids, 'itos': dict(enumerate(tokenizer.chars))}
         with open(meta_path + '.tmp', 'wb') as file:
             pickle.dump(meta, file)
-    elif os.path.exists(meta_path):
+        written.append(meta_path)
+    for path in written: # all of them are whole now
+        os.replace(path + '.tmp', path)
+    if meta_path not in written and os.path.exists(meta_path):
         os.remove(meta_path) # of an earlier, character dataset
-    for path in glob.glob(os.path.join(glob.escape(folder), '*.tmp')): # all of them are whole now
-        os.replace(path, path.removesuffix('.tmp'))
 
 def split_documents(documents: list[str], n_train: int) -> list[list[tuple[str, bool]]]:
     """ the first n_train characters and the rest, each a list of (text, whether a document ends there) """

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import importlib.util
 import os
+import re
 import sys
 
 import torch
@@ -51,12 +52,20 @@ def start_processes(backend: str, device: str) -> tuple[int, int, str]:
     if 'RANK' not in os.environ:
         return 0, 1, device
     if device == 'cuda':
+        gpus, wanted = torch.cuda.device_count(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        if wanted > gpus:
+            raise ValueError(f"{wanted} processes share {gpus} GPUs; type --nproc_per_node={gpus}")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-        pick_device(device) # fewer GPUs than processes is an error
         torch.cuda.set_device(device)
     if backend == 'auto':
         backend = 'nccl' if device.startswith('cuda') else 'gloo'
-    torch.distributed.init_process_group(backend)
+    hook = sys.excepthook
+    try:
+        torch.distributed.init_process_group(backend)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"torch.distributed does not start with backend {backend!r} ({error}); type --backend=auto, "
+                         "nccl (CUDA) or gloo") from None
+    sys.excepthook = hook # torch has put one before it that loses what ours prints
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
 def stop_processes(world_size: int) -> None:
@@ -92,12 +101,14 @@ def compile_model(model, choice, device: str, trial, dynamic: bool | None = None
         return False
     return True
 
-def peak_flops(device: str) -> float | None:
-    """ the device's peak FLOP/s, or None where it is unknown """
+def peak_flops(device: str, dtype: str) -> float | None:
+    """ the device's peak FLOP/s in bfloat16 or float16, or None where it is unknown """
     if not device.startswith('cuda'):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    if dtype == 'float32' or re.search(r'Ti|SUPER|Laptop', name):
+        return None
+    return next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf'\b{key}\b', name)), None)
 
 def memory_mb(device: str) -> float:
     """ the most memory this process held so far, in MiB: the device's, or resident memory on a CPU """

@@ -228,7 +228,7 @@ def check_shape(config: GPTConfig) -> None:
 def sample_token(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None):
     """ a token (B,) for each row of logits (B, V): the likeliest at temperature 0, else drawn from the
     top_k likeliest and, of these, from the fewest that hold the probability top_p; None leaves a limit out """
-    if temperature == 0:
+    if temperature < 1e-6: # 0, or so near that it overflows
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k:

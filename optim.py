@@ -23,7 +23,10 @@ class Pair:
 
     def __init__(self, first, second):
         self.both = first, second
-        self.param_groups = first.param_groups + second.param_groups
+
+    @property
+    def param_groups(self): # made anew each time, since loading a state replaces an optimizer's groups
+        return [group for optimizer in self.both for group in optimizer.param_groups]
 
     def step(self):
         for optimizer in self.both:

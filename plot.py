@@ -43,4 +43,8 @@ if __name__ == '__main__':
     if len(sys.argv) != 2 or not os.path.isfile(os.path.join(sys.argv[1], 'log.csv')):
         print("error: no run's folder given; type python plot.py OUT_DIR, one with a log.csv", file=sys.stderr)
         sys.exit(2)
-    print(plot_run(sys.argv[1]))
+    try:
+        print(plot_run(sys.argv[1]))
+    except (KeyError, ValueError) as error:
+        print(f"error: {sys.argv[1]}/log.csv is no log of train.py ({error}); give another folder", file=sys.stderr)
+        sys.exit(2)

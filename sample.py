@@ -23,7 +23,7 @@ seed = 1337
 # machine
 device = 'auto' # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto' # auto, float32, bfloat16, float16
-compile = False # auto (on CUDA), True, False
+compile = False # True takes a while to begin, and pays for many tokens
 
 from configurator import configure
 configure(globals())
@@ -46,6 +46,8 @@ from tokenizer import BPETokenizer, check_match, from_state
 for key, value in (('num_samples', num_samples), ('max_new_tokens', max_new_tokens)):
     if value < 1:
         raise ValueError(f"{key} is {value}; type --{key}=N with N at least 1")
+if seed >= 2**32:
+    raise ValueError(f"seed is {seed}; type --seed=N with N below 2**32")
 for key, value in (('temperature', temperature), ('top_k', top_k), ('seed', seed)):
     if value < 0:
         raise ValueError(f"{key} is {value}; type --{key}=N with N at least 0")
@@ -62,6 +64,7 @@ if init_from == 'resume' and checkpoints.find(out_dir) is None:
     raise FileNotFoundError(f"there is no checkpoint in {out_dir}; train one with train.py --out_dir={out_dir}, "
                             "type --out_dir with a run's folder, or type --init_from=gpt2")
 model, loaded = checkpoints.load_model(out_dir if init_from == 'resume' else init_from)
+loaded.pop('optimizer', None)
 trained_on = loaded.get('config', {}).get('dataset', '')
 state = loaded.get('tokenizer') or read_tokenizer_state(find_dataset(trained_on)) # nanoGPT's do not say
 if 'tokenizer' not in loaded and state['name'] == 'gpt2' and model.config.vocab_size < BPETokenizer.n_vocab:

@@ -78,13 +78,13 @@ def from_state(state: dict) -> BPETokenizer | CharTokenizer:
     """ the tokenizer that a checkpoint or a dataset describes """
     if state.get('name') == 'gpt2':
         return BPETokenizer()
-    if state.get('name') == 'char':
+    if state.get('name') == 'char' and isinstance(state.get('chars'), list):
         return CharTokenizer(state['chars'])
-    raise ValueError(f"there is no tokenizer {state.get('name')!r}; expected 'gpt2' or 'char'")
+    raise ValueError(f"there is no tokenizer {state.get('name')!r} with its vocabulary; expected 'gpt2', or 'char' with its chars")
 
 def count_ids(state: dict) -> int:
     """ how many ids a tokenizer has, without making it """
-    return len(state['chars']) if state['name'] == 'char' else BPETokenizer.n_vocab
+    return len(state.get('chars', [])) if state.get('name') == 'char' else BPETokenizer.n_vocab
 
 def check_match(model_state: dict | None, vocab_size: int, data_state: dict, dataset: str) -> None:
     """ raise ValueError where a model cannot read a dataset; its state is None if nanoGPT did not say """

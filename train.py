@@ -39,8 +39,8 @@ dropout = 0.0 # 0 is right for pretraining, 0.1 and more for finetuning
 optimizer = 'adamw' # adamw, or muon (from scratch), which leaves all but the blocks' matrices to AdamW
 learning_rate = 6e-4 # of AdamW, the peak
 muon_learning_rate = 0.02 # of Muon, the peak
-max_iters = 600000 # iterations of training
-num_epochs = 0.0 # passes over the training split; if given, sets max_iters and caps warm-up at a tenth of it
+max_iters = 600000 # iterations of training, at the most
+num_epochs = 0.0 # if given, an end after so many passes over the training split; warm-up takes a tenth at most
 weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
@@ -91,6 +91,10 @@ for key in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'eval_int
 for key, value in config.items():
     if type(value) in (int, float) and value < 0:
         raise ValueError(f"{key} is {value}; type --{key}=N with N at least 0")
+if seed >= 2**32:
+    raise ValueError(f"seed is {seed}; type --seed=N with N below 2**32")
+if decay_lr and min_lr > learning_rate:
+    raise ValueError(f"min_lr, {min_lr}, is above learning_rate, {learning_rate}; type --min_lr={learning_rate / 10:.3g}")
 if max(beta1, beta2) >= 1:
     raise ValueError(f"beta1 and beta2 are {beta1} and {beta2}; type --beta1=0.9 --beta2=0.95, both below 1")
 
@@ -103,6 +107,8 @@ sys.stdout.reconfigure(line_buffering=True) # so that a line is seen at once in 
 
 if wandb_log:
     import wandb # here, so that its absence is told before anything is done
+    if not hasattr(wandb, 'init'): # only a folder that runs left
+        raise ImportError("wandb is not installed; run pip install wandb, or type --wandb_log=False")
 
 def say(text):
     if master:
@@ -129,7 +135,7 @@ vocab_size = count_ids(tokenizer)
 train_data = Split(data_dir, 'train', block_size, vocab_size, seed)
 val_data = Split(data_dir, 'val', block_size, vocab_size)
 if num_epochs:
-    max_iters = max(1, round(num_epochs * train_data.windows / sequences))
+    max_iters = min(max_iters, max(1, round(num_epochs * train_data.windows / sequences)))
     warmup_iters = min(warmup_iters, max_iters // 10)
 lr_decay_iters = lr_decay_iters or max_iters
 
@@ -178,7 +184,7 @@ if init_from == 'resume':
         scaler.load_state_dict(loaded['scaler'])
     before = loaded.get('config', {})
     changed = [f"{key} {before[key]!r} -> {config[key]!r}" for key in config
-               if key != 'init_from' and before.get(key, config[key]) != config[key]]
+               if key not in ('init_from', *checkpoints.model_args(model)) and before.get(key, config[key]) != config[key]]
     say(f"resuming at iteration {iter_num}" + (f", with {', '.join(changed)}" if changed else ''))
 loaded = before = None # frees the moments, which the optimizer has copied
 
@@ -234,13 +240,18 @@ def start_log():
         if init_from == 'resume' and os.path.exists(log_path):
             with open(log_path, newline='') as file:
                 rows = [row for row in csv.DictReader(file) if row['iter'] and int(row['iter']) < iter_num]
+            if rows and list(rows[0]) != COLUMNS:
+                raise ValueError('other columns')
         with open(log_path + '.tmp', 'w', newline='') as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
         os.replace(log_path + '.tmp', log_path)
         with open(os.path.join(out_dir, 'config.json'), 'w') as file:
-            json.dump({**config, 'model_args': checkpoints.model_args(raw_model)}, file, indent=2)
+            json.dump({**config, 'device': device, 'dtype': dtype, 'max_iters': max_iters, 'warmup_iters': warmup_iters,
+                       'lr_decay_iters': lr_decay_iters, 'model_args': checkpoints.model_args(raw_model)}, file, indent=2)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{log_path} is no log of train.py ({error}); move it away and type this again") from None
     except OSError as error:
         raise OSError(f"cannot write to {out_dir} ({error.strerror}); type --out_dir=ANOTHER") from None
 
@@ -251,7 +262,7 @@ def log(row):
     if 'val_loss' in row:
         try:
             plot_run(out_dir)
-        except (ImportError, OSError) as error: # a picture is not worth a run
+        except (ImportError, OSError, ValueError, KeyError) as error: # a picture is not worth a run
             say(f"no loss.png: {error}; python plot.py {out_dir} draws it later")
     if wandb_log:
         wandb.log({k: v for k, v in row.items() if v is not None}, step=row['iter'])
@@ -278,30 +289,36 @@ if eval_only:
     say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
     leave(0)
 if iter_num >= max_iters and init_from == 'resume':
-    say(f"{out_dir} is trained to iteration {iter_num} already; type --max_iters=N with a larger N to go on")
+    say(f"{out_dir} is trained to iteration {iter_num} already; type --{'num_epochs' if num_epochs else 'max_iters'}=N "
+        "with a larger N to go on")
     leave(0)
+if master and wandb_log:
+    try:
+        wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=config)
+    except Exception as error: # no key, no network
+        raise OSError(f"wandb does not start ({error}); run wandb login, or set WANDB_MODE=offline") from None
 if master:
     start_log()
-if master and wandb_log:
-    wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=config)
 
 # -----------------------------------------------------------------------------
 # loop
 
-stop = 0 # the signal that asked for an end
+stop, stop_time = 0, 0.0 # the signal that asked for an end, and when
 
 def ask_to_stop(number, frame):
-    global stop
-    if stop: # asked twice
-        os._exit(128 + number)
-    stop = number
+    global stop, stop_time
+    if stop: # torchrun passes on a signal that this process got as well, so what comes at once is the same one
+        if number == signal.SIGINT and time.time() > stop_time + 1:
+            os._exit(130)
+        return
+    stop, stop_time = number, time.time()
     say("stopping after this iteration; a second Ctrl-C leaves at once")
 
 signal.signal(signal.SIGINT, ask_to_stop)
 signal.signal(signal.SIGTERM, ask_to_stop)
 
 flops_per_iter = raw_model.flops_per_token(block_size) * sequences * block_size
-peak = peak_flops(device)
+peak = peak_flops(device, dtype)
 start_time, start_iter = time.time(), iter_num
 n_bad = 0 # iterations in a row that were not finite
 while True:
@@ -311,7 +328,8 @@ while True:
     if iter_num % eval_interval == 0 or iter_num == max_iters:
         losses = evaluate()
         row.update(train_loss=losses['train'], val_loss=losses['val'])
-        is_best = losses['val'] < best_val_loss
+        # equal, after a resume: the run may have died between last.pt and ckpt.pt
+        is_best = losses['val'] < best_val_loss or losses['val'] == best_val_loss and iter_num == start_iter
         best_val_loss = min(losses['val'], best_val_loss)
         say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
             f"{', the best so far' if is_best else ''}")
@@ -325,7 +343,7 @@ while True:
     # one step: accumulate, clip, update
     t0 = time.time()
     lr = get_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr else learning_rate
-    set_lr(opt, lr / learning_rate)
+    set_lr(opt, lr / (learning_rate or 1))
     windows = train_data.training_windows(iter_num, sequences)
     n_targets = int(windows[:, 1].sum())
     mine = windows.reshape(world_size, n_micro_steps, micro_batch, 2)[rank]
@@ -353,8 +371,10 @@ while True:
     if not finite:
         say(f"iter {iter_num}: loss {loss}, gradient norm {grad_norm}; no update")
     if n_bad == 5:
-        raise ValueError(f"five iterations in a row were not finite, the last is {iter_num}; {out_dir}/last.pt holds the "
-                         "run before them; type --init_from=resume with a lower --learning_rate or --dtype=float32")
+        if master:
+            save(is_best=False)
+        raise ValueError(f"five iterations in a row were not finite, up to {iter_num}; {out_dir}/last.pt holds the run as "
+                         "it was before them; type --init_from=resume with a lower --learning_rate or --dtype=float32")
     opt.zero_grad(set_to_none=True)
     dt = time.time() - t0
 
@@ -381,7 +401,7 @@ say(f"{'stopped' if stop else 'finished'} at iteration {iter_num} after "
     f"{datetime.timedelta(seconds=round(time.time() - start_time))}")
 say(f"the best val loss, {best_val_loss:.4f}, is that of {out_dir}/ckpt.pt; the latest is {out_dir}/last.pt")
 say(f"next: python sample.py --out_dir={out_dir}" + (
-    f", or go on with --init_from=resume --out_dir={out_dir}" if iter_num < max_iters else ''))
+    ", or the same command as before with --init_from=resume" if iter_num < max_iters else ''))
 if master and wandb_log:
     wandb.finish()
 leave(130 if stop == signal.SIGINT else 0)

@@ -30,6 +30,8 @@ def broken(clone, tmp_path_factory):
     good = {'model': model.state_dict(), 'model_args': model.config.__dict__,
             'tokenizer': {'name': 'char', 'chars': CHARS}}
     torch.save(good, root / 'good.pt')
+    torch.save({**good, 'model': []}, root / 'list.pt')
+    torch.save({**good, 'tokenizer': {'name': 'char'}}, root / 'nochars.pt')
     torch.save({**good, 'tokenizer': {'name': 'char', 'chars': CHARS[::-1]}}, root / 'other.pt')
     (root / 'cut.pt').write_bytes((root / 'good.pt').read_bytes()[:3000])
     torch.save({'model': Hostile(str(root / 'ran')), 'model_args': {}}, root / 'hostile.pt')
@@ -38,6 +40,7 @@ def broken(clone, tmp_path_factory):
     (root / 'file').write_text('a file, not a folder')
     (root / 'nothing').mkdir()
     (root / 'latin1.txt').write_bytes('café'.encode('latin-1'))
+    (root / 'tiny.txt').write_text('a')
     (root / 'blank.txt').write_text(' \n')
     return root
 
@@ -50,6 +53,9 @@ CASES = [ # script, options, part of what is said
     ('train.py', '--learning_rate=-1.0', 'at least 0'),
     ('train.py', '--learning_rate=nan', 'takes a number'),
     ('train.py', '--beta2=1.0', 'both below 1'),
+    ('train.py', '--min_lr=1.0', 'is above learning_rate'),
+    ('train.py', '--seed=99999999999999999999', 'below 2**32'),
+    ('train.py', '--init_from={root}/list.pt', 'has no model'),
     ('train.py', '{root}/typo.py', 'did you mean batch_size?'),
     ('train.py', '{root}/broken.py', 'line 1: SyntaxError'),
     ('train.py', 'config/gpt2_small.py', 'did you mean config/finetune/gpt2_small.py?'),
@@ -80,6 +86,7 @@ CASES = [ # script, options, part of what is said
     ('sample.py', '--out_dir={root}/nothing', 'there is no checkpoint in'),
     ('sample.py', '--out_dir={root}/cut.pt', 'cut short, damaged'),
     ('sample.py', '--out_dir={root}/hostile.pt', 'could run code'),
+    ('sample.py', '--out_dir={root}/nochars.pt', 'type --dataset'),
     ('sample.py', '--out_dir={root}/good.pt --start=東', "the character '東' is not in"),
     ('sample.py', '--out_dir={root}/good.pt --start=FILE:none.txt', 'cannot read the prompt'),
     ('sample.py', '--out_dir={root}/good.pt --num_samples=0', 'at least 1'),
@@ -92,12 +99,15 @@ CASES = [ # script, options, part of what is said
     ('data/custom/prepare.py', '--input={root}/typo.py --val_fraction=1.5', 'between 0 and 1'),
     ('data/custom/prepare.py', '--input={root}/typo.py --tokenizer=bert', 'no tokenizer'),
     ('data/custom/prepare.py', '--input={root}/typo.py --name=../x', 'a plain name'),
+    ('data/custom/prepare.py', '--input={root}/typo.py --name=quickstart', "of the project's own"),
+    ('data/custom/prepare.py', '--input={root}/tiny.txt --name=tiny --val_fraction=0.01', 'too few'),
     ('plot.py', '', 'type python plot.py'),
 ]
 
 def listing(*folders):
-    return sorted(os.path.join(f, n) for top in folders for f, _, names in os.walk(top) for n in names
-                  if '__pycache__' not in f)
+    """ every file with its size and the time of its last change """
+    paths = [os.path.join(f, n) for top in folders for f, _, names in os.walk(top) for n in names if '__pycache__' not in f]
+    return sorted((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths)
 
 @pytest.mark.parametrize('script, options, message', CASES, ids=[f'{s} {o}' for s, o, _ in CASES])
 def test_one_line_and_status_2(run, clone, broken, hf_dir, script, options, message):

@@ -1,10 +1,15 @@
+import json
 import os
 import pickle
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import checkpoint as checkpoints
+from conftest import ROOT
 from model import GPT, GPTConfig
 from test_dataset import Hostile
 
@@ -48,9 +53,33 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match='what it held before is whole'):
         checkpoints.save({'iter_num': 2}, path)
-    assert open(path, 'rb').read() == before
+    assert open(path, 'rb').read() == before and os.listdir(tmp_path) == ['last.pt']
+
+def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(tmp_path):
+    """ a limit on the size of files stands in for a full disk, in a process of its own """
+    code = ("import checkpoint, resource, signal, sys, torch; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "checkpoint.save({'n': 1}, sys.argv[1])\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))\n"
+            "checkpoint.save({'n': torch.zeros(1000000)}, sys.argv[1])")
+    done = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'last.pt')], cwd=ROOT, capture_output=True,
+                          encoding='utf-8')
+    assert 'OSError: cannot save' in done.stderr
+    assert torch.load(tmp_path / 'last.pt')['n'] == 1 and os.listdir(tmp_path) == ['last.pt']
+
+@pytest.mark.parametrize('name', ['vocab.json', 'tokenizer.json'])
+def test_a_hugging_face_model_of_another_vocabulary_is_refused(tmp_path, hf_dir, name):
+    shutil.copytree(hf_dir, tmp_path / 'hf')
+    gpt2 = {'Hello': 15496, 'er': 263, '\u0120the': 262, '\u0120world': 995}
+    for vocab in (gpt2, {**gpt2, 'Hello': 1}):
+        content = vocab if name == 'vocab.json' else {'model': {'vocab': vocab}}
+        (tmp_path / 'hf' / name).write_text(json.dumps(content))
+        if vocab == gpt2:
+            assert checkpoints.load_model(str(tmp_path / 'hf'))[1] == {'tokenizer': {'name': 'gpt2'}}
+        else:
+            with pytest.raises(OSError, match="is not GPT-2's vocabulary"):
+                checkpoints.load_model(str(tmp_path / 'hf'))
 
 @pytest.mark.parametrize('links', [True, False])
 def test_the_best_is_the_latest_file_and_stays_when_that_is_replaced(tmp_path, monkeypatch, links):
@@ -91,7 +120,7 @@ def test_a_damaged_checkpoint_is_told_in_one_error(tmp_path, case):
     with pytest.raises(ValueError, match=message):
         checkpoints.load_model(str(tmp_path))
 
-def test_a_truncated_checkpoint_is_told_at_every_length(tmp_path):
+def test_a_truncated_checkpoint_is_told(tmp_path):
     _, dictionary = make()
     checkpoints.save(dictionary, str(tmp_path / 'whole.pt'))
     whole = (tmp_path / 'whole.pt').read_bytes()

@@ -63,6 +63,14 @@ def test_loading_keeps_this_run_s_settings():
     group = new.param_groups[0]
     assert (group['lr'], group['weight_decay'], group['betas']) == (2.5e-3, 0.3, (0.8, 0.9))
 
+def test_a_loaded_pair_still_follows_the_learning_rate():
+    model = GPT(GPTConfig(8, 11, 1, 1, 8))
+    muon = make('muon', model)
+    step(model, muon)
+    load_optimizer(muon, muon.state_dict())
+    set_lr(muon, 0.5)
+    assert [group['lr'] for one in muon.both for group in one.param_groups] == [0.01, 5e-3, 5e-3]
+
 def test_another_optimizer_s_state_is_refused():
     model = GPT(GPTConfig(8, 11, 1, 1, 8))
     adamw, muon = make('adamw', model), make('muon', model)

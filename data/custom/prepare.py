@@ -33,6 +33,8 @@ if tokenizer not in ('gpt2', 'char'):
     raise ValueError(f"there is no tokenizer {tokenizer!r}; type --tokenizer=gpt2 or --tokenizer=char")
 if not name or os.path.basename(name) != name or name.startswith('.'):
     raise ValueError(f"name is {name!r}; type a plain name for the folder in data/, such as --name=novel")
+if name != 'custom' and os.path.exists(os.path.join(DATA, name, 'prepare.py')):
+    raise ValueError(f"data/{name} is a dataset of the project's own; type another --name")
 
 paths = [input]
 if os.path.isdir(input):

@@ -12,8 +12,8 @@ import re
 import sys
 import sysconfig
 
-folder = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(folder, '..', '..')) # for the project's modules
+_folder = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(_folder, '..', '..')) # for the project's modules
 
 from configurator import configure
 
@@ -57,4 +57,4 @@ for path in tqdm(list(library_files()), desc='reading docstrings', unit='file', 
 paragraphs = list(dict.fromkeys(paragraph for text in texts for paragraph in prose(text))) # each of them once
 random.Random(0).shuffle(paragraphs) # the same order every time, and all kinds in both splits
 text = re.sub(r'[^\n -~]', '', '\n\n'.join(paragraphs))[:max_chars]
-write_dataset(folder, [text], CharTokenizer(sorted(set(text))))
+write_dataset(_folder, [text], CharTokenizer(sorted(set(text))))

@@ -8,8 +8,8 @@ sha256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed' # of
 import os
 import sys
 
-folder = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(folder, '..', '..')) # for the project's modules
+_folder = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(_folder, '..', '..')) # for the project's modules
 
 from configurator import configure
 configure(globals())
@@ -17,5 +17,5 @@ configure(globals())
 from dataset import fetch, write_dataset
 from tokenizer import CharTokenizer
 
-text = fetch(url, os.path.join(folder, 'input.txt'), sha256)
-write_dataset(folder, [text], CharTokenizer(sorted(set(text))))
+text = fetch(url, os.path.join(_folder, 'input.txt'), sha256)
+write_dataset(_folder, [text], CharTokenizer(sorted(set(text))))
