@@ -29,8 +29,8 @@ def save(checkpoint: dict, path: str) -> None:
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
         why = str(error).strip().splitlines()[0]
-        raise OSError(f"cannot save {path} ({why}); what it held before is whole; make room on the disk, then "
-                      "type --init_from=resume") from None
+        raise OSError(f"cannot save {path} ({why}); what it held before is whole; make room on the disk, "
+                      "then type --init_from=resume") from None
 
 def link(path: str, to: str) -> None:
     """ let `to` be the same file as `path`, or a copy where the file system has no links """
@@ -56,13 +56,13 @@ def load(path: str) -> dict:
         except Exception as error: # a reader of damaged files may raise anything
             why = ("it holds more than tensors and plain values, and could run code" if 'GLOBAL' in str(error)
                    else "it is cut short, damaged or no checkpoint")
-            raise ValueError(f"cannot use {path}: {why}; expected a file that train.py or nanoGPT wrote; type "
-                             "--out_dir or --init_from with another") from None
+            raise ValueError(f"cannot use {path}: {why}; expected a file that train.py or nanoGPT wrote; "
+                             "type --out_dir or --init_from with another") from None
     missing = [key for key in ('model', 'model_args')
                if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict)]
     if missing:
-        raise ValueError(f"{path} has no {' and no '.join(missing)}; expected a checkpoint of train.py or nanoGPT; "
-                         "type --out_dir or --init_from with another")
+        raise ValueError(f"{path} has no {' and no '.join(missing)}; expected a checkpoint of train.py or "
+                         "nanoGPT; type --out_dir or --init_from with another")
     if checkpoint.get('version', VERSION) > VERSION:
         raise ValueError(f"{path} is of format {checkpoint['version']}, this program reads up to {VERSION}; "
                          "use a newer fitGPT")
@@ -91,17 +91,19 @@ def load_model(source: str, dropout: float = 0.0) -> tuple[GPT, dict]:
     if os.path.isdir(source) and not os.path.exists(os.path.join(source, 'config.json')):
         raise FileNotFoundError(f"{source} holds neither ckpt.pt nor last.pt nor a Hugging Face model; "
                                 "type a folder that train.py wrote")
-    if not os.path.isdir(source) and source not in GPT2_SHAPES and not re.fullmatch(r'[\w.-]+/[\w.-]+', source):
-        raise FileNotFoundError(f"there is no model {source!r}; expected a checkpoint, a folder, a hub id or one of "
-                                f"{', '.join(GPT2_SHAPES)}")
+    on_hub = source in GPT2_SHAPES or re.fullmatch(r'[\w.-]+/[\w.-]+', source)
+    if not os.path.isdir(source) and not on_hub:
+        raise FileNotFoundError(f"there is no model {source!r}; expected a checkpoint, a folder, a hub id or "
+                                f"one of {', '.join(GPT2_SHAPES)}")
     print(f"loading {source} ...", file=sys.stderr)
     try:
         check_vocabulary(source)
         return GPT.from_pretrained(source, dropout), {'tokenizer': {'name': 'gpt2'}}
     except Exception as error: # whatever transformers, safetensors and the network raise
         why = str(error).strip().split('\n')[0]
-        raise OSError(f"cannot load {source} from Hugging Face's format or hub ({type(error).__name__}: {why}); "
-                      "expected a GPT-2 in a local directory or on the hub; check the name and the network") from None
+        raise OSError(f"cannot load {source} from Hugging Face's format or hub ({type(error).__name__}: "
+                      f"{why}); expected a GPT-2 in a local directory or on the hub; check the name and the "
+                      "network") from None
 
 def check_vocabulary(source: str) -> None:
     """ raise ValueError where a Hugging Face model brings a vocabulary, and it is not GPT-2's """
@@ -112,9 +114,10 @@ def check_vocabulary(source: str) -> None:
             with open(path, encoding='utf-8') as file:
                 vocab = json.load(file)
             vocab = vocab['model']['vocab'] if name == 'tokenizer.json' else vocab
-            gpt2 = {'Hello': 15496, 'er': 263, '\u0120the': 262, '\u0120world': 995} # \u0120 stands for a space
+            gpt2 = {'Hello': 15496, 'er': 263, '\u0120the': 262, '\u0120world': 995} # \u0120 is a space
             if any(vocab.get(token) != i for token, i in gpt2.items()):
-                raise ValueError(f"its {name} is not GPT-2's vocabulary, the only one that is prepared and sampled here")
+                raise ValueError(f"its {name} is not GPT-2's vocabulary, the only one that is prepared and "
+                                 "sampled here")
 
 def model_args(model: GPT) -> dict:
     """ nanoGPT's keys, from which its own code can rebuild the model """

@@ -44,7 +44,8 @@ def read_argument(arg: str, current: dict, defaults: dict) -> dict:
             raise ValueError(f"{arg} has no value; type {arg}={defaults[key]}, for instance")
         return {key: parse(key, text, defaults[key])}
     if not arg.endswith('.py'):
-        raise ValueError(f"{arg!r} is neither a config file (*.py) nor an option; options are typed --key=value")
+        raise ValueError(f"{arg!r} is neither a config file (*.py) nor an option; options are typed "
+                         "--key=value")
     names = run_file(arg, dict(current)) # so that a config may compute from what is set so far
     settings = {k: v for k, v in names.items()
                 if not k.startswith('_') and not inspect.ismodule(v) and not callable(v)}
@@ -110,8 +111,8 @@ def describe(script: str, values: dict) -> str:
     """ the help: what the script does, and one line per option under the comment that heads its group """
     with open(script, encoding='utf-8') as file:
         source = file.read()
-    comments = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline)
-                if t.type == tokenize.COMMENT}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT}
     lines, tree = source.splitlines(), ast.parse(source)
     options = {node.lineno: node.targets[0].id for node in tree.body
                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}

@@ -58,7 +58,8 @@ class Split:
     def cut(self, index: np.ndarray, offset: int = 0) -> np.ndarray:
         """ the start of window `index`, and its length, which is short of block_size only for the last """
         start = index * self.block_size
-        return np.stack([(start + offset) % self.targets, np.minimum(self.block_size, self.targets - start)], axis=1)
+        length = np.minimum(self.block_size, self.targets - start)
+        return np.stack([(start + offset) % self.targets, length], axis=1)
 
     def batches(self, windows: np.ndarray, size: int):
         """ the windows, `size` at a time; the last are filled up with windows of which no target counts """
@@ -100,12 +101,14 @@ def open_tokens(path: str, block_size: int) -> np.ndarray:
     """ the file as an array of uint16, mapped and not read; raises where it cannot be a split """
     folder = shorten(os.path.dirname(path))
     if not os.path.isfile(path):
-        known = sorted(os.path.basename(os.path.dirname(p)) for p in glob.glob(os.path.join(DATA, '*', 'prepare.py')))
+        scripts = glob.glob(os.path.join(DATA, '*', 'prepare.py'))
+        known = sorted(os.path.basename(os.path.dirname(script)) for script in scripts)
         name = os.path.basename(folder)
         near = difflib.get_close_matches(name, known, n=1)
         how = (f"run python data/{name}/prepare.py first" if name in known
                else f"did you mean --dataset={near[0]}?" if near
-               else f"type --dataset=NAME with one of {', '.join(known)}, or make it with data/custom/prepare.py")
+               else f"type --dataset=NAME with one of {', '.join(known)}, or make it with "
+                    "data/custom/prepare.py")
         raise FileNotFoundError(f"there is no {shorten(path)}; {how}")
     size = os.path.getsize(path)
     script = os.path.join(folder, 'prepare.py')
@@ -130,7 +133,7 @@ class PlainUnpickler(pickle.Unpickler):
         raise ValueError(f"it names {module}.{name}, and could run code")
 
 def read_tokenizer_state(folder: str) -> dict:
-    """ what a dataset is encoded with: characters where there is a meta.pkl, GPT-2's BPE where there is none """
+    """ what a dataset is encoded with: characters where there is a meta.pkl, else GPT-2's BPE """
     path = os.path.join(folder, 'meta.pkl')
     if not os.path.exists(path):
         return {'name': 'gpt2'}
@@ -145,8 +148,8 @@ def read_tokenizer_state(folder: str) -> dict:
 # -----------------------------------------------------------------------------
 # writing
 
-def write_dataset(folder: str, documents: list[str], tokenizer, val_fraction: float = 0.1, close: bool = False,
-                  allow_special: bool = False) -> None:
+def write_dataset(folder: str, documents: list[str], tokenizer, val_fraction: float = 0.1,
+                  close: bool = False, allow_special: bool = False) -> None:
     """ write train.bin, val.bin and for characters meta.pkl; the last val_fraction of the characters is val
 
     `close` ends each document with end-of-text, or with a newline where the tokenizer has none. Files appear
@@ -156,7 +159,8 @@ def write_dataset(folder: str, documents: list[str], tokenizer, val_fraction: fl
     end = [] if not close else [tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode('\n')
     parts = split_documents(documents, int(total * (1 - val_fraction)))
     if not (parts[0] and parts[1]):
-        raise ValueError(f"{total} characters are too few to keep {val_fraction} of them to validate on; add text")
+        raise ValueError(f"{total} characters are too few to keep {val_fraction} of them to validate on; add "
+                         "text")
     written = []
     os.makedirs(folder, exist_ok=True)
     print(f"{total:,} characters, a vocabulary of {tokenizer.n_vocab:,}")
@@ -168,7 +172,8 @@ def write_dataset(folder: str, documents: list[str], tokenizer, val_fraction: fl
         print(f"{shorten(path)}: {n:,} tokens of {n_chars:,} characters")
     meta_path = os.path.join(folder, 'meta.pkl')
     if tokenizer.state['name'] == 'char':
-        meta = {'vocab_size': tokenizer.n_vocab, 'stoi': tokenizer.ids, 'itos': dict(enumerate(tokenizer.chars))}
+        itos = dict(enumerate(tokenizer.chars))
+        meta = {'vocab_size': tokenizer.n_vocab, 'stoi': tokenizer.ids, 'itos': itos}
         with open(meta_path + '.tmp', 'wb') as file:
             pickle.dump(meta, file)
         written.append(meta_path)
@@ -217,8 +222,8 @@ def fetch(url: str, path: str, sha256: str) -> str:
             answer = requests.get(url, timeout=30)
             answer.raise_for_status()
         except requests.RequestException as error:
-            raise OSError(f"cannot fetch {url} ({type(error).__name__}); put the file at {shorten(path)} yourself "
-                          "and run this again") from None
+            raise OSError(f"cannot fetch {url} ({type(error).__name__}); put the file at {shorten(path)} "
+                          "yourself and run this again") from None
         found = hashlib.sha256(answer.content).hexdigest()
         if found != sha256:
             raise ValueError(f"{url} sent another file (SHA-256 {found}, expected {sha256}); "

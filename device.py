@@ -15,8 +15,9 @@ import torch
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 # peak FLOP/s of dense bf16 or fp16 matrix products that add up in fp32, from NVIDIA's data sheets
-PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12,
-              'L4': 121e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12}
+PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12,
+              'L40S': 362e12, 'L4': 121e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12,
+              'T4': 65e12}
 
 def pick_device(device: str = 'auto') -> str:
     """ the fastest device there is, or the one named; raises ValueError where that is not there """
@@ -26,14 +27,16 @@ def pick_device(device: str = 'auto') -> str:
     if device == 'auto':
         return there[0].split(':')[0]
     if device not in there and not (device == 'cuda' and 'cuda:0' in there):
-        raise ValueError(f"there is no device {device!r} here; type --device=NAME with one of: auto, {', '.join(there)}")
+        raise ValueError(f"there is no device {device!r} here; type --device=NAME with one of: auto, "
+                         f"{', '.join(there)}")
     return device
 
 def pick_dtype(dtype: str, device: str) -> str:
-    """ the number format for matrix products: bfloat16 where the hardware computes it, else float16 on CUDA """
+    """ the format of matrix products: bfloat16 where the hardware computes it, else float16 on CUDA """
     if dtype != 'auto':
         if dtype not in DTYPES:
-            raise ValueError(f"there is no dtype {dtype!r}; type --dtype=NAME with one of: auto, {', '.join(DTYPES)}")
+            raise ValueError(f"there is no dtype {dtype!r}; type --dtype=NAME with one of: auto, "
+                             f"{', '.join(DTYPES)}")
         return dtype
     if device.startswith('cuda'):
         return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
@@ -63,8 +66,8 @@ def start_processes(backend: str, device: str) -> tuple[int, int, str]:
     try:
         torch.distributed.init_process_group(backend)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"torch.distributed does not start with backend {backend!r} ({error}); type --backend=auto, "
-                         "nccl (CUDA) or gloo") from None
+        raise ValueError(f"torch.distributed does not start with backend {backend!r} ({error}); type "
+                         "--backend=auto, nccl (CUDA) or gloo") from None
     sys.excepthook = hook # torch has put one before it that loses what ours prints
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
@@ -83,13 +86,14 @@ def all_sum(values: list[float], world_size: int, device: str) -> list[float]:
     return total.tolist()
 
 def compile_model(model, choice, device: str, trial, dynamic: bool | None = None) -> bool:
-    """ compile `model` in place where `choice` (True, False or 'auto': on CUDA) asks for it, and tell if it is
+    """ compile `model` in place where `choice` (True, False or 'auto': on CUDA) says so, and tell if it is
 
     `trial()` calls the model at once, so that a machine without a compiler costs one warning.
     """
     if choice not in ('auto', True, False):
         raise ValueError(f"compile is {choice!r}; type --compile=auto, True or False")
-    if not choice or choice == 'auto' and not (device.startswith('cuda') and importlib.util.find_spec('triton')):
+    pays = device.startswith('cuda') and importlib.util.find_spec('triton')
+    if not choice or choice == 'auto' and not pays:
         return False
     model.compile(dynamic=dynamic)
     try:

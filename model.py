@@ -48,11 +48,11 @@ class KVCache:
 
 def attend(q, k, v, dropout: float):
     """ causal attention of q (B, n_head, T, head_size), to itself or, for T = 1, to all of k and v """
-    causal = q.size(2) > 1
+    options = dict(dropout_p=dropout, is_causal=q.size(2) > 1)
     if q.device.type == 'cpu' and q.requires_grad: # its kernel's backward is slow in bfloat16 for small heads
         with torch.autocast('cpu', enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), dropout_p=dropout, is_causal=causal)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+    return F.scaled_dot_product_attention(q, k, v, **options)
 
 class CausalSelfAttention(nn.Module):
 
@@ -129,7 +129,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T: int) -> float:
-        """ forward and backward at T tokens a sequence; PaLM's appendix B: https://arxiv.org/abs/2204.02311 """
+        """ forward and backward, T tokens a sequence; PaLM's appendix B, https://arxiv.org/abs/2204.02311 """
         config = self.config
         matrices = self.num_params() - self.transformer.wpe.weight.numel() # positions are looked up
         return 6 * matrices + 12 * config.n_layer * config.n_embd * T
@@ -142,7 +142,7 @@ class GPT(nn.Module):
         (B, 1, vocab_size), and loss is None. cache, a KVCache a layer, holds the tokens before idx.
         """
         T, seen = idx.size(1), cache[0].size if cache else 0
-        assert seen + T <= self.config.block_size, f"{seen + T} tokens, but block_size is {self.config.block_size}"
+        assert seen + T <= self.config.block_size, f"{seen + T} tokens are more than block_size"
         pos = torch.arange(seen, seen + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos)) # (B, T, C)
         for i, block in enumerate(self.transformer.h):
@@ -180,7 +180,8 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens: int, **options):
         """ idx (B, T) and what stream makes of it: (B, T + max_new_tokens) """
-        return torch.cat([idx, *(token[:, None] for token in self.stream(idx, max_new_tokens, **options))], dim=1)
+        tokens = self.stream(idx, max_new_tokens, **options)
+        return torch.cat([idx, *(token[:, None] for token in tokens)], dim=1)
 
     @classmethod
     def from_weights(cls, config: GPTConfig, weights: dict) -> 'GPT':
@@ -200,8 +201,9 @@ class GPT(nn.Module):
         if (c.model_type != 'gpt2' or c.activation_function not in ('gelu_new', 'gelu_pytorch_tanh')
                 or not c.scale_attn_weights or c.scale_attn_by_inverse_layer_idx or not c.tie_word_embeddings
                 or c.n_inner not in (None, 4 * c.n_embd) or c.layer_norm_epsilon != 1e-5):
-            raise ValueError(f"{source} is a {c.model_type} that computes otherwise than GPT-2; expected tanh GELU, "
-                             "scaled attention, 4 * n_embd in the MLP and tied embeddings; take another model")
+            raise ValueError(f"{source} is a {c.model_type} that computes otherwise than GPT-2; expected "
+                             "tanh GELU, scaled attention, 4 * n_embd in the MLP and tied embeddings; "
+                             "take another model")
         theirs, info = GPT2LMHeadModel.from_pretrained(source, output_loading_info=True)
         if info['missing_keys']:
             raise ValueError(f"{source} lacks the weights {sorted(info['missing_keys'])[:3]} and maybe more; "
@@ -220,14 +222,14 @@ def check_shape(config: GPTConfig) -> None:
     if config.n_embd % config.n_head:
         near = [n for n in range(1, config.n_embd + 1) if config.n_embd % n == 0]
         near = min(near, key=lambda n: abs(n - config.n_head))
-        raise ValueError(f"n_embd = {config.n_embd} does not divide into n_head = {config.n_head} equal heads; "
-                         f"type --n_head={near}, for instance")
+        raise ValueError(f"n_embd = {config.n_embd} does not divide into n_head = {config.n_head} equal "
+                         f"heads; type --n_head={near}, for instance")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"dropout is {config.dropout}; type --dropout=P with 0 <= P < 1")
 
 def sample_token(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None):
     """ a token (B,) for each row of logits (B, V): the likeliest at temperature 0, else drawn from the
-    top_k likeliest and, of these, from the fewest that hold the probability top_p; None leaves a limit out """
+    top_k likeliest and, of these, from the fewest that hold the probability top_p; None is no limit """
     if temperature < 1e-6: # 0, or so near that it overflows
         return logits.argmax(dim=-1)
     logits = logits / temperature
@@ -236,6 +238,6 @@ def sample_token(logits, temperature: float = 1.0, top_k: int | None = None, top
         logits = logits.masked_fill(logits < least, -math.inf)
     if top_p is not None and top_p < 1:
         probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        beyond = probs.cumsum(dim=-1) - probs >= top_p # what stands before it is enough; the first always stays
+        beyond = probs.cumsum(dim=-1) - probs >= top_p # what stands before it is enough; the first stays
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
     return logits.softmax(dim=-1).multinomial(num_samples=1).squeeze(1)

@@ -68,7 +68,8 @@ def load_optimizer(optimizer, state: dict) -> None:
     same = [[len(g['params']) for g in groups] for groups in now] == [
         [len(g['params']) for g in saved['param_groups']] for saved in states]
     if not same:
-        raise ValueError("the checkpoint is of another optimizer or of other trained parameters; type the --optimizer "
-                         "it was trained with, or --init_from=ITS_FOLDER to start afresh from its weights")
+        raise ValueError("the checkpoint is of another optimizer or of other trained parameters; type the "
+                         "--optimizer it was trained with, or --init_from=ITS_FOLDER to start afresh from "
+                         "its weights")
     for part, saved, groups in zip(parts, states, now):
         part.load_state_dict({'state': saved['state'], 'param_groups': groups})

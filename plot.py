@@ -11,8 +11,11 @@ def read_log(path: str) -> dict:
     """ (iterations, values) of each loss column, leaving out empty cells """
     with open(path, newline='') as file:
         rows = list(csv.DictReader(file))
-    return {key: ([int(row['iter']) for row in rows if row[key]], [float(row[key]) for row in rows if row[key]])
-            for key in ('loss', 'train_loss', 'val_loss')}
+    columns = {}
+    for key in ('loss', 'train_loss', 'val_loss'):
+        given = [row for row in rows if row[key]]
+        columns[key] = [int(row['iter']) for row in given], [float(row[key]) for row in given]
+    return columns
 
 def plot_run(out_dir: str) -> str:
     """ draw the run in `out_dir` and return the picture's path """
@@ -29,7 +32,8 @@ def plot_run(out_dir: str) -> str:
         axes.plot([at], [best], 'o', color='#d62728', fillstyle='none', markersize=10)
         label += f', best {best:.4f} at iteration {at}'
     axes.plot(*curves['val_loss'], color='#d62728', marker='.', label=label)
-    axes.set(xlabel='iteration', ylabel='loss, nats a token', title=os.path.basename(os.path.abspath(out_dir)))
+    title = os.path.basename(os.path.abspath(out_dir))
+    axes.set(xlabel='iteration', ylabel='loss, nats a token', title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     path = os.path.join(out_dir, 'loss.png')
@@ -41,10 +45,12 @@ def plot_run(out_dir: str) -> str:
 
 if __name__ == '__main__':
     if len(sys.argv) != 2 or not os.path.isfile(os.path.join(sys.argv[1], 'log.csv')):
-        print("error: no run's folder given; type python plot.py OUT_DIR, one with a log.csv", file=sys.stderr)
+        print("error: no run's folder given; type python plot.py OUT_DIR, one with a "
+              "log.csv", file=sys.stderr)
         sys.exit(2)
     try:
         print(plot_run(sys.argv[1]))
     except (KeyError, ValueError) as error:
-        print(f"error: {sys.argv[1]}/log.csv is no log of train.py ({error}); give another folder", file=sys.stderr)
+        print(f"error: {sys.argv[1]}/log.csv is no log of train.py ({error}); give another "
+              "folder", file=sys.stderr)
         sys.exit(2)

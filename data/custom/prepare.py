@@ -15,7 +15,8 @@ allow_special = False # read <|endoftext|> in the text as that token, rather tha
 import os
 import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..')) # for the project's modules
+_folder = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(_folder, '..', '..')) # for the project's modules
 
 from configurator import configure
 configure(globals())
@@ -28,7 +29,8 @@ if not input:
 if not os.path.exists(input):
     raise FileNotFoundError(f"there is no {input}; type --input=PATH of a text file or of a folder of them")
 if not 0 < val_fraction < 1:
-    raise ValueError(f"val_fraction is {val_fraction}; type a share between 0 and 1, such as --val_fraction=0.1")
+    raise ValueError(f"val_fraction is {val_fraction}; type a share between 0 and 1, such as "
+                     "--val_fraction=0.1")
 if tokenizer not in ('gpt2', 'char'):
     raise ValueError(f"there is no tokenizer {tokenizer!r}; type --tokenizer=gpt2 or --tokenizer=char")
 if not name or os.path.basename(name) != name or name.startswith('.'):
@@ -46,6 +48,7 @@ if not documents:
     raise ValueError(f"there is no text in {input}; expected a text file, or *.txt and *.md in a folder")
 chars = sorted(set().union('\n', *documents)) # a newline closes a document
 encoder = BPETokenizer() if tokenizer == 'gpt2' else CharTokenizer(chars)
-write_dataset(os.path.join(DATA, name), documents, encoder, val_fraction, close=True, allow_special=allow_special)
+folder = os.path.join(DATA, name)
+write_dataset(folder, documents, encoder, val_fraction, close=True, allow_special=allow_special)
 print(f"next: python train.py config/finetune/gpt2_small.py --dataset={name}" if tokenizer == 'gpt2' else
       f"next: python train.py config/train_shakespeare_char_cpu.py --dataset={name} --out_dir=out-{name}")

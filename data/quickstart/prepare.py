@@ -31,7 +31,8 @@ from tokenizer import CharTokenizer
 
 def library_files():
     """ the standard library's modules, in the order of their names """
-    skip = {'test', 'tests', 'idlelib', 'lib2to3', 'turtledemo', 'site-packages', 'dist-packages', 'pydoc_data'}
+    skip = {'test', 'tests', 'idlelib', 'lib2to3', 'turtledemo', 'site-packages', 'dist-packages',
+            'pydoc_data'}
     for place, folders, files in os.walk(sysconfig.get_path('stdlib')):
         folders[:] = sorted(set(folders) - skip)
         yield from (os.path.join(place, file) for file in sorted(files) if file.endswith('.py'))
