@@ -69,7 +69,8 @@ trained_on = loaded.get('config', {}).get('dataset', '')
 state = loaded.get('tokenizer') or read_tokenizer_state(find_dataset(trained_on)) # nanoGPT's do not say
 if 'tokenizer' not in loaded and state['name'] == 'gpt2' and model.config.vocab_size < BPETokenizer.n_vocab:
     raise FileNotFoundError(f"the checkpoint has {model.config.vocab_size} ids and does not say which "
-                            f"characters they are; put the meta.pkl of its dataset at data/{trained_on}/meta.pkl")
+                            "characters they are; put the meta.pkl of its dataset at "
+                            f"data/{trained_on}/meta.pkl")
 check_match(state, model.config.vocab_size, state, 'its dataset')
 tokenizer = from_state(state)
 model.eval().to(device, DTYPES[dtype])
