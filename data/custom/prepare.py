@@ -21,6 +21,8 @@ sys.path.insert(0, os.path.join(_folder, '..', '..')) # for the project's module
 from configurator import configure
 configure(globals())
 
+from tqdm import tqdm
+
 from dataset import DATA, read_text, write_dataset
 from tokenizer import BPETokenizer, CharTokenizer
 
@@ -43,7 +45,7 @@ if os.path.isdir(input):
     paths = sorted(os.path.join(folder, file) for folder, _, files in os.walk(input) for file in files
                    if file.lower().endswith(('.txt', '.md')))
     print(f"{len(paths)} files in {input}")
-documents = [text for text in map(read_text, paths) if text.strip()]
+documents = [text for text in map(read_text, tqdm(paths, desc='reading', unit='file', delay=1)) if text.strip()]
 if not documents:
     raise ValueError(f"there is no text in {input}; expected a text file, or *.txt and *.md in a folder")
 chars = sorted(set().union('\n', *documents)) # a newline closes a document
