@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class GPTConfig:
@@ -98,12 +99,53 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
+class ChunkedLoss(torch.autograd.Function):
+    """ `scale` times the summed cross-entropy of x (N, C) @ weight.t() (C, V) against targets (N,), where -1
+    does not count
+
+    Goes through x some rows at a time and makes the gradients in the same pass, so that there is never a
+    matrix of N x V. Matrix products are in autocast's format; sums and the softmax in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, scale):
+        device, (N, C), V = x.device.type, x.shape, weight.size(0)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        padded = -(-V // 64) * 64 if device == 'cuda' and weight.dtype != dtype else V # products are faster
+        w = F.pad(weight, (0, 0, 0, padded - V)).to(dtype) if padded > V else weight.to(dtype)
+        needs_grad = any(ctx.needs_input_grad)
+        dx, dw = (torch.empty_like(x, dtype=dtype), torch.zeros(V, C, device=x.device)) if needs_grad else (None,) * 2
+        total = torch.zeros((), device=x.device)
+        rows = max(N // 8, 2**23 // V, 1)
+        with torch.autocast(device, enabled=False):
+            for i in range(0, N, rows):
+                xi, counts = x[i:i + rows].to(dtype), (targets[i:i + rows] >= 0)[:, None]
+                ti = targets[i:i + rows, None].clamp(min=0)
+                logits = (xi @ w.t()).float() # (rows, padded)
+                logits[:, V:] = -math.inf # out of the softmax
+                lse = logits.logsumexp(dim=1, keepdim=True)
+                total += ((lse - logits.gather(1, ti)) * counts).sum()
+                if needs_grad:
+                    dlogits = logits.sub_(lse).exp_() # softmax - one-hot, where the target counts
+                    dlogits.scatter_add_(1, ti, torch.full_like(lse, -1.0))
+                    dlogits = dlogits.mul_(counts * scale).to(dtype)
+                    dx[i:i + rows] = dlogits @ w
+                    dw += (dlogits.t() @ xi)[:V]
+        ctx.save_for_backward(dx, dw)
+        return total * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return dx * grad, dw.mul_(grad), None, None
+
 class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         check_shape(config)
         self.config = config
+        self.recompute = False # keep only the blocks' inputs for backward, which runs each block again
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -134,26 +176,34 @@ class GPT(nn.Module):
         matrices = self.num_params() - self.transformer.wpe.weight.numel() # positions are looked up
         return 6 * matrices + 12 * config.n_layer * config.n_embd * T
 
-    def forward(self, idx, targets=None, cache=None, reduction: str = 'mean'):
-        """ (logits, loss) of token ids idx (B, T)
+    def hidden(self, idx, cache=None):
+        """ the last layer's output (B, T, C) for token ids idx (B, T), from which lm_head makes logits
 
-        With targets (B, T), of which -1 do not count, logits are (B, T, vocab_size) and loss is the
-        cross-entropy in nats, its mean or its sum. Without, logits are those of the last position,
-        (B, 1, vocab_size), and loss is None. cache, a KVCache a layer, holds the tokens before idx.
+        cache, a KVCache a layer, holds the tokens before idx.
         """
         T, seen = idx.size(1), cache[0].size if cache else 0
         assert seen + T <= self.config.block_size, f"{seen + T} tokens are more than block_size"
         pos = torch.arange(seen, seen + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos)) # (B, T, C)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache[i] if cache else None)
-        x = self.transformer.ln_f(x)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+            else:
+                x = block(x, cache[i] if cache else None)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None, cache=None, scale=None):
+        """ (logits, loss) of token ids idx (B, T), one of them None
+
+        With targets (B, T), of which -1 do not count, the loss is their cross-entropy in nats: the mean, or
+        `scale` times the sum. Without, the logits are those of the last position, (B, 1, vocab_size).
+        """
+        x = self.hidden(idx, cache)
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None
-        logits = self.lm_head(x)
-        loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.view(-1),
-                               ignore_index=-1, reduction=reduction)
-        return logits, loss
+        if scale is None:
+            scale = 1 / (targets >= 0).sum()
+        return None, ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), scale)
 
     def new_cache(self, length: int) -> list[KVCache]:
         return [KVCache(length) for _ in self.transformer.h]

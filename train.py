@@ -196,7 +196,7 @@ loaded = before = None # frees the moments, which the optimizer has copied
 def one_step():
     x, y = fetch(train_data, train_data.cut(np.zeros(micro_batch, int)))
     with autocast(device, dtype):
-        model(x, y, reduction='sum')[1].backward()
+        model(x, y)[1].backward()
 
 is_compiled = compile_model(model, compile, device, one_step)
 model.zero_grad(set_to_none=True)
@@ -223,7 +223,7 @@ def evaluate():
         for batch in data.batches(windows[rank::world_size], micro_batch):
             x, y = fetch(data, batch)
             with autocast(device, dtype):
-                total += raw_model(x, y, reduction='sum')[1]
+                total += raw_model(x, y, scale=1.0)[1]
         losses[name] = all_sum([total.item()], world_size, device)[0] / int(windows[:, 1].sum())
     raw_model.train()
     return losses
@@ -352,6 +352,8 @@ while True:
     windows = train_data.training_windows(iter_num, sequences)
     n_targets = int(windows[:, 1].sum())
     mine = windows.reshape(world_size, n_micro_steps, micro_batch, 2)[rank]
+    # a share of the mean over the targets of all processes, over which DDP takes another mean
+    scale = scaler.scale(torch.tensor(world_size / n_targets, device=device))
     loss = torch.zeros((), device=device)
     for micro_step in range(n_micro_steps):
         x, y = fetch(train_data, mine[micro_step])
@@ -361,10 +363,9 @@ while True:
         if world_size > 1: # the processes exchange gradients once, in the last backward
             model.require_backward_grad_sync = micro_step == n_micro_steps - 1
         with autocast(device, dtype):
-            _, loss_sum = model(x, y, reduction='sum')
-        # a share of the mean over the targets of all processes, over which DDP takes another mean
-        scaler.scale(loss_sum * (world_size / n_targets)).backward()
-        loss += loss_sum.detach() / n_targets
+            _, micro_loss = model(x, y, scale=scale)
+        micro_loss.backward()
+        loss += micro_loss.detach() / (scale * n_targets)
     scaler.unscale_(opt)
     grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
     loss, n_stopping = all_sum([loss.item(), float(stop > 0)], world_size, device)

@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from model import GPT, GPT2_SHAPES, GPTConfig, sample_token
+from model import GPT, GPT2_SHAPES, ChunkedLoss, GPTConfig, sample_token
 
 def make_pair(tmp_path, safe=True, **shape):
     """ the same random weights in transformers' model and, read from its directory, in ours """
@@ -26,7 +26,7 @@ def test_logits_and_every_gradient_equal_transformers(tmp_path, safe):
     theirs, ours = make_pair(tmp_path, safe)
     idx = torch.randint(101, (3, 24))
     targets = torch.randint(101, (3, 24))
-    logits, loss = ours(idx, targets)
+    logits, (_, loss) = ours.lm_head(ours.hidden(idx)), ours(idx, targets)
     reference = theirs(idx).logits
     assert (logits - reference).abs().max() < 1e-4
     reference_loss = torch.nn.functional.cross_entropy(reference.view(-1, 101), targets.view(-1))
@@ -95,9 +95,9 @@ def test_loss_leaves_out_masked_targets():
     idx, targets = torch.randint(11, (2, 8)), torch.randint(11, (2, 8))
     masked = targets.clone()
     masked[0, :5] = -1
-    logits, _ = model(idx, targets)
+    logits = model.lm_head(model.hidden(idx))
     expected = torch.nn.functional.cross_entropy(logits.view(-1, 11), targets.view(-1), reduction='none')[5:].sum()
-    assert torch.isclose(model(idx, masked, reduction='sum')[1], expected)
+    assert torch.isclose(model(idx, masked, scale=1.0)[1], expected)
 
 def test_weights_start_at_gpt2_s_scale():
     torch.manual_seed(0)
@@ -105,3 +105,46 @@ def test_weights_start_at_gpt2_s_scale():
     assert abs(model.transformer.wte.weight.std() - 0.02) < 1e-3
     assert abs(model.transformer.h[3].mlp.c_proj.weight.std() - 0.02 / 16 ** 0.5) < 1e-3
     assert model.lm_head.weight is model.transformer.wte.weight
+
+def relative_error(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+def test_the_chunked_loss_and_its_gradients_equal_torch_s_cross_entropy():
+    torch.manual_seed(0)
+    N, C, V = 300, 64, 50257 # in chunks of 166, 134 rows
+    x, w = torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
+    targets = torch.randint(V, (N,))
+    targets[::7] = -1
+    loss = ChunkedLoss.apply(x, w, targets, 1 / 256)
+    got = loss, *torch.autograd.grad(loss, (x, w))
+    loss = torch.nn.functional.cross_entropy(x @ w.t(), targets, ignore_index=-1, reduction='sum') / 256
+    expected = loss, *torch.autograd.grad(loss, (x, w))
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(got, expected))
+
+def test_the_loss_never_holds_a_matrix_of_tokens_by_vocabulary():
+    from torch.utils._python_dispatch import TorchDispatchMode
+    largest = []
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            largest.append(max((t.numel() for t in (out if isinstance(out, tuple) else (out,))
+                                if isinstance(t, torch.Tensor)), default=0))
+            return out
+    model, idx = GPT(GPTConfig(512, 50257, 1, 1, 8)), torch.randint(50257, (2, 512))
+    with Watch():
+        model(idx, idx)[1].backward()
+        with torch.no_grad():
+            model(idx, idx)
+    assert max(largest) <= 1024 // 6 * 50257
+
+@pytest.mark.parametrize('dropout', [0.0, 0.2])
+def test_recomputing_the_blocks_changes_nothing(dropout):
+    torch.manual_seed(0)
+    model, idx = GPT(GPTConfig(16, 50, 3, 2, 16, dropout)), torch.randint(50, (2, 16))
+    grads = []
+    for model.recompute in (False, True):
+        torch.manual_seed(1)
+        model.zero_grad()
+        model(idx, idx)[1].backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(a.equal(b) for a, b in zip(*grads))
