@@ -44,11 +44,14 @@ def pick_dtype(dtype: str, device: str) -> str:
         return 'bfloat16'
     return 'float32'
 
-def autocast(device: str, dtype: str):
-    """ a context in which matrix products run in `dtype`, and whatever needs float32 stays in it """
+def autocast(device: str, dtype: str, cache: bool = True):
+    """ a context in which matrix products run in `dtype`, and whatever needs float32 stays in it
+
+    With `cache`, a weight's copy in `dtype` is kept until the context ends.
+    """
     if dtype == 'float32':
         return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, DTYPES[dtype])
+    return torch.autocast(torch.device(device).type, DTYPES[dtype], cache_enabled=cache)
 
 def start_processes(backend: str, device: str) -> tuple[int, int, str]:
     """ join the processes that torchrun started, if it did: (rank, world_size, this process's device) """
@@ -113,6 +116,27 @@ def peak_flops(device: str, dtype: str) -> float | None:
     if dtype == 'float32' or re.search(r'Ti|SUPER|Laptop', name):
         return None
     return next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf'\b{key}\b', name)), None)
+
+def free_memory(device: str) -> int:
+    """ the bytes that this process may still take on the device; resident memory on a CPU """
+    if device.startswith('cuda'):
+        return torch.cuda.mem_get_info(device)[0]
+    if device == 'mps':
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if os.path.exists('/proc/meminfo'):
+        with open('/proc/meminfo') as file: # in kB
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith('MemAvailable'))
+    return 8 * 2**30 # unknown: what a small laptop has
+
+def limit_memory(device: str, size: float) -> None:
+    """ let this process have no more than `size` bytes of a GPU, as if it were a smaller one """
+    if device.startswith('cuda'):
+        fraction = size / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(max(fraction, 0.0), 1.0), device)
+
+def is_out_of_memory(error: Exception) -> bool:
+    """ whether the device, or the RAM of a CPU, had no room for a tensor """
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 def memory_mb(device: str) -> float:
     """ the most memory this process held so far, in MiB: the device's, or resident memory on a CPU """

@@ -116,7 +116,7 @@ class ChunkedLoss(torch.autograd.Function):
         needs_grad = any(ctx.needs_input_grad)
         dx, dw = (torch.empty_like(x, dtype=dtype), torch.zeros(V, C, device=x.device)) if needs_grad else (None,) * 2
         total = torch.zeros((), device=x.device)
-        rows = max(N // 8, 2**23 // V, 1)
+        rows = max(N // 8, 2**22 // V, 1)
         with torch.autocast(device, enabled=False):
             for i in range(0, N, rows):
                 xi, counts = x[i:i + rows].to(dtype), (targets[i:i + rows] >= 0)[:, None]
@@ -130,7 +130,10 @@ class ChunkedLoss(torch.autograd.Function):
                     dlogits.scatter_add_(1, ti, torch.full_like(lse, -1.0))
                     dlogits = dlogits.mul_(counts * scale).to(dtype)
                     dx[i:i + rows] = dlogits @ w
-                    dw += (dlogits.t() @ xi)[:V]
+                    for j in range(0, V, 2**13): # a product in half precision of all would be as large as w
+                        dw[j:j + 2**13] += dlogits[:, j:min(j + 2**13, V)].t() @ xi
+                    del dlogits
+                del logits # before the next rows make theirs
         ctx.save_for_backward(dx, dw)
         return total * scale
 

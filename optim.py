@@ -1,6 +1,7 @@
 """
 Optimizers and their learning rate: AdamW with GPT-2's groups, or Muon for the matrices of the blocks.
 """
+import concurrent.futures
 import math
 
 import torch
@@ -39,10 +40,88 @@ class Pair:
     def state_dict(self):
         return {'pair': [optimizer.state_dict() for optimizer in self.both]}
 
+class OffloadedAdamW(torch.optim.AdamW):
+    """ AdamW in RAM for a model on a device, which keeps its matrices there in half precision
+
+    The float32 weights, gradients and moments are tensors on the CPU, and its state is AdamW's own. Each
+    gradient leaves the device as soon as backward has made it; a thread adds it to the earlier micro-batches'
+    while backward goes on. Clipping takes the norm of them all, so the update itself comes after backward;
+    call `collect` before looking at the gradients.
+    """
+
+    def __init__(self, model, device: str, half: torch.dtype, groups, **options):
+        named = {p: name for name, p in model.named_parameters()}
+        self.device, self.pinned = device, device.startswith('cuda')
+        self.stream = torch.cuda.Stream(device) if self.pinned else None
+        self.thread, self.jobs = concurrent.futures.ThreadPoolExecutor(1), []
+        self.masters = {p: self.in_ram(p) for group in groups for p in group['params']}
+        self.names = {named[p]: master for p, master in self.masters.items()}
+        super().__init__([{**group, 'params': [self.masters[p] for p in group['params']]} for group in groups],
+                         fused=True, **options)
+        for p, master in self.masters.items():
+            # autocast rounds these alike; the embeddings it does not
+            in_half = p.dim() == 2 and '.h.' in named[p]
+            p.data = master.detach().to(device, half if in_half else torch.float32, copy=True)
+            p.register_post_accumulate_grad_hook(self.take)
+
+    def in_ram(self, p):
+        weight = p.detach().to('cpu', torch.float32)
+        return torch.nn.Parameter(weight.pin_memory() if self.pinned else weight)
+
+    def take(self, p):
+        """ send a gradient to RAM, and forget it on the device """
+        grad, p.grad, sent = p.grad, None, None
+        if self.pinned: # beside what the device computes
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                there = torch.empty(grad.shape, dtype=grad.dtype, pin_memory=True)
+                there.copy_(grad, non_blocking=True)
+                grad.record_stream(self.stream)
+                grad, sent = there, self.stream.record_event()
+        self.jobs.append(self.thread.submit(self.add, self.masters[p], grad, sent))
+
+    @staticmethod
+    def add(master, grad, sent):
+        if sent:
+            sent.synchronize()
+        if master.grad is None:
+            master.grad = grad.to('cpu', torch.float32, copy=True)
+        else:
+            master.grad += grad.to('cpu')
+
+    def collect(self):
+        """ wait until all gradients have arrived """
+        for job in self.jobs:
+            job.result()
+        self.jobs.clear()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.collect()
+        super().step(closure)
+        for p, master in self.masters.items():
+            weight = master.to(p.dtype) if p.dtype != master.dtype else master
+            p.copy_(weight.pin_memory() if self.pinned else weight, non_blocking=self.pinned)
+
+    def zero_grad(self, set_to_none: bool = True):
+        self.collect()
+        super().zero_grad(set_to_none)
+
+def weights(model, optimizer) -> dict:
+    """ the model's state in float32, wherever its weights are """
+    state = model.state_dict()
+    if isinstance(optimizer, OffloadedAdamW):
+        state.update({name: master.detach() for name, master in optimizer.names.items()})
+        state['lm_head.weight'] = state['transformer.wte.weight']
+    return state
+
 def make_optimizer(name: str, model, learning_rate: float, muon_learning_rate: float, weight_decay: float,
-                   betas: tuple[float, float]):
+                   betas: tuple[float, float], offload_to: tuple[str, torch.dtype] | None = None):
     """ 'adamw', with decay for matrices and none for vectors, in nanoGPT's order; or 'muon', which takes the
-    matrices of the blocks and leaves the rest to AdamW """
+    matrices of the blocks and leaves the rest to AdamW
+
+    With offload_to = (device, half), `model` moves there and the optimizer stays in RAM.
+    """
     if name not in ('adamw', 'muon'):
         raise ValueError(f"there is no optimizer {name!r}; type --optimizer=adamw or --optimizer=muon")
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -50,6 +129,9 @@ def make_optimizer(name: str, model, learning_rate: float, muon_learning_rate: f
     rest = [p for p in params.values() if not any(p is h for h in hidden)]
     groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=weight_decay),
               dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
+    if offload_to:
+        assert name == 'adamw', "Muon's products want the device"
+        return OffloadedAdamW(model, *offload_to, groups, lr=learning_rate, betas=betas)
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
     if not hidden:
         return adamw

@@ -54,6 +54,9 @@ min_lr = 6e-5 # what learning_rate decays to; Muon's decays by the same factor
 device = 'auto' # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto' # auto, float32, bfloat16, float16 (with a gradient scaler)
 compile = 'auto' # auto (on CUDA), True, False
+plan = 'auto' # auto, device, recompute, offload: what lies where, to fit; docs/memory.md has them
+memory_gb = 0.0 # plan for a card of so many GiB, and use no more of it; 0 for what is free
+dry_run = False # print what each plan would take, and leave
 backend = 'auto' # of torch.distributed: auto, nccl, gloo
 seed = 1337 # of the weights, of the order of the data and of dropout
 
@@ -63,9 +66,7 @@ config = configure(globals())
 # -----------------------------------------------------------------------------
 # set-up
 
-import csv
 import datetime
-import json
 import math
 import os
 import signal
@@ -77,11 +78,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint as checkpoints
+import memory
 from dataset import Split, find_dataset, read_tokenizer_state, split_batch
-from device import (all_sum, autocast, compile_model, memory_mb, peak_flops, pick_device, pick_dtype,
-                    start_processes, stop_processes)
-from model import GPT, GPTConfig
-from optim import get_lr, load_optimizer, make_optimizer, set_lr
+from device import (DTYPES, all_sum, autocast, compile_model, free_memory, is_out_of_memory, limit_memory,
+                    memory_mb, peak_flops, pick_device, pick_dtype, start_processes, stop_processes)
+from log import append_row, start_log
+from model import GPT, GPT2_SHAPES, GPTConfig
+from optim import get_lr, load_optimizer, make_optimizer, set_lr, weights
 from plot import plot_run
 from tokenizer import check_match, count_ids
 
@@ -115,25 +118,54 @@ def say(text):
     if master:
         print(text)
 
+model = None
+def leave(status):
+    global model
+    model = None # DDP holds on to the processes' group
+    stop_processes(world_size)
+    sys.exit(status)
+
 sequences = batch_size * gradient_accumulation_steps # S: what an iteration trains on, on any machine
 if sequences % world_size:
     low = sequences // world_size * world_size
     raise ValueError(f"an iteration has {sequences} sequences (batch_size * gradient_accumulation_steps), "
                      f"which {world_size} processes cannot share evenly; make it {low or world_size} or "
                      f"{low + world_size}")
-micro_batch, n_micro_steps = split_batch(sequences // world_size, batch_size)
+share = sequences // world_size # of them, a process's
 
-if master and not eval_only:
+if master and not (eval_only or dry_run):
     if init_from != 'resume' and not overwrite and checkpoints.find(out_dir):
         raise FileExistsError(f"{out_dir} already holds a run; type --init_from=resume to go on with it, "
                               "--out_dir=ANOTHER to keep it, or --overwrite=True to lose it")
 
 # -----------------------------------------------------------------------------
-# data
+# memory
 
 data_dir = find_dataset(dataset)
 tokenizer = read_tokenizer_state(data_dir)
 vocab_size = count_ids(tokenizer)
+free = free_memory(device)
+if memory_gb:
+    free = memory.usable(memory_gb)
+    limit_memory(device, free)
+
+def shape_of(c):
+    """ what the memory of this run depends on, for a model of GPTConfig c """
+    with torch.device('meta'):
+        n_params = GPT(c).num_params()
+    half = dtype != 'float32' or device == 'cpu' and memory_gb > 0 # a card has half precision
+    return memory.Shape(n_params, c.n_layer, c.n_head, c.n_embd, c.vocab_size, block_size, dropout, half)
+
+if dry_run: # which needs neither data nor, for GPT-2, weights
+    c = (GPTConfig(**GPT2_SHAPES[init_from]) if init_from in GPT2_SHAPES else
+         GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=bias) if init_from == 'scratch' else
+         checkpoints.load_model(out_dir if init_from == 'resume' else init_from)[0].config)
+    say(memory.table(shape_of(c), share, batch_size, free))
+    leave(0)
+
+# -----------------------------------------------------------------------------
+# data
+
 train_data = Split(data_dir, 'train', block_size, vocab_size, seed)
 val_data = Split(data_dir, 'val', block_size, vocab_size)
 if num_epochs:
@@ -167,14 +199,23 @@ check_match(loaded.get('tokenizer'), model.config.vocab_size, tokenizer, dataset
 if block_size > model.config.block_size:
     raise ValueError(f"block_size is {block_size}, but the model has {model.config.block_size} positions; "
                      f"type --block_size={model.config.block_size} or less")
-model.to(device)
+
+in_ram = device == 'cpu' and plan == 'auto' and not memory_gb # where offloading gains nothing
+n_plans = 2 if optimizer == 'muon' or world_size > 1 or in_ram else 3
+shape = shape_of(model.config)
+plan, fits = memory.choose(plan, shape, share, batch_size, free, memory.PLANS[:n_plans])
+micro_batch, n_micro_steps = split_batch(share, fits)
+model.recompute = plan != 'device'
+if plan != 'offload':
+    model.to(device)
 raw_model = model # without DDP
 
 # -----------------------------------------------------------------------------
 # optimizer
 
-params = list(model.parameters())
-opt = make_optimizer(optimizer, model, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2))
+opt = make_optimizer(optimizer, model, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2),
+                     offload_to=(device, DTYPES[dtype]) if plan == 'offload' else None)
+params = [p for group in opt.param_groups for p in group['params']]
 scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == 'float16')
 iter_num, best_val_loss = 0, math.inf
 if init_from == 'resume':
@@ -184,9 +225,9 @@ if init_from == 'resume':
         load_optimizer(opt, loaded['optimizer'])
     if loaded.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(loaded['scaler'])
-    before, shape = loaded.get('config', {}), ('n_layer', 'n_head', 'n_embd', 'bias') # the model has its own
+    before, own = loaded.get('config', {}), ('n_layer', 'n_head', 'n_embd', 'bias') # the model's
     changed = [f"{key} {before[key]!r} -> {config[key]!r}" for key in config
-               if key != 'init_from' and key not in shape and before.get(key, config[key]) != config[key]]
+               if key != 'init_from' and key not in own and before.get(key, config[key]) != config[key]]
     say(f"resuming at iteration {iter_num}" + (f", with {', '.join(changed)}" if changed else ''))
 loaded = before = None # frees the moments, which the optimizer has copied
 
@@ -195,19 +236,13 @@ loaded = before = None # frees the moments, which the optimizer has copied
 
 def one_step():
     x, y = fetch(train_data, train_data.cut(np.zeros(micro_batch, int)))
-    with autocast(device, dtype):
+    with autocast(device, dtype, cache=plan == 'device'):
         model(x, y)[1].backward()
 
 is_compiled = compile_model(model, compile, device, one_step)
-model.zero_grad(set_to_none=True)
+opt.zero_grad(set_to_none=True)
 if world_size > 1:
     model = DistributedDataParallel(raw_model, device_ids=[device] if device.startswith('cuda') else None)
-
-def leave(status):
-    global model
-    model = None # DDP holds on to the processes' group
-    stop_processes(world_size)
-    sys.exit(status)
 
 # -----------------------------------------------------------------------------
 # evaluation
@@ -231,38 +266,8 @@ def evaluate():
 # -----------------------------------------------------------------------------
 # logging
 
-COLUMNS = 'iter,epoch,loss,lr,grad_norm,time_ms,tokens_per_sec,mfu,memory_mb,train_loss,val_loss'.split(',')
-log_path = os.path.join(out_dir, 'log.csv')
-
-def start_log():
-    """ make out_dir, with the run's settings in config.json and the rows before iter_num in log.csv """
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        rows = []
-        if init_from == 'resume' and os.path.exists(log_path):
-            with open(log_path, newline='') as file:
-                rows = [row for row in csv.DictReader(file) if row['iter'] and int(row['iter']) < iter_num]
-            if rows and list(rows[0]) != COLUMNS:
-                raise ValueError('other columns')
-        with open(log_path + '.tmp', 'w', newline='') as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(log_path + '.tmp', log_path)
-        with open(os.path.join(out_dir, 'config.json'), 'w') as file:
-            json.dump({**config, 'device': device, 'dtype': dtype, 'max_iters': max_iters,
-                       'warmup_iters': warmup_iters, 'lr_decay_iters': lr_decay_iters,
-                       'model_args': checkpoints.model_args(raw_model)}, file, indent=2)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{log_path} is no log of train.py ({error}); move it away and type this "
-                         "again") from None
-    except OSError as error:
-        raise OSError(f"cannot write to {out_dir} ({error.strerror}); type --out_dir=ANOTHER") from None
-
 def log(row):
-    """ add a row to log.csv, with empty cells for what was not measured """
-    with open(log_path, 'a', newline='') as file:
-        csv.DictWriter(file, COLUMNS).writerow({k: repr(v) for k, v in row.items() if v is not None})
+    append_row(out_dir, row)
     if 'val_loss' in row:
         try:
             plot_run(out_dir)
@@ -275,7 +280,7 @@ def save(is_best):
     """ write last.pt, and let ckpt.pt be the same file where it is the best """
     last = os.path.join(out_dir, 'last.pt')
     checkpoints.save({
-        'model': raw_model.state_dict(), 'optimizer': opt.state_dict(),
+        'model': weights(raw_model, opt), 'optimizer': opt.state_dict(),
         'model_args': checkpoints.model_args(raw_model), 'iter_num': iter_num, 'best_val_loss': best_val_loss,
         'config': config, 'tokenizer': tokenizer, 'scaler': scaler.state_dict()}, last)
     if is_best:
@@ -288,6 +293,7 @@ say(f"{raw_model.num_params():,} parameters, on {f'{world_size} x ' if world_siz
 say(f"{len(train_data.tokens):,} tokens to train on, {len(val_data.tokens):,} to validate on")
 say(f"an iteration is {sequences} sequences of {block_size} tokens, {sequences * block_size:,} tokens; "
     f"{max_iters:,} iterations are {max_iters * sequences / train_data.windows:.1f} epochs")
+say(memory.describe(plan, shape, micro_batch, n_micro_steps > 1, free))
 if eval_only:
     losses = evaluate()
     say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
@@ -303,7 +309,10 @@ if master and wandb_log:
     except Exception as error: # no key, no network
         raise OSError(f"wandb does not start ({error}); run wandb login, or set WANDB_MODE=offline") from None
 if master:
-    start_log()
+    start_log(out_dir, {**config, 'device': device, 'dtype': dtype, 'plan': plan, 'max_iters': max_iters,
+                        'warmup_iters': warmup_iters, 'lr_decay_iters': lr_decay_iters,
+                        'model_args': checkpoints.model_args(raw_model)},
+              resume_at=iter_num if init_from == 'resume' else None)
 
 # -----------------------------------------------------------------------------
 # loop
@@ -319,6 +328,41 @@ def ask_to_stop(number, frame):
     stop, stop_time = number, time.time()
     say("stopping after this iteration; a second Ctrl-C leaves at once")
 
+def accumulate(windows, n_targets):
+    """ make the gradients of an iteration, and return its loss, or this process's share of it """
+    # a share of the mean over the targets of all processes, over which DDP takes another mean
+    scale = scaler.scale(torch.tensor(world_size / n_targets, device=device))
+    loss = torch.zeros((), device=device)
+    mine = windows.reshape(world_size, n_micro_steps, micro_batch, 2)[rank]
+    for micro_step in range(n_micro_steps):
+        x, y = fetch(train_data, mine[micro_step])
+        if dropout: # seeded by the number of its first sequence, so that a resumed run draws the same
+            step = (iter_num * world_size + rank) * n_micro_steps + micro_step
+            torch.manual_seed(seed + step * micro_batch)
+        if world_size > 1: # the processes exchange gradients once, in the last backward
+            model.require_backward_grad_sync = micro_step == n_micro_steps - 1
+        with autocast(device, dtype, cache=plan == 'device'):
+            _, micro_loss = model(x, y, scale=scale)
+        micro_loss.backward()
+        loss += micro_loss.detach() / (scale * n_targets)
+    return loss
+
+def with_room(work, *args):
+    """ work(*args), again with smaller micro-batches where there is no room: they give the same result """
+    global micro_batch, n_micro_steps
+    while True:
+        try:
+            return work(*args)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        opt.zero_grad(set_to_none=True)
+        if micro_batch == 1 or world_size > 1: # the other processes do not know
+            raise ValueError(memory.advice(plan, micro_batch, block_size))
+        was = micro_batch
+        micro_batch, n_micro_steps = split_batch(share, micro_batch // 2)
+        say(f"iter {iter_num}: out of memory with {was} sequences at a time; again with {micro_batch}")
+
 signal.signal(signal.SIGINT, ask_to_stop)
 signal.signal(signal.SIGTERM, ask_to_stop)
 
@@ -327,11 +371,10 @@ peak = peak_flops(device, dtype)
 start_time, start_iter = time.time(), iter_num
 n_bad = 0 # iterations in a row that were not finite
 while True:
-
     # once in a while: evaluate and save
     row = {'iter': iter_num, 'epoch': round(iter_num * sequences / train_data.windows, 4)}
     if iter_num % eval_interval == 0 or iter_num == max_iters:
-        losses = evaluate()
+        losses = with_room(evaluate)
         row.update(train_loss=losses['train'], val_loss=losses['val'])
         # equal, after a resume: the run may have died between last.pt and ckpt.pt
         is_best = losses['val'] < best_val_loss or losses['val'] == best_val_loss and iter_num == start_iter
@@ -351,21 +394,9 @@ while True:
     set_lr(opt, lr / (learning_rate or 1))
     windows = train_data.training_windows(iter_num, sequences)
     n_targets = int(windows[:, 1].sum())
-    mine = windows.reshape(world_size, n_micro_steps, micro_batch, 2)[rank]
-    # a share of the mean over the targets of all processes, over which DDP takes another mean
-    scale = scaler.scale(torch.tensor(world_size / n_targets, device=device))
-    loss = torch.zeros((), device=device)
-    for micro_step in range(n_micro_steps):
-        x, y = fetch(train_data, mine[micro_step])
-        if dropout: # seeded by the number of its first sequence, so that a resumed run draws the same
-            step = (iter_num * world_size + rank) * n_micro_steps + micro_step
-            torch.manual_seed(seed + step * micro_batch)
-        if world_size > 1: # the processes exchange gradients once, in the last backward
-            model.require_backward_grad_sync = micro_step == n_micro_steps - 1
-        with autocast(device, dtype):
-            _, micro_loss = model(x, y, scale=scale)
-        micro_loss.backward()
-        loss += micro_loss.detach() / (scale * n_targets)
+    loss = with_room(accumulate, windows, n_targets)
+    if plan == 'offload':
+        opt.collect()
     scaler.unscale_(opt)
     grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
     loss, n_stopping = all_sum([loss.item(), float(stop > 0)], world_size, device)

@@ -1,0 +1,119 @@
+"""
+How much memory a run takes on its device, worked out before it starts, and the plan that fits.
+
+The plans, fastest first:
+  device     weights, gradients, moments and activations, all on the device
+  recompute  only what enters each block is kept, and backward runs the block again: a third more products
+  offload    as recompute, and the device holds the blocks' matrices in half precision alone; the float32
+             weights, the gradients and AdamW's moments are in RAM, where the CPU updates them
+S, the sequences of an iteration, stays the same, and so does what is computed.
+
+Arithmetic on shapes; nothing is allocated. In bytes, where no unit is named. T tokens a sequence, B sequences,
+C = n_embd, V = vocab_size.
+"""
+from dataclasses import dataclass
+
+GiB = 2**30
+PLANS = 'device', 'recompute', 'offload'
+CONTEXT = int(0.6 * GiB) # what CUDA and its libraries take of a card; 0.5 to 0.8 GiB on most
+
+@dataclass
+class Shape:
+    """ what of a run its memory depends on """
+    params: int # the tied matrix counted once
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab_size: int
+    block_size: int # of the sequences, not the model's positions
+    dropout: float = 0.0
+    half: bool = True # matrix products in bfloat16 or float16
+
+def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
+    """ the most bytes on the device in an iteration of micro-batches of B sequences
+
+    accumulates says that gradients of earlier micro-batches lie there, too.
+    """
+    s, tokens = shape, B * shape.block_size
+    width, E = tokens * s.n_embd, s.vocab_size * s.n_embd
+    matrices, item = 12 * s.n_layer * s.n_embd**2, 2 if s.half else 4
+    # what a block keeps for backward: 36 bytes a token and channel under autocast, 64 in float32
+    block = width * ((36 if s.half else 64) + 2 * (s.dropout > 0)) + 4 * tokens * s.n_head
+    casts = 2 * matrices if s.half else 0 # of the float32 matrices, which autocast keeps
+    grads = 4 * s.params
+    loss = (4 + 2 * s.half) * E + chunk(s, tokens) # the head's gradient and its copy in half precision
+    if plan == 'offload': # a gradient leaves as soon as it is made
+        state, gathered, made = item * matrices + 4 * (s.params - matrices), 0, 0
+    else:
+        state, gathered, made = 12 * s.params, grads if accumulates else 0, grads
+    backward = 4 * E + (casts + 4 * matrices) // s.n_layer
+    end = 8 * E + made - gathered # the embedding's gradient beside the head's
+    kept = 4 * (s.n_layer + 3) * width if plan != 'device' else s.n_layer * block + casts + 8 * width
+    again = block if plan != 'device' else 0 # the block whose turn it is
+    return state + gathered + max(kept + max(loss, backward + again + 20 * width), end)
+
+def chunk(s: Shape, tokens: int) -> int:
+    """ what the chunked loss holds for the rows it is at """
+    rows = min(tokens, max(tokens // 8, 2**22 // s.vocab_size, 1))
+    return rows * s.vocab_size * 6 + 2**13 * s.n_embd * 2 + tokens * s.n_embd * 4
+
+def usable(memory_gb: float) -> float:
+    """ the bytes that tensors can fill on a card of so many GiB; an allocator loses some to gaps """
+    return 0.95 * (memory_gb * GiB - CONTEXT)
+
+def ram(plan: str, shape: Shape) -> int:
+    """ the bytes of RAM that a plan fills with tensors, when the device is not the CPU itself """
+    return 16 * shape.params if plan == 'offload' else 0 # weights, gradients and two moments
+
+def largest(plan: str, shape: Shape, sequences: int, most: int, budget: float) -> int:
+    """ the largest micro-batch, of at most `most`, that divides `sequences` and fits; 0 where none does """
+    fitting = (B for B in range(min(most, sequences), 0, -1) if sequences % B == 0
+               and peak(plan, shape, B, accumulates=B < sequences) <= budget)
+    return next(fitting, 0)
+
+def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
+           plans: tuple[str, ...] = PLANS) -> tuple[str, int]:
+    """ the fastest of `plans` that fits, and its micro-batch; raises ValueError where none fits
+
+    A plan that is `wanted` by name is taken even where it is not expected to fit, then at micro-batch 1.
+    """
+    if wanted != 'auto' and wanted not in plans:
+        why = 'is for one process and adamw' if wanted in PLANS else 'is none'
+        raise ValueError(f"plan {wanted!r} {why}; type --plan=NAME with one of: auto, {', '.join(plans)}")
+    if wanted != 'auto':
+        return wanted, largest(wanted, shape, sequences, most, budget) or 1
+    for plan in plans:
+        B = largest(plan, shape, sequences, most, budget)
+        if B:
+            return plan, B
+    least = peak(plans[-1], shape, 1) / GiB
+    raise ValueError(f"no plan fits: {plans[-1]}, the leanest here, takes {least:.1f} GiB with one sequence of "
+                     f"{shape.block_size} tokens at a time, and {max(budget, 0) / GiB:.1f} GiB are free; type "
+                     f"--block_size={max(1, shape.block_size // 2)}, take a smaller model, or type "
+                     f"--plan={plans[-1]} to try all the same")
+
+def advice(plan: str, B: int, block_size: int) -> str:
+    """ what to say where a plan ran out of memory all the same """
+    leaner = PLANS[PLANS.index(plan) + 1:]
+    option = (f"--batch_size={B // 2}" if B > 1 else f"--plan={leaner[0]}" if leaner
+              else f"--block_size={max(1, block_size // 2)}")
+    return f"out of memory in plan {plan}, {B} sequences of {block_size} tokens at a time; type {option}"
+
+COSTS = {'device': 'nothing', 'recompute': 'a third more matrix products',
+         'offload': 'the same, and weights and gradients cross the bus'}
+
+def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) -> str:
+    """ the plan of a run, for its user """
+    return (f"plan {plan}, {B} sequences at a time: {peak(plan, shape, B, accumulates) / GiB:.2f} GiB expected, "
+            f"{budget / GiB:.1f} to fill; it costs {COSTS[plan]}")
+
+def table(shape: Shape, sequences: int, most: int, budget: float) -> str:
+    """ every plan's memory, the micro-batch it would use, and what it costs """
+    lines = [f"{sequences} sequences of {shape.block_size} tokens an iteration; {budget / GiB:.1f} GiB to fill",
+             f"{'plan':<11}{'micro-batch':>12}{'GiB on device':>15}{'GiB in RAM':>12}  fits  costs"]
+    for plan in PLANS:
+        B = largest(plan, shape, sequences, most, budget)
+        used = peak(plan, shape, B or 1, accumulates=(B or 1) < sequences) / GiB
+        lines.append(f"{plan:<11}{B or 1:>12}{used:>15.2f}{ram(plan, shape) / GiB:>12.1f}  "
+                     f"{'yes' if B else 'no':<4}  {COSTS[plan]}")
+    return '\n'.join(lines)

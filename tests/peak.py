@@ -1,0 +1,42 @@
+"""
+The peak memory of a real iteration, without its data: the oracle for memory.py.
+
+Runs the model, the loss, backward and the optimizer on fake tensors, which have shapes and lifetimes but no
+bytes, and counts the bytes of the storages that are alive.
+"""
+import weakref
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+class Peak(TorchDispatchMode):
+    """ counts the bytes of the storages that operations have made and that are still alive """
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.most, self.seen = 0, 0, set()
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.seen:
+            self.seen.add(key)
+            self.alive += size
+            self.most = max(self.most, self.alive)
+            weakref.finalize(storage, self.remove, key, size)
+
+    def remove(self, key, size):
+        self.seen.discard(key)
+        self.alive -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        in_backward = torch._C._current_graph_task_id() != -1
+        if function is torch.ops.aten.add.Tensor and in_backward and args[0].dim() == 2:
+            function = torch.ops.aten.add_.Tensor # so backward adds up gradients, but not under a mode like this
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor)
+        return out

@@ -1,0 +1,154 @@
+import os
+import re
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+import memory
+import model
+from model import GPT, GPT2_SHAPES, ChunkedLoss, GPTConfig
+from optim import OffloadedAdamW, make_optimizer, weights
+from peak import Peak
+
+def measure(name, plan, B, n_micro_steps, monkeypatch):
+    """ the peak of two iterations as a GPU would hold them, on fake tensors """
+    monkeypatch.setattr(torch.nn.init, 'normal_', lambda tensor, **options: tensor)
+    monkeypatch.setattr(model, 'attend', lambda q, k, v, dropout: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    with FakeTensorMode(), Peak() as peak:
+        gpt = GPT(GPTConfig(**GPT2_SHAPES[name]))
+        gpt.recompute = plan != 'device'
+        if plan == 'offload': # what OffloadedAdamW leaves on the device
+            for name, p in gpt.named_parameters():
+                p.data = p.data.bfloat16() if p.dim() == 2 and '.h.' in name else p.data
+                p.register_post_accumulate_grad_hook(lambda p: setattr(p, 'grad', None))
+        else:
+            optimizer = make_optimizer('adamw', gpt, 1e-3, 0.0, 0.1, (0.9, 0.95))
+        idx = torch.zeros(B, 1024, dtype=torch.int64)
+        peak.most = peak.alive
+        for _ in range(2):
+            for _ in range(n_micro_steps):
+                with torch.autocast('cpu', torch.bfloat16, cache_enabled=plan == 'device'):
+                    loss = gpt(idx, idx, scale=1.0)[1]
+                loss.backward()
+                del loss
+            if plan != 'offload':
+                optimizer.step()
+                optimizer.zero_grad()
+    return peak.most
+
+def shape(name, **changes):
+    c = GPTConfig(**GPT2_SHAPES[name])
+    with torch.device('meta'):
+        n_params = GPT(c).num_params()
+    return memory.Shape(n_params, c.n_layer, c.n_head, c.n_embd, c.vocab_size, **{'block_size': 1024, **changes})
+
+@pytest.mark.parametrize('plan', memory.PLANS)
+@pytest.mark.parametrize('name', GPT2_SHAPES)
+def test_the_predicted_peak_is_within_a_tenth_of_a_real_iteration_s(name, plan, monkeypatch):
+    for B, n_micro_steps in ((1, 2), (4, 1))[:1 if name == 'gpt2-xl' else 2]:
+        measured = measure(name, plan, B, n_micro_steps, monkeypatch)
+        predicted = memory.peak(plan, shape(name), B, accumulates=n_micro_steps > 1)
+        assert abs(predicted / measured - 1) < 0.1, (B, predicted / memory.GiB, measured / memory.GiB)
+
+def test_large_and_xl_fit_where_they_should():
+    def GiB(name, plan, accumulates=False):
+        return memory.peak(plan, shape(name), 1, accumulates) / memory.GiB
+    assert GiB('gpt2-large', 'recompute') < 12.5 and GiB('gpt2-large', 'offload') < 3.3
+    assert GiB('gpt2-xl', 'recompute') < 24 and GiB('gpt2-xl', 'offload') < 4.1
+
+def test_the_fastest_plan_that_fits_is_chosen_with_the_largest_micro_batch():
+    small, xl = shape('gpt2'), shape('gpt2-xl')
+    assert memory.choose('auto', small, 16, 8, 80 * memory.GiB) == ('device', 8)
+    assert memory.choose('auto', small, 10, 8, 80 * memory.GiB) == ('device', 5) # which divides 10
+    assert memory.choose('auto', small, 16, 8, 2.3 * memory.GiB) == ('recompute', 2)
+    assert memory.choose('auto', xl, 8, 8, 6 * memory.GiB) == ('offload', 4)
+    assert memory.choose('recompute', xl, 8, 8, 5 * memory.GiB) == ('recompute', 1) # as was asked
+    with pytest.raises(ValueError, match='no plan fits: offload'):
+        memory.choose('auto', xl, 8, 8, 2 * memory.GiB)
+
+def test_offloaded_adamw_equals_adamw_with_clipping_and_accumulation():
+    models, losses = [], []
+    for offload in (False, True):
+        torch.manual_seed(0)
+        gpt = GPT(GPTConfig(16, 50, 2, 2, 16))
+        options = dict(offload_to=('cpu', torch.float32)) if offload else {}
+        opt = make_optimizer('adamw', gpt, 1e-2, 0.0, 0.1, (0.9, 0.95), **options)
+        params = [p for group in opt.param_groups for p in group['params']]
+        losses.append([])
+        for _ in range(10):
+            for _ in range(3):
+                idx = torch.randint(50, (2, 16))
+                loss = gpt(idx, idx)[1]
+                loss.backward()
+            if offload:
+                assert isinstance(opt, OffloadedAdamW) and all(p.grad is None for p in gpt.parameters())
+                opt.collect()
+            torch.nn.utils.clip_grad_norm_(params, 0.1)
+            opt.step()
+            opt.zero_grad()
+            losses[-1].append(loss.item())
+        models.append((weights(gpt, opt), opt.state_dict()))
+    assert losses[0] == losses[1]
+    (a, a_opt), (b, b_opt) = models
+    assert list(a) == list(b) and all(a[name].equal(b[name]) for name in a)
+    assert all(a_opt['state'][i]['exp_avg'].equal(b_opt['state'][i]['exp_avg']) for i in a_opt['state'])
+
+def test_each_plan_s_losses_are_bit_for_bit_those_of_the_device_s(train, tmp_path):
+    train('--max_iters=20', '--lr_decay_iters=1000', out_dir='start')
+    losses = {}
+    for plan in memory.PLANS:
+        run = train(f"--init_from={tmp_path / 'start'}", f'--plan={plan}', '--dtype=bfloat16', '--max_iters=200',
+                    '--eval_interval=200', '--learning_rate=1e-3', out_dir=plan)
+        assert f'plan {plan}, ' in run.out
+        losses[plan] = run.column('loss')[:-1]
+    assert len(losses['device']) == 200 and losses['recompute'] == losses['offload'] == losses['device']
+
+@pytest.mark.parametrize('first, second', [('offload', 'device'), ('device', 'offload')])
+def test_a_run_goes_on_in_another_plan_as_if_in_one(train, first, second):
+    whole = train('--max_iters=8')
+    train('--max_iters=4', '--lr_decay_iters=8', f'--plan={first}', out_dir='half')
+    resumed = train('--max_iters=8', '--init_from=resume', f'--plan={second}', out_dir='half')
+    assert resumed.column('loss') == whole.column('loss')
+
+LIMIT = """
+import resource, torch
+_size = next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith('VmSize'))
+resource.setrlimit(resource.RLIMIT_AS, (_size + 700 * 2**20,) * 2)
+"""
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='limits memory as Linux does')
+def test_out_of_memory_halves_the_micro_batch_and_repeats_the_iteration(train, tmp_path):
+    (tmp_path / 'limit.py').write_text(LIMIT)
+    options = ('--n_layer=1', '--n_embd=128', '--block_size=512', '--gradient_accumulation_steps=1', '--eval_iters=1',
+               '--max_iters=1', '--plan=offload', '--batch_size=128')
+    tight = train(tmp_path / 'limit.py', *options)
+    assert re.search(r'iter 0: out of memory with 128 sequences at a time; again with \d+', tight.out)
+    plenty = train(*options, out_dir='plenty')
+    assert 'out of memory' not in plenty.out
+    for name in ('loss', 'grad_norm', 'val_loss'):
+        assert [float(v) for v in tight.column(name) if v] == pytest.approx(
+            [float(v) for v in plenty.column(name) if v], rel=1e-5), name
+
+def test_out_of_memory_with_one_sequence_names_the_next_plan():
+    said = [memory.advice(plan, 1, 1024).rpartition('type ')[2] for plan in memory.PLANS]
+    assert said == ['--plan=recompute', '--plan=offload', '--block_size=512']
+    assert memory.advice('device', 6, 1024).endswith('6 sequences of 1024 tokens at a time; type --batch_size=3')
+
+def test_backward_adds_the_head_s_and_the_embedding_s_gradient_in_place(monkeypatch):
+    made, backward = [], ChunkedLoss.backward
+    def watch(ctx, grad):
+        out = backward(ctx, grad)
+        made.append(out[1].data_ptr())
+        return out
+    monkeypatch.setattr(ChunkedLoss, 'backward', watch)
+    gpt, idx = GPT(GPTConfig(8, 500, 1, 1, 8)), torch.arange(8)[None]
+    gpt(idx, idx)[1].backward()
+    assert made == [gpt.transformer.wte.weight.grad.data_ptr()]
+
+def test_a_dry_run_tells_every_plan_and_touches_nothing(run):
+    done = run('train.py', 'config/finetune/gpt2_xl.py', '--dry_run=True', '--memory_gb=8')
+    table = [line.split() for line in done.out.splitlines() if line.startswith(memory.PLANS)]
+    assert [row[0] for row in table] == list(memory.PLANS) and [row[4] for row in table] == ['no', 'no', 'yes']
+    assert not done.out_dir.exists()
