@@ -99,8 +99,8 @@ def advice(plan: str, B: int, block_size: int) -> str:
               else f"--block_size={max(1, block_size // 2)}")
     return f"out of memory in plan {plan}, {B} sequences of {block_size} tokens at a time; type {option}"
 
-COSTS = {'device': 'nothing', 'recompute': 'a third more matrix products',
-         'offload': 'the same, and weights and gradients cross the bus'}
+COSTS = {'device': 'no speed', 'recompute': 'a third more products',
+         'offload': 'a third more products, weights and gradients cross the bus'}
 
 def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) -> str:
     """ the plan of a run, for its user """
