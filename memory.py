@@ -8,8 +8,7 @@ The plans, fastest first:
              weights, the gradients and AdamW's moments are in RAM, where the CPU updates them
 S, the sequences of an iteration, stays the same, and so does what is computed.
 
-Arithmetic on shapes; nothing is allocated. In bytes, where no unit is named. T tokens a sequence, B sequences,
-C = n_embd, V = vocab_size.
+Arithmetic on shapes; nothing is allocated. Sizes are in bytes, where no unit is named. B is the micro-batch.
 """
 from dataclasses import dataclass
 
@@ -109,7 +108,8 @@ def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) 
 
 def table(shape: Shape, sequences: int, most: int, budget: float) -> str:
     """ every plan's memory, the micro-batch it would use, and what it costs """
-    lines = [f"{sequences} sequences of {shape.block_size} tokens an iteration; {budget / GiB:.1f} GiB to fill",
+    lines = [f"{sequences} sequences of {shape.block_size} tokens an iteration; "
+             f"{budget / GiB:.1f} GiB to fill",
              f"{'plan':<11}{'micro-batch':>12}{'GiB on device':>15}{'GiB in RAM':>12}  fits  costs"]
     for plan in PLANS:
         B = largest(plan, shape, sequences, most, budget)

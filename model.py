@@ -114,7 +114,8 @@ class ChunkedLoss(torch.autograd.Function):
         padded = -(-V // 64) * 64 if device == 'cuda' and weight.dtype != dtype else V # products are faster
         w = F.pad(weight, (0, 0, 0, padded - V)).to(dtype) if padded > V else weight.to(dtype)
         needs_grad = any(ctx.needs_input_grad)
-        dx, dw = (torch.empty_like(x, dtype=dtype), torch.zeros(V, C, device=x.device)) if needs_grad else (None,) * 2
+        dx = torch.empty_like(x, dtype=dtype) if needs_grad else None
+        dw = torch.zeros(V, C, device=x.device) if needs_grad else None
         total = torch.zeros((), device=x.device)
         rows = max(N // 8, 2**22 // V, 1)
         with torch.autocast(device, enabled=False):
