@@ -69,16 +69,17 @@ class Split:
     def batch(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """ inputs and targets (B, T), int64; a target that does not count is -1 """
         T = self.block_size
-        x, y = np.empty((2, len(windows), T), np.int64)
-        for row, (start, length) in enumerate(windows):
+        ids = np.empty((2, len(windows), T), np.uint16)
+        for row, start in enumerate(windows[:, 0].tolist()):
             if start + T <= self.targets:
-                x[row], y[row] = self.tokens[start:start + T], self.tokens[start + 1:start + T + 1]
+                ids[0, row], ids[1, row] = self.tokens[start:start + T], self.tokens[start + 1:start + T + 1]
             else: # over the end of the file and on from its beginning
                 at = np.arange(start, start + T) % self.targets
-                x[row], y[row] = self.tokens[at], self.tokens[at + 1]
-            y[row, length:] = -1
-        self.check_ids(x)
-        self.check_ids(y)
+                ids[0, row], ids[1, row] = self.tokens[at], self.tokens[at + 1]
+        self.check_ids(ids)
+        x, y = ids.astype(np.int64)
+        for row in np.flatnonzero(windows[:, 1] < T):
+            y[row, windows[row, 1]:] = -1
         return x, y
 
 @functools.lru_cache(maxsize=2)
@@ -120,7 +121,7 @@ def open_tokens(path: str, block_size: int) -> np.ndarray:
     if size // 2 <= block_size:
         raise ValueError(f"{shorten(path)} has {size // 2} tokens, too few for block_size = {block_size}; "
                          f"type --block_size={max(1, size // 4)}, or add text")
-    return np.memmap(path, dtype='<u2', mode='r')
+    return np.asarray(np.memmap(path, dtype='<u2', mode='r')) # a plain array of it is sliced faster
 
 def shorten(path: str) -> str:
     """ a path as a user would type it from here """

@@ -117,24 +117,27 @@ class ChunkedLoss(torch.autograd.Function):
         dx = torch.empty_like(x, dtype=dtype) if needs_grad else None
         dw = torch.zeros(V, C, device=x.device) if needs_grad else None
         total = torch.zeros((), device=x.device)
-        rows = max(N // 8, 2**22 // V, 1)
+        rows = min(N, max(N // 8, 2**22 // V, 1))
+        logits = torch.empty(rows, padded, device=x.device) # these two serve all rows in turn
+        rounded = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
         with torch.autocast(device, enabled=False):
             for i in range(0, N, rows):
-                xi, counts = x[i:i + rows].to(dtype), (targets[i:i + rows] >= 0)[:, None]
-                ti = targets[i:i + rows, None].clamp(min=0)
-                logits = (xi @ w.t()).float() # (rows, padded)
-                logits[:, V:] = -math.inf # out of the softmax
-                lse = logits.logsumexp(dim=1, keepdim=True)
-                total += ((lse - logits.gather(1, ti)) * counts).sum()
-                if needs_grad:
-                    dlogits = logits.sub_(lse).exp_() # softmax - one-hot, where the target counts
-                    dlogits.scatter_add_(1, ti, torch.full_like(lse, -1.0))
-                    dlogits = dlogits.mul_(counts * scale).to(dtype)
-                    dx[i:i + rows] = dlogits @ w
+                n = min(rows, N - i)
+                xi, counts = x[i:i + n].to(dtype), (targets[i:i + n] >= 0)[:, None]
+                ti = targets[i:i + n, None].clamp(min=0)
+                half = torch.mm(xi, w.t(), out=rounded[:n])
+                p = logits[:n].copy_(half)
+                p[:, V:] = -math.inf # out of the softmax
+                at_target, most = p.gather(1, ti), p.amax(dim=1, keepdim=True)
+                norm = p.sub_(most).exp_().sum(dim=1, keepdim=True)
+                total += ((norm.log() + most - at_target) * counts).sum()
+                if needs_grad: # (softmax - one-hot) * scale, where the target counts
+                    share = counts * scale
+                    p.mul_(share / norm).scatter_add_(1, ti, -share.expand_as(most).to(p.dtype))
+                    half.copy_(p)
+                    dx[i:i + n] = half @ w
                     for j in range(0, V, 2**13): # a product in half precision of all would be as large as w
-                        dw[j:j + 2**13] += dlogits[:, j:min(j + 2**13, V)].t() @ xi
-                    del dlogits
-                del logits # before the next rows make theirs
+                        dw[j:j + 2**13] += half[:, j:min(j + 2**13, V)].t() @ xi
         ctx.save_for_backward(dx, dw)
         return total * scale
 
