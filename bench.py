@@ -1,0 +1,290 @@
+"""
+Measures what train.py's options cost here: tokens/s, milliseconds an iteration, MFU and peak memory.
+
+Any config and option of train.py's is taken, and the options below. Weights are random, so nothing is fetched:
+$ python bench.py config/finetune/gpt2_medium.py --batch_size=4 --gradient_accumulation_steps=1
+The tables of docs/performance.md and, on a GPU, of docs/memory.md:
+$ python bench.py --suite=cpu
+"""
+# -----------------------------------------------------------------------------
+# options, beside train.py's
+
+iters = 10 # iterations to measure, of which the median counts
+skip = 3 # iterations before these
+data = 'synthetic' # synthetic, random tokens; or real, the dataset's
+work = 'train' # train; sample, num_samples texts of 128 tokens; or batch, only fetching the data
+way = 'fitgpt' # fitgpt; nanogpt, all logits at once and the plain AdamW; transformers, for work = 'sample'
+num_samples = 1 # texts at once, of work = 'sample'
+profile = False # write trace.json, which chrome://tracing and ui.perfetto.dev open
+json = False # print one JSON object
+suite = '' # cpu or gpu: run many of these, each in a process of its own, and print tables
+
+import os
+
+with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'), encoding='utf-8') as file:
+    exec(file.read().partition('from configurator')[0]) # train.py's options and their defaults
+
+from configurator import configure
+config = configure(globals())
+
+# -----------------------------------------------------------------------------
+# set-up
+
+import contextlib
+import json as json_module
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import memory
+from dataset import Split, find_dataset, read_tokenizer_state, split_batch
+from device import (DTYPES, autocast, compile_model, free_memory, is_out_of_memory, limit_memory, memory_mb,
+                    peak_flops, pick_device, pick_dtype)
+from model import GPT, GPT2_SHAPES, GPTConfig
+from optim import make_optimizer
+from tokenizer import count_ids
+
+for key, choices in (('data', ('synthetic', 'real')), ('work', ('train', 'sample', 'batch')),
+                     ('way', ('fitgpt', 'nanogpt', 'transformers')), ('suite', ('', 'cpu', 'gpu'))):
+    if config[key] not in choices:
+        raise ValueError(f"{key} is {config[key]!r}; type --{key}=NAME with one of {', '.join(choices)}")
+for key in ('iters', 'batch_size', 'gradient_accumulation_steps', 'block_size', 'num_samples'):
+    if config[key] < 1:
+        raise ValueError(f"{key} is {config[key]}; type --{key}=N with N at least 1")
+if (way == 'transformers') != (work == 'sample' and way != 'fitgpt'):
+    raise ValueError(f"there is no way {way!r} for work {work!r}; type --way=fitgpt")
+
+device, dtype = pick_device(device), pick_dtype(dtype, pick_device(device))
+if device.startswith('cuda'):
+    torch.set_float32_matmul_precision('high') # as train.py does
+
+def wait():
+    """ until the device has done what was asked of it """
+    if device.startswith('cuda'):
+        torch.cuda.synchronize(device)
+    elif device == 'mps':
+        torch.mps.synchronize()
+
+def seconds(job, n, before):
+    """ the median time of n calls of job, after some `before` them """
+    times = []
+    trace = contextlib.nullcontext()
+    for i in range(before + n):
+        if profile and i == before:
+            trace = torch.profiler.profile()
+            trace.__enter__()
+        wait()
+        begin = time.perf_counter()
+        job(i)
+        wait()
+        times.append(time.perf_counter() - begin)
+    if profile:
+        trace.__exit__(None, None, None)
+        trace.export_chrome_trace('trace.json')
+        print('wrote trace.json', file=sys.stderr)
+    return statistics.median(times[before:])
+
+def model_config():
+    """ the shape that train.py would train; random weights are as fast as trained ones """
+    vocab_size = count_ids(read_tokenizer_state(find_dataset(dataset))) if data == 'real' else 50257
+    if init_from in GPT2_SHAPES:
+        return GPTConfig(**GPT2_SHAPES[init_from], dropout=dropout)
+    if init_from != 'scratch':
+        raise ValueError(f"init_from is {init_from!r}; type --init_from=NAME with one of scratch, "
+                         f"{', '.join(GPT2_SHAPES)}: only the shape matters here")
+    return GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
+
+# -----------------------------------------------------------------------------
+# training
+
+class AllLogits(torch.nn.Module):
+    """ a GPT with the loss as nanoGPT makes it, from the logits of all tokens at once """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx, targets, scale):
+        logits = self.model.lm_head(self.model.hidden(idx))
+        return None, scale * F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='sum')
+
+def measure_training():
+    sequences, c = batch_size * gradient_accumulation_steps, model_config()
+    if block_size > c.block_size:
+        raise ValueError(f"block_size is {block_size}, but the model has {c.block_size} positions; type "
+                         f"--block_size={c.block_size} or less")
+    torch.manual_seed(seed)
+    model = GPT(c)
+    shape = memory.Shape(model.num_params(), c.n_layer, c.n_head, c.n_embd, c.vocab_size, block_size, dropout,
+                         dtype != 'float32')
+    free = free_memory(device)
+    if memory_gb:
+        free = memory.usable(memory_gb)
+        limit_memory(device, memory_gb * memory.GiB - memory.CONTEXT)
+    plain = way == 'nanogpt'
+    plans = memory.PLANS[:2 if optimizer == 'muon' or device == 'cpu' and plan == 'auto' else 3] # as train.py's
+    chosen, fits = ('device', batch_size) if plain else memory.choose(plan, shape, sequences, batch_size, free,
+                                                                      plans)
+    micro_batch, n_steps = split_batch(sequences, fits)
+    model.recompute = chosen != 'device'
+    if chosen != 'offload':
+        model.to(device)
+    opt = make_optimizer(optimizer, model, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2),
+                         (device, DTYPES[dtype]) if chosen == 'offload' else None)
+    if plain:
+        fused = device.startswith('cuda') # nanoGPT asks for it there alone
+        opt = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(beta1, beta2), fused=fused)
+    params = [p for group in opt.param_groups for p in group['params']]
+    net = AllLogits(model) if plain else model
+    if data == 'real':
+        split = Split(find_dataset(dataset), 'train', block_size, c.vocab_size, seed)
+    else:
+        tokens = torch.randint(c.vocab_size, (sequences, block_size + 1), device=device)
+
+    def batches(i):
+        if data == 'synthetic':
+            return [(b[:, :-1], b[:, 1:]) for b in tokens.split(micro_batch)]
+        windows = split.training_windows(i, sequences)
+        return [[torch.from_numpy(part).to(device) for part in split.batch(w)]
+                for w in windows.reshape(n_steps, micro_batch, 2)]
+
+    def iteration(i):
+        for x, y in batches(i):
+            with autocast(device, dtype, cache=chosen == 'device'):
+                _, loss = net(x, y, scale=1 / n_tokens)
+            loss.backward()
+        if chosen == 'offload':
+            opt.collect()
+        torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+
+    n_tokens = sequences * block_size
+    compiled = compile_model(net, compile, device, trial=lambda: iteration(0))
+    took = seconds(iteration, iters, skip)
+    flops = peak_flops(device, dtype)
+    return {'tokens_per_sec': n_tokens / took, 'ms': took * 1000, 'plan': chosen,
+            'micro_batch': micro_batch, 'dtype': dtype, 'compiled': compiled, 'memory_mb': memory_mb(device),
+            'predicted_mb': memory.peak(chosen, shape, micro_batch, n_steps > 1) / 2**20,
+            'mfu': model.flops_per_token(block_size) * n_tokens / took / flops if flops else None}
+
+# -----------------------------------------------------------------------------
+# sampling and data
+
+@torch.no_grad()
+def measure_sampling():
+    """ texts of 128 tokens after a prompt of as many """
+    torch.manual_seed(seed)
+    c = model_config()
+    prompt = torch.randint(c.vocab_size, (num_samples, 128), device=device)
+    if way == 'transformers':
+        from transformers import GPT2Config, GPT2LMHeadModel
+        theirs = GPT2Config(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
+        model = GPT2LMHeadModel(theirs).eval().to(device, DTYPES[dtype])
+        job = lambda i: model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=200,
+                                       min_new_tokens=128, max_new_tokens=128, pad_token_id=50256)
+    else:
+        model = GPT(c).eval().to(device, DTYPES[dtype])
+        job = lambda i: model.generate(prompt, 128, top_k=200)
+    took = seconds(job, iters, 1)
+    return {'tokens_per_sec': num_samples * 128 / took, 'ms': took * 1000, 'dtype': dtype,
+            'memory_mb': memory_mb(device)}
+
+def measure_batches():
+    """ fetching batch_size windows from a file of random tokens, as train.py does """
+    with tempfile.TemporaryDirectory() as folder:
+        np.random.default_rng(seed).integers(50257, size=2**24).astype('<u2').tofile(f'{folder}/train.bin')
+        split = Split(folder, 'train', block_size, 50257, seed)
+        windows = [split.training_windows(i, batch_size) for i in range(skip + iters)]
+        took = seconds(lambda i: split.batch(windows[i]), iters, skip)
+        del split
+    return {'tokens_per_sec': batch_size * block_size / took, 'ms': took * 1000}
+
+# -----------------------------------------------------------------------------
+# suites
+
+def spawn(*options):
+    """ the figures of one run of this script in a process of its own, or None where it does not fit """
+    done = subprocess.run([sys.executable, __file__, '--json=True', *options], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, encoding='utf-8')
+    if done.returncode:
+        print(f"{' '.join(options)}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+    return json_module.loads(done.stdout.splitlines()[-1])
+
+def cell(figures, key, unit=1):
+    return f"{figures[key] / unit:,.2f}" if figures else "does not run"
+
+def compare(title, ours, theirs):
+    """ a row: two kinds of run in turn, three times, and the median of each and of their ratios """
+    pairs = [(spawn(*ours), spawn(*theirs)) for _ in range(3)]
+    if not all(a and b for a, b in pairs):
+        return print(f"| {title} | does not run | | | | |")
+    speed = [statistics.median(p[k]['tokens_per_sec'] for p in pairs) for k in (0, 1)]
+    ratio = statistics.median(a['tokens_per_sec'] / b['tokens_per_sec'] for a, b in pairs)
+    memory = [statistics.median(p[k]['memory_mb'] for p in pairs) for k in (0, 1)]
+    mfu = f", MFU {pairs[0][0]['mfu']:.1%}" if pairs[0][0].get('mfu') else ''
+    print(f"| {title} | {speed[0]:,.1f}{mfu} | {speed[1]:,.1f} | {ratio:.2f} | {memory[0]:,.0f} | {memory[1]:,.0f} |",
+          flush=True)
+
+HEAD = "| work | tok/s | of the other | ratio | MiB | of the other |\n|---|---|---|---|---|---|"
+
+def run_suite():
+    gpu = suite == 'gpu'
+    if gpu and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here; type --suite=cpu")
+    place = f'--device={"cuda" if gpu else "cpu"}'
+    print(f"{time.strftime('%Y-%m-%d')}, {torch.cuda.get_device_name() if gpu else f'{os.cpu_count()} CPUs'}, "
+          f"torch {torch.__version__}\n\n{HEAD}", flush=True)
+    train = [place, '--init_from=gpt2', '--gradient_accumulation_steps=1',
+             *(['--batch_size=12', '--iters=20'] if gpu else ['--batch_size=2', '--block_size=512', '--iters=4'])]
+    compare('training 124M, beside nanoGPT\'s way', train,
+            [*train, '--way=nanogpt', '--dtype=bfloat16' if gpu else '--dtype=float32'])
+    sampling = [place, '--work=sample', '--init_from=gpt2', '--iters=3']
+    for n, other in ((1, 'float32'), (10, 'bfloat16')):
+        each = [*sampling, f'--num_samples={n}']
+        compare(f'sampling 124M, {n} at once, beside transformers in {other}', each,
+                [*each, '--way=transformers', f'--dtype={other}'])
+    fetched = spawn('--work=batch', '--batch_size=12', '--block_size=1024', '--iters=300')
+    print(f"\nfetching 12 x 1024 tokens: {fetched['ms']:.3f} ms")
+    if gpu:
+        card_table(place)
+
+def card_table(place):
+    """ the peak of each size and plan on cards of several sizes: what this process may reserve is limited """
+    print("\nGiB reserved (GiB predicted), micro-batch 1, two of them an iteration\n\n"
+          "| card | plan | 124M | 355M | 774M | 1.5B |\n|---|---|---|---|---|---|")
+    for gb in (4, 8, 12, 16, 24):
+        for name in memory.PLANS:
+            row = [spawn(place, f'--init_from={size}', f'--memory_gb={gb}', f'--plan={name}', '--batch_size=1',
+                         '--gradient_accumulation_steps=2', '--iters=3', '--skip=2', '--compile=False')
+                   for size in GPT2_SHAPES]
+            cells = [f"{cell(f, 'memory_mb', 1024)} ({cell(f, 'predicted_mb', 1024)})" if f else 'does not fit'
+                     for f in row]
+            print(f"| {gb} GB | {name} | {' | '.join(cells)} |", flush=True)
+
+# -----------------------------------------------------------------------------
+
+if suite:
+    run_suite()
+    sys.exit(0)
+try:
+    result = {'train': measure_training, 'sample': measure_sampling, 'batch': measure_batches}[work]()
+except RuntimeError as error:
+    if not is_out_of_memory(error):
+        raise
+    raise ValueError(f"out of memory; type --plan=recompute or offload, --batch_size={max(1, batch_size // 2)}, "
+                     "or --block_size with less") from None
+if json:
+    print(json_module.dumps(result))
+else:
+    for key, value in result.items():
+        if value is not None:
+            print(f"{key:<15} {f'{value:,.3f}' if isinstance(value, float) else value}")

@@ -1,0 +1,38 @@
+""" bench.py as a user runs it, on models that take no time """
+import json
+
+import pytest
+
+SMALL = ('--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=32', '--batch_size=2', '--iters=2', '--skip=1',
+         '--gradient_accumulation_steps=2', '--device=cpu', '--json=True')
+
+def figures(result):
+    return json.loads(result.out.splitlines()[-1])
+
+@pytest.mark.parametrize('options', [(), ('--plan=recompute',), ('--plan=offload',), ('--optimizer=muon',),
+                                     ('--data=real', '--dataset=chars'), ('--way=nanogpt', '--dtype=float32')])
+def test_training_is_measured_for(run, options):
+    found = figures(run('bench.py', *SMALL, *options))
+    assert found['tokens_per_sec'] == pytest.approx(2 * 2 * 32 / found['ms'] * 1000)
+    assert found['memory_mb'] > 0
+
+def test_a_config_of_train_is_taken(run):
+    run('bench.py', 'config/train_shakespeare_char_cpu.py', *SMALL)
+
+def test_sampling_counts_every_token_of_every_sample(run):
+    found = figures(run('bench.py', *SMALL, '--work=sample', '--num_samples=3', '--block_size=64'))
+    assert found['tokens_per_sec'] == pytest.approx(3 * 128 / found['ms'] * 1000)
+
+def test_fetching_is_measured(run):
+    assert figures(run('bench.py', *SMALL, '--work=batch'))['ms'] > 0
+
+def test_a_profile_is_a_trace_with_our_products(run, clone):
+    run('bench.py', *SMALL, '--profile=True')
+    events = json.loads((clone / 'trace.json').read_text())['traceEvents']
+    assert any(event.get('name') in ('aten::mm', 'aten::addmm') for event in events)
+
+@pytest.mark.parametrize('option', ['--data=x', '--way=transformers', '--work=x', '--iters=0', '--init_from=out',
+                                    '--plan=x', '--suite=x', '--device=tpu'])
+def test_one_line_says_what_is_wrong_with(run, option):
+    result = run('bench.py', *SMALL, option, status=2)
+    assert result.err.splitlines()[-1].startswith('error: ') and 'Traceback' not in result.err
