@@ -1,7 +1,7 @@
 """
 Measures what train.py's options cost here: tokens/s, milliseconds an iteration, MFU and peak memory.
 
-Any config and option of train.py's is taken, and the options below. Weights are random, so nothing is fetched:
+Takes any config and option of train.py, and the options below. Weights are random, so nothing is fetched:
 $ python bench.py config/finetune/gpt2_medium.py --batch_size=4 --gradient_accumulation_steps=1
 The tables of docs/performance.md and, on a GPU, of docs/memory.md:
 $ python bench.py --suite=cpu
@@ -27,6 +27,16 @@ with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'), 
 from configurator import configure
 config = configure(globals())
 
+for key, choices in (('data', ('synthetic', 'real')), ('work', ('train', 'sample', 'batch')),
+                     ('way', ('fitgpt', 'nanogpt', 'transformers')), ('suite', ('', 'cpu', 'gpu'))):
+    if config[key] not in choices:
+        raise ValueError(f"{key} is {config[key]!r}; type --{key}=NAME with one of {', '.join(choices)}")
+for key in ('iters', 'batch_size', 'gradient_accumulation_steps', 'block_size', 'num_samples'):
+    if config[key] < 1:
+        raise ValueError(f"{key} is {config[key]}; type --{key}=N with N at least 1")
+if (way == 'transformers') != (work == 'sample' and way != 'fitgpt'):
+    raise ValueError(f"there is no way {way!r} for work {work!r}; type --way=fitgpt")
+
 # -----------------------------------------------------------------------------
 # set-up
 
@@ -50,16 +60,6 @@ from device import (DTYPES, autocast, compile_model, free_memory, is_out_of_memo
 from model import GPT, GPT2_SHAPES, GPTConfig
 from optim import make_optimizer
 from tokenizer import count_ids
-
-for key, choices in (('data', ('synthetic', 'real')), ('work', ('train', 'sample', 'batch')),
-                     ('way', ('fitgpt', 'nanogpt', 'transformers')), ('suite', ('', 'cpu', 'gpu'))):
-    if config[key] not in choices:
-        raise ValueError(f"{key} is {config[key]!r}; type --{key}=NAME with one of {', '.join(choices)}")
-for key in ('iters', 'batch_size', 'gradient_accumulation_steps', 'block_size', 'num_samples'):
-    if config[key] < 1:
-        raise ValueError(f"{key} is {config[key]}; type --{key}=N with N at least 1")
-if (way == 'transformers') != (work == 'sample' and way != 'fitgpt'):
-    raise ValueError(f"there is no way {way!r} for work {work!r}; type --way=fitgpt")
 
 device, dtype = pick_device(device), pick_dtype(dtype, pick_device(device))
 if device.startswith('cuda'):
@@ -130,8 +130,8 @@ def measure_training():
         limit_memory(device, memory_gb * memory.GiB - memory.CONTEXT)
     plain = way == 'nanogpt'
     plans = memory.PLANS[:2 if optimizer == 'muon' or device == 'cpu' and plan == 'auto' else 3] # as train.py's
-    chosen, fits = ('device', batch_size) if plain else memory.choose(plan, shape, sequences, batch_size, free,
-                                                                      plans)
+    chosen, fits = ('device', batch_size) if plain else memory.choose(
+        plan, shape, sequences, batch_size, free, plans, free_memory('cpu'))
     micro_batch, n_steps = split_batch(sequences, fits)
     model.recompute = chosen != 'device'
     if chosen != 'offload':
@@ -188,8 +188,8 @@ def measure_sampling():
         from transformers import GPT2Config, GPT2LMHeadModel
         theirs = GPT2Config(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
         model = GPT2LMHeadModel(theirs).eval().to(device, DTYPES[dtype])
-        job = lambda i: model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=200,
-                                       min_new_tokens=128, max_new_tokens=128, pad_token_id=50256)
+        options = dict(do_sample=True, top_k=200, min_new_tokens=128, max_new_tokens=128, pad_token_id=50256)
+        job = lambda i: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
     else:
         model = GPT(c).eval().to(device, DTYPES[dtype])
         job = lambda i: model.generate(prompt, 128, top_k=200)
@@ -231,8 +231,8 @@ def compare(title, ours, theirs):
     ratio = statistics.median(a['tokens_per_sec'] / b['tokens_per_sec'] for a, b in pairs)
     memory = [statistics.median(p[k]['memory_mb'] for p in pairs) for k in (0, 1)]
     mfu = f", MFU {pairs[0][0]['mfu']:.1%}" if pairs[0][0].get('mfu') else ''
-    print(f"| {title} | {speed[0]:,.1f}{mfu} | {speed[1]:,.1f} | {ratio:.2f} | {memory[0]:,.0f} | {memory[1]:,.0f} |",
-          flush=True)
+    print(f"| {title} | {speed[0]:,.1f}{mfu} | {speed[1]:,.1f} | {ratio:.2f} | {memory[0]:,.0f} | "
+          f"{memory[1]:,.0f} |", flush=True)
 
 HEAD = "| work | tok/s | of the other | ratio | MiB | of the other |\n|---|---|---|---|---|---|"
 

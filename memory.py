@@ -10,6 +10,7 @@ S, the sequences of an iteration, stays the same, and so does what is computed.
 
 Arithmetic on shapes; nothing is allocated. Sizes are in bytes, where no unit is named. B is the micro-batch.
 """
+import math
 from dataclasses import dataclass
 
 GiB = 2**30
@@ -71,9 +72,10 @@ def largest(plan: str, shape: Shape, sequences: int, most: int, budget: float) -
     return next(fitting, 0)
 
 def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
-           plans: tuple[str, ...] = PLANS) -> tuple[str, int]:
+           plans: tuple[str, ...] = PLANS, ram_free: float = math.inf) -> tuple[str, int]:
     """ the fastest of `plans` that fits, and its micro-batch; raises ValueError where none fits
 
+    ram_free is counted with the float32 weights already in RAM, where a model is made or loaded.
     A plan that is `wanted` by name is taken even where it is not expected to fit, then at micro-batch 1.
     """
     if wanted != 'auto' and wanted not in plans:
@@ -82,7 +84,10 @@ def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
     if wanted != 'auto':
         return wanted, largest(wanted, shape, sequences, most, budget) or 1
     for plan in plans:
-        B = largest(plan, shape, sequences, most, budget)
+        B, more = largest(plan, shape, sequences, most, budget), ram(plan, shape) - 4 * shape.params
+        if B and more > ram_free:
+            raise ValueError(f"plan {plan} takes another {more / GiB:.1f} GiB of RAM, and {ram_free / GiB:.1f} "
+                             f"are free; take a smaller model, or type --plan={plan} to try all the same")
         if B:
             return plan, B
     least = peak(plans[-1], shape, 1) / GiB
@@ -106,14 +111,15 @@ def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) 
     return (f"plan {plan}, {B} sequences at a time: {peak(plan, shape, B, accumulates) / GiB:.2f} GiB expected, "
             f"{budget / GiB:.1f} to fill; it costs {COSTS[plan]}")
 
-def table(shape: Shape, sequences: int, most: int, budget: float) -> str:
-    """ every plan's memory, the micro-batch it would use, and what it costs """
+def table(shape: Shape, sequences: int, most: int, budget: float, epochs: dict[str, float]) -> str:
+    """ every plan's memory, the micro-batch it would use, its cost, and the seconds an epoch that are known """
     lines = [f"{sequences} sequences of {shape.block_size} tokens an iteration; "
              f"{budget / GiB:.1f} GiB to fill",
-             f"{'plan':<11}{'micro-batch':>12}{'GiB on device':>15}{'GiB in RAM':>12}  fits  costs"]
+             f"{'plan':<11}{'micro-batch':>12}{'GiB on device':>15}{'GiB in RAM':>12}{'epoch':>9}  fits  costs"]
     for plan in PLANS:
         B = largest(plan, shape, sequences, most, budget)
         used = peak(plan, shape, B or 1, accumulates=(B or 1) < sequences) / GiB
-        lines.append(f"{plan:<11}{B or 1:>12}{used:>15.2f}{ram(plan, shape) / GiB:>12.1f}  "
+        took = f"{epochs[plan]:,.0f} s" if plan in epochs else 'unknown'
+        lines.append(f"{plan:<11}{B or 1:>12}{used:>15.2f}{ram(plan, shape) / GiB:>12.1f}{took:>9}  "
                      f"{'yes' if B else 'no':<4}  {COSTS[plan]}")
     return '\n'.join(lines)

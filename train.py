@@ -82,7 +82,7 @@ import memory
 from dataset import Split, find_dataset, read_tokenizer_state, split_batch
 from device import (DTYPES, all_sum, autocast, compile_model, free_memory, is_out_of_memory, limit_memory,
                     memory_mb, peak_flops, pick_device, pick_dtype, start_processes, stop_processes)
-from log import append_row, start_log
+from log import append_row, epoch_times, start_log
 from model import GPT, GPT2_SHAPES, GPTConfig
 from optim import get_lr, load_optimizer, make_optimizer, set_lr, weights
 from plot import plot_run
@@ -160,7 +160,7 @@ if dry_run: # which needs neither data nor, for GPT-2, weights
     c = (GPTConfig(**GPT2_SHAPES[init_from]) if init_from in GPT2_SHAPES else
          GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=bias) if init_from == 'scratch' else
          checkpoints.load_model(out_dir if init_from == 'resume' else init_from)[0].config)
-    say(memory.table(shape_of(c), share, batch_size, free))
+    say(memory.table(shape_of(c), share, batch_size, free, epoch_times(out_dir, config)))
     leave(0)
 
 # -----------------------------------------------------------------------------
@@ -203,7 +203,7 @@ if block_size > model.config.block_size:
 in_ram = device == 'cpu' and plan == 'auto' and not memory_gb # where offloading gains nothing
 n_plans = 2 if optimizer == 'muon' or world_size > 1 or in_ram else 3
 shape = shape_of(model.config)
-plan, fits = memory.choose(plan, shape, share, batch_size, free, memory.PLANS[:n_plans])
+plan, fits = memory.choose(plan, shape, share, batch_size, free, memory.PLANS[:n_plans], free_memory('cpu'))
 micro_batch, n_micro_steps = split_batch(share, fits)
 model.recompute = plan != 'device'
 if plan != 'offload':

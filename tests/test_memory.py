@@ -1,3 +1,4 @@
+import json
 import os
 import re
 
@@ -67,6 +68,8 @@ def test_the_fastest_plan_that_fits_is_chosen_with_the_largest_micro_batch():
     assert memory.choose('auto', small, 16, 8, 2.3 * memory.GiB) == ('recompute', 2)
     assert memory.choose('auto', xl, 8, 8, 6 * memory.GiB) == ('offload', 4)
     assert memory.choose('recompute', xl, 8, 8, 5 * memory.GiB) == ('recompute', 1) # as was asked
+    with pytest.raises(ValueError, match=r'another 17.4 GiB of RAM, and 16.0 are free'): # 12 bytes a parameter
+        memory.choose('auto', xl, 8, 8, 6 * memory.GiB, ram_free=16 * memory.GiB)
     with pytest.raises(ValueError, match='no plan fits: offload'):
         memory.choose('auto', xl, 8, 8, 2 * memory.GiB)
 
@@ -152,5 +155,16 @@ def test_backward_adds_the_head_s_and_the_embedding_s_gradient_in_place(monkeypa
 def test_a_dry_run_tells_every_plan_and_touches_nothing(run):
     done = run('train.py', 'config/finetune/gpt2_xl.py', '--dry_run=True', '--memory_gb=8')
     table = [line.split() for line in done.out.splitlines() if line.startswith(memory.PLANS)]
-    assert [row[0] for row in table] == list(memory.PLANS) and [row[4] for row in table] == ['no', 'no', 'yes']
+    assert [row[0] for row in table] == list(memory.PLANS) and [row[5] for row in table] == ['no', 'no', 'yes']
     assert not done.out_dir.exists()
+
+def test_a_dry_run_tells_the_epoch_of_an_earlier_run_of_the_same_model_and_data(train, tmp_path):
+    settings = json.loads((train('--max_iters=1', out_dir='out').out_dir / 'config.json').read_text())
+    (tmp_path / 'out' / 'log.csv').write_text('iter,epoch,time_ms\n0,0.0,100\n5,0.25,\n10,0.5,200\n20,1.0,900\n')
+    assert settings['plan'] == 'device'
+    def epoch(*options):
+        out = train('--dry_run=True', *options, out_dir='out').out
+        return next(line for line in out.splitlines() if line.startswith('device')).split()[4:6]
+    assert epoch() == ['4', 's'] # 20 iterations of 200 ms
+    assert epoch('--block_size=8')[0] == 'unknown'
+    assert epoch(f'--out_dir={tmp_path}/none')[0] == 'unknown'
