@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+os.environ.setdefault('OMP_NUM_THREADS', '1') # the tests' own workers keep the cores busy
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
