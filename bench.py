@@ -25,15 +25,13 @@ with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'), 
     exec(file.read().partition('from configurator')[0]) # train.py's options and their defaults
 
 from configurator import configure
-config = configure(globals())
+config = configure(globals(), at_least_1=('iters', 'batch_size', 'gradient_accumulation_steps', 'block_size',
+                                          'num_samples'))
 
 for key, choices in (('data', ('synthetic', 'real')), ('work', ('train', 'sample', 'batch')),
                      ('way', ('fitgpt', 'nanogpt', 'transformers')), ('suite', ('', 'cpu', 'gpu'))):
     if config[key] not in choices:
         raise ValueError(f"{key} is {config[key]!r}; type --{key}=NAME with one of {', '.join(choices)}")
-for key in ('iters', 'batch_size', 'gradient_accumulation_steps', 'block_size', 'num_samples'):
-    if config[key] < 1:
-        raise ValueError(f"{key} is {config[key]}; type --{key}=N with N at least 1")
 if (way == 'transformers') != (work == 'sample' and way != 'fitgpt'):
     raise ValueError(f"there is no way {way!r} for work {work!r}; type --way=fitgpt")
 
@@ -55,7 +53,7 @@ import torch.nn.functional as F
 
 import memory
 from dataset import Split, find_dataset, read_tokenizer_state, split_batch
-from device import (DTYPES, autocast, compile_model, free_memory, is_out_of_memory, limit_memory, memory_mb,
+from device import (DTYPES, autocast, compile_model, free_memory, is_out_of_memory, memory_mb, memory_to_fill,
                     peak_flops, pick_device, pick_dtype)
 from model import GPT, GPT2_SHAPES, GPTConfig
 from optim import make_optimizer
@@ -122,12 +120,8 @@ def measure_training():
                          f"--block_size={c.block_size} or less")
     torch.manual_seed(seed)
     model = GPT(c)
-    shape = memory.Shape(model.num_params(), c.n_layer, c.n_head, c.n_embd, c.vocab_size, block_size, dropout,
-                         dtype != 'float32')
-    free = free_memory(device)
-    if memory_gb:
-        free = memory.usable(memory_gb)
-        limit_memory(device, memory_gb * memory.GiB - memory.CONTEXT)
+    shape = memory.shape_of(model, block_size, dropout, dtype != 'float32', muon=optimizer == 'muon')
+    free = memory_to_fill(device, memory_gb)
     plain = way == 'nanogpt'
     plans = memory.PLANS[:2 if optimizer == 'muon' or device == 'cpu' and plan == 'auto' else 3] # as train.py's
     chosen, fits = ('device', batch_size) if plain else memory.choose(
@@ -167,7 +161,7 @@ def measure_training():
         opt.zero_grad(set_to_none=True)
 
     n_tokens = sequences * block_size
-    compiled = compile_model(net, compile, device, trial=lambda: iteration(0))
+    compiled = compile_model([net] if plain else model.transformer.h, compile, device, trial=lambda: iteration(0))
     took = seconds(iteration, iters, skip)
     flops = peak_flops(device, dtype)
     return {'tokens_per_sec': n_tokens / took, 'ms': took * 1000, 'plan': chosen,
@@ -211,26 +205,28 @@ def measure_batches():
 # suites
 
 def spawn(*options):
-    """ the figures of one run of this script in a process of its own, or None where it does not fit """
+    """ the figures of one run of this script in a process of its own, or why there are none """
     done = subprocess.run([sys.executable, __file__, '--json=True', *options], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, encoding='utf-8')
     if done.returncode:
         print(f"{' '.join(options)}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-        return None
+        return 'does not fit' if 'out of memory' in done.stderr else 'failed'
     return json_module.loads(done.stdout.splitlines()[-1])
 
 def cell(figures, key, unit=1):
-    return f"{figures[key] / unit:,.2f}" if figures else "does not run"
+    return figures if isinstance(figures, str) else f"{figures[key] / unit:,.2f}"
 
 def compare(title, ours, theirs):
     """ a row: two kinds of run in turn, three times, and the median of each and of their ratios """
     pairs = [(spawn(*ours), spawn(*theirs)) for _ in range(3)]
-    if not all(a and b for a, b in pairs):
-        return print(f"| {title} | does not run | | | | |")
+    failed = [figures for pair in pairs for figures in pair if isinstance(figures, str)]
+    if failed:
+        return print(f"| {title} | {failed[0]} | | | | |")
     speed = [statistics.median(p[k]['tokens_per_sec'] for p in pairs) for k in (0, 1)]
     ratio = statistics.median(a['tokens_per_sec'] / b['tokens_per_sec'] for a, b in pairs)
     memory = [statistics.median(p[k]['memory_mb'] for p in pairs) for k in (0, 1)]
-    mfu = f", MFU {pairs[0][0]['mfu']:.1%}" if pairs[0][0].get('mfu') else ''
+    mfu = ', compiled' if pairs[0][0].get('compiled') else ''
+    mfu += f", MFU {pairs[0][0]['mfu']:.1%}" if pairs[0][0].get('mfu') else ''
     print(f"| {title} | {speed[0]:,.1f}{mfu} | {speed[1]:,.1f} | {ratio:.2f} | {memory[0]:,.0f} | "
           f"{memory[1]:,.0f} |", flush=True)
 
@@ -253,7 +249,7 @@ def run_suite():
         compare(f'sampling 124M, {n} at once, beside transformers in {other}', each,
                 [*each, '--way=transformers', f'--dtype={other}'])
     fetched = spawn('--work=batch', '--batch_size=12', '--block_size=1024', '--iters=300')
-    print(f"\nfetching 12 x 1024 tokens: {fetched['ms']:.3f} ms")
+    print(f"\nfetching 12 x 1024 tokens: {cell(fetched, 'ms')} ms")
     if gpu:
         card_table(place)
 
@@ -264,9 +260,9 @@ def card_table(place):
     for gb in (4, 8, 12, 16, 24):
         for name in memory.PLANS:
             row = [spawn(place, f'--init_from={size}', f'--memory_gb={gb}', f'--plan={name}', '--batch_size=1',
-                         '--gradient_accumulation_steps=2', '--iters=3', '--skip=2', '--compile=False')
+                         '--gradient_accumulation_steps=2', '--iters=3', '--skip=2')
                    for size in GPT2_SHAPES]
-            cells = [f"{cell(f, 'memory_mb', 1024)} ({cell(f, 'predicted_mb', 1024)})" if f else 'does not fit'
+            cells = [f if isinstance(f, str) else f"{cell(f, 'memory_mb', 1024)} ({cell(f, 'predicted_mb', 1024)})"
                      for f in row]
             print(f"| {gb} GB | {name} | {' | '.join(cells)} |", flush=True)
 

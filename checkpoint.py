@@ -5,15 +5,16 @@ The file is nanoGPT's dict (model, optimizer, model_args, iter_num, best_val_los
 tokenizer, scaler and version beside it.
 """
 import contextlib
-import json
 import os
-import re
-import sys
 from dataclasses import asdict
 
 import torch
 
-from model import GPT, GPT2_SHAPES, GPTConfig
+import lora
+import pretrained
+from dataset import find_dataset, read_tokenizer_state
+from model import GPT, GPTConfig
+from tokenizer import BPETokenizer, check_match
 
 VERSION = 1 # of the format; rises when an older reader would go wrong
 
@@ -78,46 +79,69 @@ def model_of(checkpoint: dict, path: str, dropout: float = 0.0) -> GPT:
         raise ValueError(f"{path} does not fit together: {error}; expected nanoGPT's names and shapes; "
                          "type --out_dir or --init_from with another") from None
 
-def load_model(source: str, dropout: float = 0.0) -> tuple[GPT, dict]:
-    """ the model that `source` names, and what is beside it in its checkpoint
+def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> GPT:
+    """ the base of a checkpoint of LoRA with its adapter, merged into the weights or beside them """
+    base = checkpoint.get('base')
+    if not isinstance(base, str):
+        raise ValueError(f"{path} does not say which model its adapter is for; type --out_dir with another")
+    try:
+        model, _ = load_model(base, dropout)
+    except OSError as error:
+        raise FileNotFoundError(f"{path} holds an adapter for {base}, which cannot be had: {error}") from None
+    if lora.fingerprint(model) != checkpoint.get('base_fingerprint'):
+        raise ValueError(f"{base} is no longer the model that the adapter in {path} was trained on; put that one "
+                         "back there")
+    try:
+        lora.add(model, **checkpoint['lora'])
+        lora.load(model, checkpoint.pop('model'))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} does not fit together: {error}; type --out_dir with another") from None
+    if merge:
+        lora.merge(model)
+    return model
 
-    source is a checkpoint's path or its folder, a Hugging Face directory, a GPT-2 name or a hub id. For
-    Hugging Face's the second is {'tokenizer': {'name': 'gpt2'}}; it has no 'tokenizer' if nanoGPT wrote it.
+def load_model(source: str, dropout: float = 0.0, merge: bool = True) -> tuple[GPT, dict]:
+    """ the model that `source` names, and what is beside it in its checkpoint; LoRA's adapter merged or beside
+
+    source is a checkpoint's path or its folder, or what pretrained.load takes. The second has no 'tokenizer' if
+    nanoGPT wrote it.
     """
-    path = find(source)
+    path = None if source.endswith('.index') else find(source) # that one is TensorFlow's
     if path:
         checkpoint = load(path)
-        return model_of(checkpoint, path, dropout), checkpoint
-    if os.path.isdir(source) and not os.path.exists(os.path.join(source, 'config.json')):
-        raise FileNotFoundError(f"{source} holds neither ckpt.pt nor last.pt nor a Hugging Face model; "
-                                "type a folder that train.py wrote")
-    on_hub = source in GPT2_SHAPES or re.fullmatch(r'[\w.-]+/[\w.-]+', source)
-    if not os.path.isdir(source) and not on_hub:
-        raise FileNotFoundError(f"there is no model {source!r}; expected a checkpoint, a folder, a hub id or "
-                                f"one of {', '.join(GPT2_SHAPES)}")
-    print(f"loading {source} ...", file=sys.stderr)
-    try:
-        check_vocabulary(source)
-        return GPT.from_pretrained(source, dropout), {'tokenizer': {'name': 'gpt2'}}
-    except Exception as error: # whatever transformers, safetensors and the network raise
-        why = str(error).strip().split('\n')[0]
-        raise OSError(f"cannot load {source} from Hugging Face's format or hub ({type(error).__name__}: "
-                      f"{why}); expected a GPT-2 in a local directory or on the hub; check the name and the "
-                      "network") from None
+        model = (adapted_model(checkpoint, path, dropout, merge) if 'lora' in checkpoint else
+                 model_of(checkpoint, path, dropout))
+        return model, checkpoint
+    return pretrained.load(source, dropout)
 
-def check_vocabulary(source: str) -> None:
-    """ raise ValueError where a Hugging Face model brings a vocabulary, and it is not GPT-2's """
-    from transformers.utils import cached_file
-    for name in ('vocab.json', 'tokenizer.json'):
-        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-        if path:
-            with open(path, encoding='utf-8') as file:
-                vocab = json.load(file)
-            vocab = vocab['model']['vocab'] if name == 'tokenizer.json' else vocab
-            gpt2 = {'Hello': 15496, 'er': 263, '\u0120the': 262, '\u0120world': 995} # \u0120 is a space
-            if any(vocab.get(token) != i for token, i in gpt2.items()):
-                raise ValueError(f"its {name} is not GPT-2's vocabulary, the only one that is prepared and "
-                                 "sampled here")
+def find_tokenizer(loaded: dict, vocab_size: int) -> dict:
+    """ the tokenizer's state for what load_model gave; nanoGPT's checkpoints only name their dataset """
+    trained_on = loaded.get('config', {}).get('dataset', '')
+    state = loaded.get('tokenizer') or read_tokenizer_state(find_dataset(trained_on))
+    if 'tokenizer' not in loaded and state['name'] == 'gpt2' and vocab_size < BPETokenizer.n_vocab:
+        raise FileNotFoundError(f"the checkpoint has {vocab_size} ids and does not say which characters they "
+                                f"are; put the meta.pkl of its dataset at data/{trained_on}/meta.pkl")
+    check_match(state, vocab_size, state, 'its dataset')
+    return state
+
+def describe_base(source: str, model: GPT) -> dict:
+    """ what an adapter's checkpoint says of the model that `source` names, and that it is for """
+    if source == 'scratch':
+        raise ValueError("lora_rank needs a model to start from; type --init_from=gpt2, or --lora_rank=0")
+    source = find(source) or source
+    return {'base': os.path.abspath(source) if os.path.exists(source) else source,
+            'base_fingerprint': lora.fingerprint(model)}
+
+def tell_changes(before: dict, config: dict) -> str:
+    """ which options differ from those of the run that is resumed, for its first line """
+    not_options = ('init_from', 'n_layer', 'n_head', 'n_embd', 'bias') # the model's own
+    changed = [f"{key} {before[key]!r} -> {config[key]!r}" for key in config
+               if key not in not_options and before.get(key, config[key]) != config[key]]
+    return f", with {', '.join(changed)}" if changed else ''
+
+def adapter_state(model: GPT, base: dict) -> dict:
+    """ what a checkpoint of LoRA holds in place of the weights; base is {'base': source, 'base_fingerprint'} """
+    return {'model': lora.adapter(model), 'lora': lora.settings(model), **base}
 
 def model_args(model: GPT) -> dict:
     """ nanoGPT's keys, from which its own code can rebuild the model """

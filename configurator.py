@@ -19,17 +19,23 @@ import traceback
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
-def configure(options: dict, argv: list[str] | None = None) -> dict:
-    """ override `options` (a script's globals()) in place, and return the final settings """
+def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[str, ...] = ()) -> dict:
+    """ override `options` (a script's globals()) in place, and return the final settings
+
+    Raises ValueError for what is not an option or not of its type, for a number below 0, or below 1 where
+    the option is one of at_least_1.
+    """
     sys.excepthook = report
     argv = sys.argv[1:] if argv is None else argv
     keys = [k for k, v in options.items() if not k.startswith('_') and type(v) in (bool, int, float, str)]
     if '--help' in argv or '-h' in argv:
-        print(describe(options['__file__'], {k: options[k] for k in keys}))
+        print(describe(options['__file__']))
         sys.exit(0)
     defaults = {k: options[k] for k in keys}
     for arg in argv:
         options.update(read_argument(arg, {k: options[k] for k in keys}, defaults))
+    for key in keys:
+        check_range(key, options[key], least=int(key in at_least_1))
     changed = [f"{k} = {options[k]!r}" for k in keys if options[k] != defaults[k]]
     if changed and os.environ.get('RANK', '0') == '0':
         print('; '.join(changed), file=sys.stderr)
@@ -84,6 +90,13 @@ def check_key(key: str, defaults: dict, where: str) -> None:
         hint = f"did you mean {near[0]}?" if near else "--help lists every option"
         raise ValueError(f"unknown option {key!r} in {where}; {hint}")
 
+def check_range(key: str, value, least: int) -> None:
+    """ raise ValueError for a number below `least`, or for a seed that not all generators take """
+    if type(value) in (int, float) and value < least:
+        raise ValueError(f"{key} is {value}; type --{key}=N with N at least {least}")
+    if key == 'seed' and value >= 2**32:
+        raise ValueError(f"seed is {value}; type --seed=N with N below 2**32")
+
 def parse(key: str, text: str, default):
     """ the value of --key=text; text for a text option is never evaluated, so --start=5 is '5' """
     if isinstance(default, str) and default != 'auto':
@@ -107,23 +120,51 @@ def match_type(key: str, value, default):
         raise ValueError(f"{key} is {value!r}; it takes {kind}, such as --{key}={default}")
     return value
 
-def describe(script: str, values: dict) -> str:
-    """ the help: what the script does, and one line per option under the comment that heads its group """
+def read_options(script: str) -> tuple[str, list[tuple]]:
+    """ a script's docstring, and its options in order: (group, name, default, comment), from its source alone """
     with open(script, encoding='utf-8') as file:
         source = file.read()
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT}
     lines, tree = source.splitlines(), ast.parse(source)
-    options = {node.lineno: node.targets[0].id for node in tree.body
-               if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
-    shown = [n for n, key in options.items() if key in values]
-    out = [(ast.get_docstring(tree) or '').strip(),
-           f"\nusage: python {os.path.relpath(script)} [config/file.py] [--key=value ...]"]
-    for n in range(tree.body[0].end_lineno + 1, shown[-1] + 1):
-        if n in shown:
-            out.append(f"  --{options[n]}={values[options[n]]!r}".ljust(43) + ' ' + comments.get(n, ''))
+    ends = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == 'configurator']
+    nodes = {node.lineno: node for node in tree.body if isinstance(node, ast.Assign) and node.lineno < ends[0]}
+    options, group = [], ''
+    for n in range(tree.body[0].end_lineno + 1, ends[0]):
+        if n in nodes and not nodes[n].targets[0].id.startswith('_'):
+            name, default = nodes[n].targets[0].id, ast.literal_eval(nodes[n].value)
+            options.append((group, name, default, comments.get(n, '')))
         elif lines[n - 1].startswith('#') and comments[n].strip('-'):
-            out.append(f"\n{comments[n]}")
+            group = comments[n]
+    return (ast.get_docstring(tree) or '').strip(), options
+
+def describe(script: str) -> str:
+    """ the help: what the script does, and one line per option under the comment that heads its group """
+    text, options = read_options(script)
+    out = [text, f"\nusage: python {os.path.relpath(script)} [config/file.py] [--key=value ...]"]
+    for before, (group, name, default, comment) in zip([('',), *options], options):
+        if group != before[0]:
+            out.append(f"\n{group}")
+        out.append(f"  --{name}={default!r}".ljust(43) + ' ' + comment)
+    return '\n'.join(out)
+
+def reference(scripts: list[str]) -> str:
+    """ docs/configuration-reference.md: every option of the scripts, in tables """
+    kinds = {bool: 'True or False', int: 'whole number', float: 'number', str: 'text'}
+    out = ["# Every option of every script", '',
+           "An option is typed `--name=value`, or set in a config file, `name = value`. From left to right, the "
+           "last one counts. `auto` lets the program choose.", '',
+           "This page is printed by `python configurator.py` from the scripts themselves.", '']
+    for script in scripts:
+        text, options = read_options(os.path.join(ROOT, script))
+        out += [f"## {script}", '', text.split('\n\n')[0].replace('\n', ' '), '',
+                '| option | type | default | meaning |', '|---|---|---|---|']
+        for before, (group, name, default, comment) in zip([('',), *options], options):
+            if group != before[0]:
+                out.append(f"| **{group.partition(';')[0]}** | | | |")
+            out.append(f"| `{name}` | {'auto or a choice' if default == 'auto' else kinds[type(default)]} | "
+                       f"`{default!r}` | {comment} |".replace('<|endoftext|>', '`<\\|endoftext\\|>`'))
+        out.append('')
     return '\n'.join(out)
 
 def report(kind, error, trace) -> None:
@@ -145,3 +186,8 @@ def report(kind, error, trace) -> None:
     hint = '; run pip install -r requirements.txt' if kind is ModuleNotFoundError else ''
     print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+if __name__ == '__main__':
+    print(reference(['train.py', 'sample.py', 'evaluate.py', 'export.py', 'bench.py', 'data/custom/prepare.py',
+                     'data/instruct/prepare.py', 'data/quickstart/prepare.py', 'data/shakespeare/prepare.py',
+                     'data/shakespeare_char/prepare.py']), end='')

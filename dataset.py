@@ -2,20 +2,25 @@
 Token files, and the order in which training reads them.
 
 A dataset is a folder with train.bin and val.bin, raw little-endian uint16 token ids and nothing else, and
-for character data meta.pkl, a dict with vocab_size, stoi and itos. This is nanoGPT's format.
+for character data meta.pkl, a dict with vocab_size, stoi and itos. This is nanoGPT's format. train_mask.bin
+and val_mask.bin, where they are, hold a byte a token: 0 where a token is read but not to be predicted.
 
 A window is block_size tokens to read and the token after each to predict. An epoch cuts the split into
 windows from a random offset, round the end of the file and on from its beginning, and shuffles them, so
 that every token is a target once an epoch. Both are drawn from (seed, epoch), and iteration i takes
 windows [i*S, (i+1)*S) of the endless row of epochs: what an iteration trains on follows from (seed, i).
 """
-import codecs
+import contextlib
 import difflib
 import functools
 import glob
 import hashlib
+import math
 import os
 import pickle
+import re
+import shutil
+import tempfile
 
 import numpy as np
 
@@ -30,8 +35,10 @@ class Split:
     def __init__(self, folder: str, name: str, block_size: int, vocab_size: int, seed: int = 0):
         self.path = os.path.join(folder, f'{name}.bin')
         self.tokens = open_tokens(self.path, block_size)
+        self.mask = open_mask(os.path.join(folder, f'{name}_mask.bin'), len(self.tokens))
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
-        self.targets = len(self.tokens) - 1 # every token but the first has one before it
+        self.n_tokens = len(self.tokens)
+        self.targets = self.n_tokens - 1 # every token but the first has one before it
         self.windows = -(-self.targets // block_size) # an epoch; the last may be short
         self.check_ids(self.tokens[:2**28]) # tells within a second; `batch` checks what lies beyond
 
@@ -42,8 +49,11 @@ class Split:
 
     def training_windows(self, iter_num: int, sequences: int) -> np.ndarray:
         """ the windows of an iteration: (sequences, 2), each a start and how many of its targets count """
-        number = np.arange(iter_num * sequences, (iter_num + 1) * sequences)
-        out = np.empty((sequences, 2), np.int64)
+        return self.nth(np.arange(iter_num * sequences, (iter_num + 1) * sequences))
+
+    def nth(self, number: np.ndarray) -> np.ndarray:
+        """ the windows (n, 2) of these places in the endless row of epochs """
+        out = np.empty((len(number), 2), np.int64)
         for epoch in np.unique(number // self.windows):
             offset, order = epoch_order(self.seed, int(epoch), self.targets, self.windows)
             here = number // self.windows == epoch
@@ -66,21 +76,77 @@ class Split:
         filled = np.concatenate([windows, np.zeros((-len(windows) % size, 2), windows.dtype)])
         yield from filled.reshape(-1, size, 2)
 
+    def read(self, tokens: np.ndarray, start: int) -> np.ndarray:
+        """ block_size of the tokens from `start`, over the end of the split and on from its beginning """
+        if start + self.block_size <= self.targets:
+            return tokens[start:start + self.block_size]
+        return tokens[np.arange(start, start + self.block_size) % self.targets]
+
     def batch(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """ inputs and targets (B, T), int64; a target that does not count is -1 """
-        T = self.block_size
-        ids = np.empty((2, len(windows), T), np.uint16)
+        ids = np.empty((2, len(windows), self.block_size), np.uint16)
         for row, start in enumerate(windows[:, 0].tolist()):
-            if start + T <= self.targets:
-                ids[0, row], ids[1, row] = self.tokens[start:start + T], self.tokens[start + 1:start + T + 1]
-            else: # over the end of the file and on from its beginning
-                at = np.arange(start, start + T) % self.targets
-                ids[0, row], ids[1, row] = self.tokens[at], self.tokens[at + 1]
+            ids[0, row], ids[1, row] = self.read(self.tokens, start), self.read(self.tokens[1:], start)
         self.check_ids(ids)
         x, y = ids.astype(np.int64)
-        for row in np.flatnonzero(windows[:, 1] < T):
+        for row in np.flatnonzero(windows[:, 1] < self.block_size):
             y[row, windows[row, 1]:] = -1
+        if self.mask is not None:
+            for row, start in enumerate(windows[:, 0].tolist()):
+                y[row, self.read(self.mask[1:], start) == 0] = -1
         return x, y
+
+    def count(self, windows: np.ndarray) -> int:
+        """ how many targets of these windows count """
+        if self.mask is None:
+            return int(windows[:, 1].sum())
+        return int(sum(np.count_nonzero(self.read(self.mask[1:], start)[:n]) for start, n in windows.tolist()))
+
+class Mix(Split):
+    """ several splits read as one, in shares by weight: of every ROUND windows each gives its fixed number,
+    in an order drawn from (seed, round). A window's start counts on from split to split. """
+    ROUND = 1000
+
+    def __init__(self, splits: list[Split], weights: list[float], seed: int):
+        self.splits, self.block_size, self.seed = splits, splits[0].block_size, seed
+        self.weights = np.array(weights) / sum(weights)
+        self.windows, self.n_tokens = sum(s.windows for s in splits), sum(s.n_tokens for s in splits)
+        self.bases = np.cumsum([0] + [s.n_tokens for s in splits])[:-1]
+        ends = np.round(np.cumsum(self.weights) * self.ROUND).astype(int)
+        self.source = np.repeat(np.arange(len(splits)), np.diff(ends, prepend=0)) # of a round's windows
+
+    def nth(self, number):
+        out = np.empty((len(number), 2), np.int64)
+        for turn in np.unique(number // self.ROUND):
+            order = np.random.default_rng([self.seed, int(turn)]).permutation(self.source)
+            here = np.flatnonzero(number // self.ROUND == turn)
+            for k, split in enumerate(self.splits):
+                before = np.cumsum(order == k) - 1 # of k's windows in this round
+                mine = here[order[number[here] % self.ROUND] == k]
+                earlier = turn * (self.source == k).sum()
+                out[mine] = split.nth(earlier + before[number[mine] % self.ROUND]) + [self.bases[k], 0]
+        return out
+
+    def evaluation_windows(self, limit):
+        whole = limit >= self.windows
+        return np.concatenate([split.evaluation_windows(split.windows if whole else max(1, round(limit * w)))
+                               + [base, 0] for split, w, base in zip(self.splits, self.weights, self.bases)])
+
+    def by_split(self, windows):
+        """ (split, its rows of windows, these windows) of each split that has some """
+        owner = np.searchsorted(self.bases, windows[:, 0], side='right') - 1
+        for k in np.unique(owner):
+            rows = np.flatnonzero(owner == k)
+            yield self.splits[k], rows, windows[rows] - [self.bases[k], 0]
+
+    def batch(self, windows):
+        x, y = np.empty((2, len(windows), self.block_size), np.int64)
+        for split, rows, its in self.by_split(windows):
+            x[rows], y[rows] = split.batch(its)
+        return x, y
+
+    def count(self, windows):
+        return sum(split.count(its) for split, _, its in self.by_split(windows))
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, targets: int, windows: int) -> tuple[int, np.ndarray]:
@@ -92,6 +158,25 @@ def find_dataset(dataset: str) -> str:
     """ the folder of a dataset: one in data/ by its name, any other by its path """
     is_path = os.path.isdir(dataset) and os.path.basename(dataset) != dataset
     return dataset if is_path else os.path.join(DATA, dataset)
+
+def find_datasets(dataset: str) -> dict[str, float]:
+    """ {folder: weight} of what the option names: 'novel', or 'novel:0.7,letters:0.3' """
+    folders = {}
+    for part in dataset.split(','):
+        name, weight = re.fullmatch(r'\s*(.*?)(?::([0-9.eE+-]+))?\s*', part).groups()
+        try:
+            folders[find_dataset(name)] = float(weight or 1)
+        except ValueError:
+            folders[find_dataset(name)] = 0.0
+        if not (name and 0 < folders[find_dataset(name)] < math.inf):
+            raise ValueError(f"dataset is {dataset!r}; type --dataset=NAME, or --dataset=A:0.7,B:0.3 with weights "
+                             "above 0")
+    return folders
+
+def open_split(folders: dict[str, float], *args, seed: int = 0) -> Split:
+    """ a split of a dataset, or of a mixture of them; args are Split's, after its folder """
+    splits = [Split(folder, *args, seed) for folder in folders]
+    return splits[0] if len(splits) == 1 else Mix(splits, list(folders.values()), seed)
 
 def split_batch(sequences: int, fits: int) -> tuple[int, int]:
     """ the largest micro-batch that fits and divides evenly, and how many of them: (480, 25) -> (24, 20) """
@@ -123,6 +208,15 @@ def open_tokens(path: str, block_size: int) -> np.ndarray:
                          f"type --block_size={max(1, size // 4)}, or add text")
     return np.asarray(np.memmap(path, dtype='<u2', mode='r')) # a plain array of it is sliced faster
 
+def open_mask(path: str, n_tokens: int) -> np.ndarray | None:
+    """ which tokens are to be predicted, a byte a token, or None where that is all of them """
+    if not os.path.exists(path):
+        return None
+    if os.path.getsize(path) != n_tokens:
+        raise ValueError(f"{shorten(path)} has {os.path.getsize(path)} bytes for {n_tokens} tokens, and should "
+                         "have as many; prepare the dataset again")
+    return np.asarray(np.memmap(path, dtype=np.uint8, mode='r'))
+
 def shorten(path: str) -> str:
     """ a path as a user would type it from here """
     relative = os.path.relpath(path)
@@ -146,74 +240,89 @@ def read_tokenizer_state(folder: str) -> dict:
         raise ValueError(f"cannot use {shorten(path)} ({error}); expected a plain dict with vocab_size, stoi "
                          "and itos; prepare the dataset again") from None
 
+def read_shared_state(folders) -> dict:
+    """ what the datasets of a mixture are all encoded with """
+    states = [read_tokenizer_state(folder) for folder in folders]
+    names = [shorten(folder) for folder in folders]
+    for name, state in zip(names, states):
+        if state != states[0]:
+            raise ValueError(f"{names[0]} and {name} are in different tokens; prepare one with the other's "
+                             f"tokenizer, as data/custom/prepare.py --tokenizer={names[0]} does")
+    return states[0]
+
+def read_template(folders) -> str | None:
+    """ how the datasets put an instruction to the model, if one of them does """
+    for folder in folders:
+        path = os.path.join(folder, 'template.txt')
+        if os.path.exists(path):
+            return read_text(path)
+    return None
+
 # -----------------------------------------------------------------------------
 # writing
 
-def write_dataset(folder: str, documents: list[str], tokenizer, val_fraction: float = 0.1,
-                  close: bool = False, allow_special: bool = False) -> None:
-    """ write train.bin, val.bin and for characters meta.pkl; the last val_fraction of the characters is val
+FILES = ('train.bin', 'val.bin', 'meta.pkl', 'train_mask.bin', 'val_mask.bin', 'template.txt')
 
-    `close` ends each document with end-of-text, or with a newline where the tokenizer has none. Files appear
-    under their final names only when all of them are whole.
+@contextlib.contextmanager
+def publish(folder: str):
+    """ gives a temporary folder, and puts the dataset that is written there in `folder` when it is whole
+
+    What an earlier dataset had beside it goes. After an error or Ctrl-C all is as it was.
     """
-    total = sum(map(len, documents))
-    end = [] if not close else [tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode('\n')
-    parts = split_documents(documents, int(total * (1 - val_fraction)))
-    if not (parts[0] and parts[1]):
-        raise ValueError(f"{total} characters are too few to keep {val_fraction} of them to validate on; add "
-                         "text")
-    written = []
     os.makedirs(folder, exist_ok=True)
-    print(f"{total:,} characters, a vocabulary of {tokenizer.n_vocab:,}")
-    for name, texts in zip(('train', 'val'), parts):
-        path = os.path.join(folder, f'{name}.bin')
-        n_chars = sum(len(text) for text, _ in texts)
-        n = write_tokens(path + '.tmp', encode_all(texts, tokenizer, end, allow_special, n_chars, name))
-        written.append(path)
-        print(f"{shorten(path)}: {n:,} tokens of {n_chars:,} characters")
-    meta_path = os.path.join(folder, 'meta.pkl')
-    if tokenizer.state['name'] == 'char':
-        itos = dict(enumerate(tokenizer.chars))
-        meta = {'vocab_size': tokenizer.n_vocab, 'stoi': tokenizer.ids, 'itos': itos}
-        with open(meta_path + '.tmp', 'wb') as file:
-            pickle.dump(meta, file)
-        written.append(meta_path)
-    for path in written: # all of them are whole now
-        os.replace(path + '.tmp', path)
-    if meta_path not in written and os.path.exists(meta_path):
-        os.remove(meta_path) # of an earlier, character dataset
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix='unfinished-') as place:
+            yield place
+            for name in FILES:
+                path, made = os.path.join(folder, name), os.path.join(place, name)
+                if os.path.exists(made):
+                    os.replace(made, path)
+                elif os.path.exists(path):
+                    os.remove(path)
+    finally:
+        if not os.listdir(folder):
+            os.rmdir(folder)
 
-def split_documents(documents: list[str], n_train: int) -> list[list[tuple[str, bool]]]:
-    """ the first n_train characters and the rest, each a list of (text, whether a document ends there) """
-    parts = [], []
-    for text in documents:
-        head, tail = text[:n_train], text[n_train:]
-        if head or not text:
-            parts[0].append((head, not tail))
-        if tail:
-            parts[1].append((tail, True))
-        n_train = max(0, n_train - len(text))
-    return parts
+def write_dataset(folder: str, text: str, tokenizer, val_fraction: float = 0.1) -> None:
+    """ write a text that memory holds as a dataset; the last val_fraction of its characters is val """
+    cut = int(len(text) * (1 - val_fraction))
+    if not 0 < cut < len(text):
+        raise ValueError(f"{len(text)} characters are too few to keep {val_fraction} of them to validate on; "
+                         "add text")
+    print(f"{len(text):,} characters, a vocabulary of {tokenizer.n_vocab:,}")
+    with publish(folder) as place:
+        for name, part in (('train.bin', text[:cut]), ('val.bin', text[cut:])):
+            ids = np.array(tokenizer.encode(part), dtype='<u2')
+            ids.tofile(os.path.join(place, name))
+            print(f"{shorten(os.path.join(folder, name))}: {len(ids):,} tokens of {len(part):,} characters")
+        if tokenizer.state['name'] == 'char':
+            write_meta(place, tokenizer.chars)
 
-def encode_all(texts, tokenizer, end, allow_special, n_chars, name):
-    """ the ids of all texts, a list at a time, under a progress bar where it takes longer than a second """
-    from tqdm import tqdm
-    with tqdm(total=n_chars, desc=name, unit='char', unit_scale=True, delay=1) as progress:
-        for text, ends in texts:
-            for piece in tokenizer.pieces(text, 2**20):
-                yield tokenizer.encode(piece, allow_special)
-                progress.update(len(piece))
-            if ends:
-                yield end
+def write_meta(folder: str, chars: list[str]) -> None:
+    """ write meta.pkl, which says which character has which id """
+    meta = {'vocab_size': len(chars), 'stoi': {char: i for i, char in enumerate(chars)},
+            'itos': dict(enumerate(chars))}
+    with open(os.path.join(folder, 'meta.pkl'), 'wb') as file:
+        pickle.dump(meta, file)
 
-def write_tokens(path: str, lists) -> int:
-    """ write lists of ids to `path`, and return how many there were """
-    n = 0
-    with open(path, 'wb') as file:
-        for ids in lists:
-            file.write(np.array(ids, dtype='<u2').tobytes())
-            n += len(ids)
-    return n
+def claim(name: str, own: str, val_fraction: float) -> str:
+    """ the folder of a dataset to be made by data/OWN/prepare.py; raises ValueError for what it cannot be """
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}; type a share between 0 and 1, such as "
+                         "--val_fraction=0.1")
+    if not name or os.path.basename(name) != name or name.startswith('.'):
+        raise ValueError(f"name is {name!r}; type a plain name for the folder in data/, such as --name=novel")
+    if name != own and os.path.exists(os.path.join(DATA, name, 'prepare.py')):
+        raise ValueError(f"data/{name} is a dataset of the project's own; type another --name")
+    return os.path.join(DATA, name)
+
+def split_off(folder: str, stem: str, start: int) -> None:
+    """ move what is in trainSTEM from byte `start` on to valSTEM, a block at a time """
+    with (open(os.path.join(folder, f'train{stem}'), 'r+b') as train,
+          open(os.path.join(folder, f'val{stem}'), 'wb') as val):
+        train.seek(start)
+        shutil.copyfileobj(train, val, 2**20)
+        train.truncate(start)
 
 def fetch(url: str, path: str, sha256: str) -> str:
     """ the text at `path`, fetched from `url` and checked if it is not there yet """
@@ -237,9 +346,13 @@ def fetch(url: str, path: str, sha256: str) -> str:
 def read_text(path: str) -> str:
     """ a text file in UTF-8, with its line ends as they are; raises ValueError where it is not that """
     with open(path, 'rb') as file:
-        data = file.read().removeprefix(codecs.BOM_UTF8)
+        data = file.read()
     try:
-        return data.decode('utf-8')
+        return data.decode('utf-8').removeprefix('\ufeff') # the byte order mark
     except UnicodeDecodeError as error:
-        raise ValueError(f"{shorten(path)} is not UTF-8 at byte {error.start:,}; "
-                         "convert it first, as with iconv -f latin1 -t utf-8, if it is Latin-1") from None
+        raise bad_utf8(path, error.start) from None
+
+def bad_utf8(path: str, byte: int) -> ValueError:
+    """ the error for a file that is not UTF-8 at a byte, counted from 0 """
+    return ValueError(f"{shorten(path)} is not UTF-8 at byte {byte:,}; convert it first, as with "
+                      "iconv -f latin1 -t utf-8, if it is Latin-1")

@@ -7,12 +7,18 @@ import contextlib
 import gc
 import importlib.util
 import os
+import platform
 import re
+import signal
 import sys
+import time
 
 import torch
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+CONTEXT = int(0.6 * 2**30) # what CUDA and its libraries take of a card; 0.5 to 0.8 GiB on most
+FILL = 0.95 # the share of memory that tensors can fill; an allocator loses some to gaps
 
 # peak FLOP/s of dense bf16 or fp16 matrix products that add up in fp32, from NVIDIA's data sheets
 PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12,
@@ -88,20 +94,23 @@ def all_sum(values: list[float], world_size: int, device: str) -> list[float]:
     torch.distributed.all_reduce(total)
     return total.tolist()
 
-def compile_model(model, choice, device: str, trial, dynamic: bool | None = None) -> bool:
-    """ compile `model` in place where `choice` (True, False or 'auto': on CUDA) says so, and tell if it is
+def compile_model(modules, choice, device: str, trial, dynamic: bool | None = None) -> bool:
+    """ compile modules in place where `choice` (True, False or 'auto': on CUDA) says so, and tell if they are
 
-    `trial()` calls the model at once, so that a machine without a compiler costs one warning.
+    `trial()` calls them at once, so that a machine without a compiler costs one warning.
     """
     if choice not in ('auto', True, False):
         raise ValueError(f"compile is {choice!r}; type --compile=auto, True or False")
     pays = device.startswith('cuda') and importlib.util.find_spec('triton')
     if not choice or choice == 'auto' and not pays:
         return False
-    model.compile(dynamic=dynamic)
+    for module in modules:
+        module.compile(dynamic=dynamic)
     try:
         trial()
     except Exception as error: # whatever a compiler's absence or fault raises
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
         print(f"warning: torch.compile does not work here ({reason}); going on without it", file=sys.stderr)
         torch.compiler.set_stance('force_eager')
@@ -117,6 +126,32 @@ def peak_flops(device: str, dtype: str) -> float | None:
         return None
     return next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf'\b{key}\b', name)), None)
 
+class StopSignal:
+    """ the number of the signal that asked for an end, SIGINT or SIGTERM, or 0; a second Ctrl-C leaves at once """
+
+    def __init__(self, say):
+        self.number, self.time, self.say = 0, 0.0, say
+        signal.signal(signal.SIGINT, self.take)
+        signal.signal(signal.SIGTERM, self.take)
+
+    def take(self, number, frame):
+        if not self.number:
+            self.number, self.time = number, time.time()
+            self.say("stopping after this iteration; a second Ctrl-C leaves at once")
+        elif number == signal.SIGINT and time.time() > self.time + 1:
+            os._exit(130) # torchrun passes on a signal that this process got as well: at once, it is the same one
+
+def describe_machine(device: str) -> str:
+    """ processor or GPU, operating system and torch, in a line """
+    name = f'{os.cpu_count()} CPUs'
+    if device.startswith('cuda'):
+        name = torch.cuda.get_device_name(device)
+    elif os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo') as file:
+            models = [line.partition(':')[2].strip() for line in file if line.startswith('model name')]
+        name = f'{len(models)} x {models[0]}' if models else name
+    return f"{name}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
+
 def free_memory(device: str) -> int:
     """ the bytes that this process may still take on the device; resident memory on a CPU """
     if device.startswith('cuda'):
@@ -125,8 +160,24 @@ def free_memory(device: str) -> int:
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     if os.path.exists('/proc/meminfo'):
         with open('/proc/meminfo') as file: # in kB
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith('MemAvailable'))
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith('MemAvailable'))
+        try: # a container may have less
+            with open('/sys/fs/cgroup/memory.max') as most, open('/sys/fs/cgroup/memory.current') as used:
+                free = min(free, int(most.read()) - int(used.read()))
+        except (OSError, ValueError): # there is none, or its limit is the word max
+            pass
+        return free // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     return 8 * 2**30 # unknown: what a small laptop has
+
+def memory_to_fill(device: str, memory_gb: float) -> float:
+    """ the bytes that a run may fill with tensors: of what is free, or of a card of memory_gb GiB, if given,
+    which this process is then limited to as if it had that one """
+    free = FILL * free_memory(device)
+    if not memory_gb:
+        return free
+    size = memory_gb * 2**30 - CONTEXT
+    limit_memory(device, size)
+    return min(free, FILL * size) if device.startswith('cuda') else FILL * size
 
 def limit_memory(device: str, size: float) -> None:
     """ let this process have no more than `size` bytes of a GPU, as if it were a smaller one """
@@ -136,7 +187,8 @@ def limit_memory(device: str, size: float) -> None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """ whether the device, or the RAM of a CPU, had no room for a tensor """
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    texts = 'out of memory', "can't allocate memory", 'ALLOC_FAILED'
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 def memory_mb(device: str) -> float:
     """ the most memory this process held so far, in MiB: the device's, or resident memory on a CPU """

@@ -1,12 +1,55 @@
 """
-What a run writes for people and for plots: log.csv, a row an iteration, and config.json, its settings.
+What a run writes for people and for plots: log.csv, a row an iteration; config.json, its settings; samples.txt;
+report.md, the whole run on a page; and all of it to wandb, where that is asked for.
 """
+import contextlib
 import csv
 import json
+import math
 import os
 import statistics
+from dataclasses import dataclass
+
+from plot import plot_run
 
 COLUMNS = 'iter,epoch,loss,lr,grad_norm,time_ms,tokens_per_sec,mfu,memory_mb,train_loss,val_loss'.split(',')
+RULE = '-' * 40 + ' ' # between two samples
+
+@dataclass
+class Best:
+    """ the lowest validation loss so far; a checkpoint holds these fields """
+    best_val_loss: float = math.inf
+    best_iter: int = 0
+    n_worse: int = 0 # evaluations since then
+    evaluated: int = -1 # the iteration of the latest
+
+    @classmethod
+    def of(cls, checkpoint: dict) -> 'Best':
+        """ that of a checkpoint of ours or nanoGPT's, which has the loss alone, as a tensor """
+        iter_num = checkpoint.get('iter_num', 0)
+        return cls(float(checkpoint.get('best_val_loss', math.inf)), checkpoint.get('best_iter', iter_num),
+                   checkpoint.get('n_worse', 0), checkpoint.get('evaluated', -1))
+
+    def take(self, iter_num: int, val_loss: float) -> bool:
+        """ count an evaluation, once though a resumed run repeats it, and tell whether it is the best """
+        # the best again, after a resume: the run may have died between last.pt and ckpt.pt
+        is_best = val_loss < self.best_val_loss or (val_loss, iter_num) == (self.best_val_loss, self.best_iter)
+        if is_best:
+            self.best_val_loss, self.best_iter = val_loss, iter_num
+        if iter_num > self.evaluated:
+            self.n_worse, self.evaluated = 0 if is_best else self.n_worse + 1, iter_num
+        return is_best
+
+    def describe(self, out_dir: str, iter_num: int, patience: int) -> str:
+        """ for the end of a run """
+        lines = [f"the best val loss, {self.best_val_loss:.4f}, of iteration {self.best_iter}, is that of "
+                 f"{out_dir}/ckpt.pt; the latest is {out_dir}/last.pt"]
+        if 0 < patience <= self.n_worse:
+            lines.insert(0, f"{self.n_worse} evaluations in a row were no better than that of iteration "
+                            f"{self.best_iter}, so it ended; --init_from=resume --patience=0 goes on")
+        if self.best_iter == 0 and iter_num:
+            lines.append("no evaluation was better than that of the model it started from, which ckpt.pt holds")
+        return '\n'.join(lines)
 
 def start_log(out_dir: str, settings: dict, resume_at: int | None = None) -> None:
     """ make out_dir, its config.json, and log.csv with the rows of the iterations before `resume_at` """
@@ -19,6 +62,8 @@ def start_log(out_dir: str, settings: dict, resume_at: int | None = None) -> Non
                 rows = [row for row in csv.DictReader(file) if row['iter'] and int(row['iter']) < resume_at]
             if rows and list(rows[0]) != COLUMNS:
                 raise ValueError('other columns')
+        elif resume_at is None and os.path.exists(os.path.join(out_dir, 'samples.txt')):
+            os.remove(os.path.join(out_dir, 'samples.txt')) # of the run that this one overwrites
         with open(path + '.tmp', 'w', newline='') as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
@@ -32,9 +77,69 @@ def start_log(out_dir: str, settings: dict, resume_at: int | None = None) -> Non
         raise OSError(f"cannot write to {out_dir} ({error.strerror}); type --out_dir=ANOTHER") from None
 
 def append_row(out_dir: str, row: dict) -> None:
-    """ add a row to log.csv, with empty cells for what was not measured """
+    """ add a row to log.csv, with empty cells for what was not measured; after an evaluation, draw it all anew """
     with open(os.path.join(out_dir, 'log.csv'), 'a', newline='') as file:
         csv.DictWriter(file, COLUMNS).writerow({k: repr(v) for k, v in row.items() if v is not None})
+    if 'val_loss' in row:
+        try:
+            write_report(out_dir)
+            plot_run(out_dir)
+        except (ImportError, OSError, ValueError, KeyError) as error: # a picture is not worth a run
+            print(f"no loss.png or report.md: {error}; python plot.py {out_dir} draws the picture later")
+
+def append_sample(out_dir: str, iter_num: int, text: str) -> None:
+    """ add a text that the model wrote to samples.txt """
+    with open(os.path.join(out_dir, 'samples.txt'), 'a', encoding='utf-8', newline='') as file:
+        file.write(f"{RULE}iteration {iter_num}\n{text}\n")
+
+def write_report(out_dir: str) -> None:
+    """ write report.md from the run's other files """
+    with open(os.path.join(out_dir, 'config.json')) as file:
+        settings = json.load(file)
+    with open(os.path.join(out_dir, 'log.csv'), newline='') as file:
+        rows = list(csv.DictReader(file))
+    evaluated = [row for row in rows if row['val_loss']]
+    timed = [float(row['tokens_per_sec']) for row in rows if row['tokens_per_sec']]
+    best = min(evaluated, key=lambda row: float(row['val_loss']))
+    lines = [f"# {os.path.basename(os.path.abspath(out_dir))}", '',
+             f"{settings['init_from']} on {settings['dataset']}, {settings['parameters']:,} parameters, of which "
+             f"{settings['trained']:,} are trained, to iteration {rows[-1]['iter']} of {settings['max_iters']}, "
+             f"epoch {float(rows[-1]['epoch']):.2f}. The best validation loss is {float(best['val_loss']):.4f}, at "
+             f"iteration {best['iter']}.", '', '![loss](loss.png)', '',
+             '| iteration | epoch | train loss | val loss |', '|---|---|---|---|']
+    every = -(-len(evaluated) // 20) # some twenty rows, the last of them
+    lines += [f"| {row['iter']} | {float(row['epoch']):.2f} | {float(row['train_loss']):.4f} | "
+              f"{float(row['val_loss']):.4f} |" for row in evaluated[::-1][::every][::-1]]
+    speed = f", {statistics.median(timed):,.0f} tokens/s" if timed else ''
+    lines += ['', f"On {settings['machine']}, {settings['device']} in {settings['dtype']}{speed}.", '']
+    if os.path.exists(os.path.join(out_dir, 'samples.txt')):
+        with open(os.path.join(out_dir, 'samples.txt'), encoding='utf-8', newline='') as file:
+            last = file.read().split(RULE)[-1]
+        lines += ['What it wrote last:', '', *('    ' + line for line in last.splitlines()), '']
+    lines += ['The configuration:', '', *(f'    {k} = {v!r}' for k, v in settings.items() if k != 'model_args'), '']
+    with open(os.path.join(out_dir, 'report.md'), 'w', encoding='utf-8') as file:
+        file.write('\n'.join(lines))
+
+def need_wandb():
+    """ the wandb package; raises ImportError where there is none """
+    import wandb
+    if not hasattr(wandb, 'init'): # only a folder that runs left
+        raise ImportError("wandb is not installed; run pip install wandb, or type --wandb_log=False")
+    return wandb
+
+def start_wandb(config: dict, resuming: bool) -> str:
+    """ start a run of wandb, or go on with that of the run in out_dir that is resumed, and return its id """
+    run_id = None
+    with contextlib.suppress(OSError, ValueError): # where there is no earlier config.json
+        if resuming:
+            with open(os.path.join(config['out_dir'], 'config.json')) as file:
+                run_id = json.load(file).get('wandb_id')
+    try:
+        run = need_wandb().init(project=config['wandb_project'], name=config['wandb_run_name'] or config['out_dir'],
+                                config=config, id=run_id, resume='allow')
+        return run.id
+    except Exception as error: # no key, no network
+        raise OSError(f"wandb does not start ({error}); run wandb login, or set WANDB_MODE=offline") from None
 
 def epoch_times(out_dir: str, config: dict) -> dict[str, float]:
     """ {plan: seconds an epoch} of out_dir's run, empty where there is none of this model and data """

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 GiB = 2**30
 PLANS = 'device', 'recompute', 'offload'
-CONTEXT = int(0.6 * GiB) # what CUDA and its libraries take of a card; 0.5 to 0.8 GiB on most
 
 @dataclass
 class Shape:
@@ -28,6 +27,17 @@ class Shape:
     block_size: int # of the sequences, not the model's positions
     dropout: float = 0.0
     half: bool = True # matrix products in bfloat16 or float16
+    frozen: int = 0 # of the parameters, those that are not trained
+    lora: bool = False # these are matrices in half precision, with LoRA's beside them
+    head: bool = True # the tied matrix is trained
+    muon: bool = False # one moment of the blocks' matrices, not AdamW's two
+
+def shape_of(model, block_size: int, dropout: float, half: bool, lora: bool = False,
+             muon: bool = False) -> Shape:
+    """ that of a run of `model`, a GPT on any device, whose parameters that learn require gradients """
+    c, n_params = model.config, model.num_params()
+    return Shape(n_params, c.n_layer, c.n_head, c.n_embd, c.vocab_size, block_size, dropout, half,
+                 n_params - model.num_params(trained=True), lora, model.lm_head.weight.requires_grad, muon)
 
 def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     """ the most bytes on the device in an iteration of micro-batches of B sequences
@@ -37,17 +47,19 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     s, tokens = shape, B * shape.block_size
     width, E = tokens * s.n_embd, s.vocab_size * s.n_embd
     matrices, item = 12 * s.n_layer * s.n_embd**2, 2 if s.half else 4
+    trained, head = s.params - s.frozen, 4 * E * s.head # the head's gradient
     # what a block keeps for backward: 36 bytes a token and channel under autocast, 64 in float32
     block = width * ((36 if s.half else 64) + 2 * (s.dropout > 0)) + 4 * tokens * s.n_head
-    casts = 2 * matrices if s.half else 0 # of the float32 matrices, which autocast keeps
-    grads = 4 * s.params
-    loss = (4 + 2 * s.half) * E + chunk(s, tokens) # the head's gradient and its copy in half precision
+    casts = 2 * matrices if s.half and not s.lora else 0 # of the float32 matrices, which autocast keeps
+    grads = 4 * trained
+    loss = head + 2 * E * (s.half and not s.lora) + chunk(s, tokens) # and the head's copy in half precision
     if plan == 'offload': # a gradient leaves as soon as it is made
         state, gathered, made = item * matrices + 4 * (s.params - matrices), 0, 0
     else:
-        state, gathered, made = 12 * s.params, grads if accumulates else 0, grads
-    backward = 4 * E + (casts + 4 * matrices) // s.n_layer
-    end = 8 * E + made - gathered # the embedding's gradient beside the head's
+        state = 12 * trained + (item if s.lora else 4) * s.frozen - 4 * matrices * s.muon
+        gathered, made = grads if accumulates else 0, grads
+    backward = head + (casts + 4 * matrices * (not s.lora)) // s.n_layer
+    end = 2 * head + made - gathered # the embedding's gradient beside the head's
     kept = 4 * (s.n_layer + 3) * width if plan != 'device' else s.n_layer * block + casts + 8 * width
     again = block if plan != 'device' else 0 # the block whose turn it is
     return state + gathered + max(kept + max(loss, backward + again + 20 * width), end)
@@ -56,10 +68,6 @@ def chunk(s: Shape, tokens: int) -> int:
     """ what the chunked loss holds for the rows it is at """
     rows = min(tokens, max(tokens // 8, 2**22 // s.vocab_size, 1))
     return rows * s.vocab_size * 6 + 2**13 * s.n_embd * 2 + tokens * s.n_embd * 4
-
-def usable(memory_gb: float) -> float:
-    """ the bytes that tensors can fill on a card of so many GiB; an allocator loses some to gaps """
-    return 0.95 * (memory_gb * GiB - CONTEXT)
 
 def ram(plan: str, shape: Shape) -> int:
     """ the bytes of RAM that a plan fills with tensors, when the device is not the CPU itself """
@@ -96,10 +104,11 @@ def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
                      f"--block_size={max(1, shape.block_size // 2)}, take a smaller model, or type "
                      f"--plan={plans[-1]} to try all the same")
 
-def advice(plan: str, B: int, block_size: int) -> str:
-    """ what to say where a plan ran out of memory all the same """
+def advice(plan: str, B: int, block_size: int, sequences: int) -> str:
+    """ what to say where a plan ran out of memory all the same; an iteration keeps its `sequences` """
     leaner = PLANS[PLANS.index(plan) + 1:]
-    option = (f"--batch_size={B // 2}" if B > 1 else f"--plan={leaner[0]}" if leaner
+    smaller = max(n for n in range(1, max(2, B // 2 + 1)) if sequences % n == 0)
+    option = (f"--batch_size={smaller} --gradient_accumulation_steps={sequences // smaller}" if B > 1 else f"--plan={leaner[0]}" if leaner
               else f"--block_size={max(1, block_size // 2)}")
     return f"out of memory in plan {plan}, {B} sequences of {block_size} tokens at a time; type {option}"
 
@@ -111,7 +120,8 @@ def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) 
     return (f"plan {plan}, {B} sequences at a time: {peak(plan, shape, B, accumulates) / GiB:.2f} GiB expected, "
             f"{budget / GiB:.1f} to fill; it costs {COSTS[plan]}")
 
-def table(shape: Shape, sequences: int, most: int, budget: float, epochs: dict[str, float]) -> str:
+def table(shape: Shape, sequences: int, most: int, budget: float, epochs: dict[str, float],
+          plans: tuple[str, ...] = PLANS, ram_free: float = math.inf) -> str:
     """ every plan's memory, the micro-batch it would use, its cost, and the seconds an epoch that are known """
     lines = [f"{sequences} sequences of {shape.block_size} tokens an iteration; "
              f"{budget / GiB:.1f} GiB to fill",
@@ -120,6 +130,10 @@ def table(shape: Shape, sequences: int, most: int, budget: float, epochs: dict[s
         B = largest(plan, shape, sequences, most, budget)
         used = peak(plan, shape, B or 1, accumulates=(B or 1) < sequences) / GiB
         took = f"{epochs[plan]:,.0f} s" if plan in epochs else 'unknown'
+        fits = 'yes' if B and plan in plans else 'no'
+        why = COSTS[plan] if plan in plans else 'is not for these options'
+        if B and plan in plans and ram(plan, shape) > ram_free:
+            why += '; more RAM than is free here'
         lines.append(f"{plan:<11}{B or 1:>12}{used:>15.2f}{ram(plan, shape) / GiB:>12.1f}{took:>9}  "
-                     f"{'yes' if B else 'no':<4}  {COSTS[plan]}")
+                     f"{fits:<4}  {why}")
     return '\n'.join(lines)

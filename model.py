@@ -113,9 +113,9 @@ class ChunkedLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         padded = -(-V // 64) * 64 if device == 'cuda' and weight.dtype != dtype else V # products are faster
         w = F.pad(weight, (0, 0, 0, padded - V)).to(dtype) if padded > V else weight.to(dtype)
-        needs_grad = any(ctx.needs_input_grad)
-        dx = torch.empty_like(x, dtype=dtype) if needs_grad else None
-        dw = torch.zeros(V, C, device=x.device) if needs_grad else None
+        needs_dx, needs_dw = ctx.needs_input_grad[:2]
+        dx = torch.empty_like(x, dtype=dtype) if needs_dx else None
+        dw = torch.zeros(V, C, device=x.device) if needs_dw else None
         total = torch.zeros((), device=x.device)
         rows = min(N, max(N // 8, 2**22 // V, 1))
         logits = torch.empty(rows, padded, device=x.device) # these two serve all rows in turn
@@ -131,11 +131,13 @@ class ChunkedLoss(torch.autograd.Function):
                 at_target, most = p.gather(1, ti), p.amax(dim=1, keepdim=True)
                 norm = p.sub_(most).exp_().sum(dim=1, keepdim=True)
                 total += ((norm.log() + most - at_target) * counts).sum()
-                if needs_grad: # (softmax - one-hot) * scale, where the target counts
+                if needs_dx or needs_dw: # (softmax - one-hot) * scale, where the target counts
                     share = counts * scale
                     p.mul_(share / norm).scatter_add_(1, ti, -share.expand_as(most).to(p.dtype))
                     half.copy_(p)
+                if needs_dx:
                     dx[i:i + n] = half @ w
+                if needs_dw:
                     for j in range(0, V, 2**13): # a product in half precision of all would be as large as w
                         dw[j:j + 2**13] += half[:, j:min(j + 2**13, V)].t() @ xi
         ctx.save_for_backward(dx, dw)
@@ -144,7 +146,7 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx * grad, dw.mul_(grad), None, None
+        return (dx * grad if dx is not None else None), (dw.mul_(grad) if dw is not None else None), None, None
 
 class GPT(nn.Module):
 
@@ -173,9 +175,9 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def num_params(self) -> int:
-        """ the parameters, the tied matrix counted once: 124,439,808 for gpt2 """
-        return sum(p.numel() for p in self.parameters())
+    def num_params(self, trained: bool = False) -> int:
+        """ the parameters, the tied matrix counted once: 124,439,808 for gpt2; or only those that are trained """
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trained)
 
     def flops_per_token(self, T: int) -> float:
         """ forward and backward, T tokens a sequence; PaLM's appendix B, https://arxiv.org/abs/2204.02311 """
@@ -191,7 +193,8 @@ class GPT(nn.Module):
         T, seen = idx.size(1), cache[0].size if cache else 0
         assert seen + T <= self.config.block_size, f"{seen + T} tokens are more than block_size"
         pos = torch.arange(seen, seen + T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos)) # (B, T, C)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos) # (B, T, C)
+        x = self.transformer.drop(x.to(self.transformer.ln_f.weight.dtype)) # embeddings may be in half precision
         for i, block in enumerate(self.transformer.h):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)

@@ -1,6 +1,7 @@
 """
 Optimizers and their learning rate: AdamW with GPT-2's groups, or Muon for the matrices of the blocks.
 """
+import collections
 import concurrent.futures
 import math
 
@@ -53,8 +54,9 @@ class OffloadedAdamW(torch.optim.AdamW):
         named = {p: name for name, p in model.named_parameters()}
         self.device, self.pinned = device, device.startswith('cuda')
         self.stream = torch.cuda.Stream(device) if self.pinned else None
-        self.thread, self.jobs = concurrent.futures.ThreadPoolExecutor(1), []
-        self.masters = {p: self.in_ram(p) for group in groups for p in group['params']}
+        self.thread, self.jobs = concurrent.futures.ThreadPoolExecutor(1), collections.deque()
+        self.masters = {p: torch.nn.Parameter(p.detach().to('cpu', torch.float32)) # unpinned: pinning
+                        for group in groups for p in group['params']} # rounds up to powers of two
         self.names = {named[p]: master for p, master in self.masters.items()}
         super().__init__([{**group, 'params': [self.masters[p] for p in group['params']]} for group in groups],
                          fused=True, **options)
@@ -63,10 +65,6 @@ class OffloadedAdamW(torch.optim.AdamW):
             in_half = p.dim() == 2 and '.h.' in named[p]
             p.data = master.detach().to(device, half if in_half else torch.float32, copy=True)
             p.register_post_accumulate_grad_hook(self.take)
-
-    def in_ram(self, p):
-        weight = p.detach().to('cpu', torch.float32)
-        return torch.nn.Parameter(weight.pin_memory() if self.pinned else weight)
 
     def take(self, p):
         """ send a gradient to RAM, and forget it on the device """
@@ -79,6 +77,8 @@ class OffloadedAdamW(torch.optim.AdamW):
                 grad.record_stream(self.stream)
                 grad, sent = there, self.stream.record_event()
         self.jobs.append(self.thread.submit(self.add, self.masters[p], grad, sent))
+        if len(self.jobs) > 8: # more would wait in RAM
+            self.jobs.popleft().result()
 
     @staticmethod
     def add(master, grad, sent):
@@ -91,9 +91,8 @@ class OffloadedAdamW(torch.optim.AdamW):
 
     def collect(self):
         """ wait until all gradients have arrived """
-        for job in self.jobs:
-            job.result()
-        self.jobs.clear()
+        while self.jobs:
+            self.jobs.popleft().result()
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -122,6 +121,8 @@ def make_optimizer(name: str, model, learning_rate: float, muon_learning_rate: f
 
     With offload_to = (device, half), `model` moves there and the optimizer stays in RAM.
     """
+    if max(betas) >= 1:
+        raise ValueError(f"beta1 and beta2 are {betas[0]} and {betas[1]}; type --beta1=0.9 --beta2=0.95, both below 1")
     if name not in ('adamw', 'muon'):
         raise ValueError(f"there is no optimizer {name!r}; type --optimizer=adamw or --optimizer=muon")
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}

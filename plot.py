@@ -1,15 +1,18 @@
 """
-Draws log.csv into loss.png, the picture that train.py leaves in its out_dir:
+Draws log.csv into loss.png, the picture that train.py leaves in its out_dir; or several runs into one picture:
 
 $ python plot.py out-quickstart
+$ python plot.py out-first out-second
 """
 import csv
 import os
 import sys
 
-def read_log(path: str) -> dict:
+COLOURS = '#d62728', '#1f77b4', '#2ca02c', '#9467bd', '#ff7f0e', '#17becf'
+
+def read_log(out_dir: str) -> dict:
     """ (iterations, values) of each loss column, leaving out empty cells """
-    with open(path, newline='') as file:
+    with open(os.path.join(out_dir, 'log.csv'), newline='') as file:
         rows = list(csv.DictReader(file))
     columns = {}
     for key in ('loss', 'train_loss', 'val_loss'):
@@ -17,40 +20,66 @@ def read_log(path: str) -> dict:
         columns[key] = [int(row['iter']) for row in given], [float(row[key]) for row in given]
     return columns
 
+def name_of(out_dir: str) -> str:
+    return os.path.basename(os.path.abspath(out_dir))
+
 def plot_run(out_dir: str) -> str:
     """ draw the run in `out_dir` and return the picture's path """
+    def draw(axes):
+        curves = read_log(out_dir)
+        axes.plot(*curves['loss'], color='#bbbbbb', linewidth=0.8, label='training loss of the iteration')
+        axes.plot(*curves['train_loss'], color='#1f77b4', marker='.', label='train split')
+        label = 'val split'
+        if curves['val_loss'][1]:
+            best, at = min(zip(curves['val_loss'][1], curves['val_loss'][0]))
+            axes.plot([at], [best], 'o', color='#d62728', fillstyle='none', markersize=10)
+            label += f', best {best:.4f} at iteration {at}'
+        axes.plot(*curves['val_loss'], color='#d62728', marker='.', label=label)
+        axes.set_title(name_of(out_dir))
+    return picture(draw, os.path.join(out_dir, 'loss.png'))
+
+def plot_runs(out_dirs: list[str]) -> str:
+    """ draw the splits' losses of several runs into compare.png here, and return its path """
+    def draw(axes):
+        for i, out_dir in enumerate(out_dirs):
+            curves, colour = read_log(out_dir), COLOURS[i % len(COLOURS)]
+            best = f", best {min(curves['val_loss'][1]):.4f}" if curves['val_loss'][1] else ''
+            axes.plot(*curves['train_loss'], color=colour, linestyle=':')
+            axes.plot(*curves['val_loss'], color=colour, marker='.', label=f"{name_of(out_dir)}{best}")
+        axes.set_title('val split, and dotted the train split')
+    return picture(draw, 'compare.png')
+
+def picture(draw, path: str) -> str:
+    """ let `draw` fill the axes of a loss by iteration, and write them to `path` """
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    curves = read_log(os.path.join(out_dir, 'log.csv'))
     figure, axes = plt.subplots(figsize=(8, 5), dpi=100)
-    axes.plot(*curves['loss'], color='#bbbbbb', linewidth=0.8, label='training loss of the iteration')
-    axes.plot(*curves['train_loss'], color='#1f77b4', marker='.', label='train split')
-    label = 'val split'
-    if curves['val_loss'][1]:
-        best, at = min(zip(curves['val_loss'][1], curves['val_loss'][0]))
-        axes.plot([at], [best], 'o', color='#d62728', fillstyle='none', markersize=10)
-        label += f', best {best:.4f} at iteration {at}'
-    axes.plot(*curves['val_loss'], color='#d62728', marker='.', label=label)
-    title = os.path.basename(os.path.abspath(out_dir))
-    axes.set(xlabel='iteration', ylabel='loss, nats a token', title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path = os.path.join(out_dir, 'loss.png')
-    figure.tight_layout()
-    figure.savefig(path + '.tmp', format='png')
-    plt.close(figure)
+    try:
+        draw(axes)
+        axes.set(xlabel='iteration', ylabel='loss, nats a token')
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.tight_layout()
+        figure.savefig(path + '.tmp', format='png')
+    finally:
+        plt.close(figure)
     os.replace(path + '.tmp', path)
     return path
 
 if __name__ == '__main__':
-    if len(sys.argv) != 2 or not os.path.isfile(os.path.join(sys.argv[1], 'log.csv')):
-        print("error: no run's folder given; type python plot.py OUT_DIR, one with a "
-              "log.csv", file=sys.stderr)
+    out_dirs = sys.argv[1:]
+    without = [out_dir for out_dir in out_dirs if not os.path.isfile(os.path.join(out_dir, 'log.csv'))]
+    if without or not out_dirs:
+        found = f"there is no log.csv in {without[0]}" if without else "no run's folder given"
+        print(f"error: {found}; type python plot.py OUT_DIR, or several, each with a log.csv", file=sys.stderr)
         sys.exit(2)
     try:
-        print(plot_run(sys.argv[1]))
+        print(plot_run(out_dirs[0]) if len(out_dirs) == 1 else plot_runs(out_dirs))
     except (KeyError, ValueError) as error:
-        print(f"error: {sys.argv[1]}/log.csv is no log of train.py ({error}); give another "
-              "folder", file=sys.stderr)
+        print(f"error: a log.csv in {', '.join(out_dirs)} is none of train.py ({error}); give another folder",
+              file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: cannot write the picture ({error}); go to a folder that can be written", file=sys.stderr)
         sys.exit(2)

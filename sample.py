@@ -11,7 +11,9 @@ init_from = 'resume' # resume (out_dir's), gpt2, gpt2-medium, gpt2-large, gpt2-x
 out_dir = 'out' # a run's folder, whose ckpt.pt is read, or a checkpoint such as out/last.pt
 # what to write
 start = '\n' # the prompt; FILE:prompt.txt takes it from a file, <|endoftext|> in it stands for that token
-num_samples = 10
+instruction = '' # in place of start: a question, put as the training data put theirs; only answers are printed
+input = '' # what the instruction is about, if anything
+num_samples = 10 # texts at once
 max_new_tokens = 500 # in each sample, at the most
 stop = '' # end a sample where this text comes up; it is not printed
 stream = False # print the first sample as it is made
@@ -19,14 +21,14 @@ stream = False # print the first sample as it is made
 temperature = 0.8 # below 1 is more careful, above more random; 0 always takes the likeliest token
 top_k = 200 # draw from the likeliest top_k tokens, 0 for all
 top_p = 1.0 # draw from the likeliest tokens that together have this probability
-seed = 1337
+seed = 1337 # of the draws
 # machine
 device = 'auto' # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto' # auto, float32, bfloat16, float16
 compile = False # True takes a while to begin, and pays for many tokens
 
 from configurator import configure
-configure(globals())
+configure(globals(), at_least_1=('num_samples', 'max_new_tokens'))
 
 # -----------------------------------------------------------------------------
 # set-up
@@ -39,18 +41,11 @@ import torch
 from tqdm import tqdm
 
 import checkpoint as checkpoints
-from dataset import find_dataset, read_text, read_tokenizer_state
+from dataset import read_text
 from device import DTYPES, compile_model, pick_device, pick_dtype
-from tokenizer import BPETokenizer, check_match, from_state
+from instruct import render
+from tokenizer import from_state
 
-for key, value in (('num_samples', num_samples), ('max_new_tokens', max_new_tokens)):
-    if value < 1:
-        raise ValueError(f"{key} is {value}; type --{key}=N with N at least 1")
-if seed >= 2**32:
-    raise ValueError(f"seed is {seed}; type --seed=N with N below 2**32")
-for key, value in (('temperature', temperature), ('top_k', top_k), ('seed', seed)):
-    if value < 0:
-        raise ValueError(f"{key} is {value}; type --{key}=N with N at least 0")
 if not 0 < top_p <= 1:
     raise ValueError(f"top_p is {top_p}; type --top_p=P with 0 < P <= 1")
 
@@ -65,14 +60,7 @@ if init_from == 'resume' and checkpoints.find(out_dir) is None:
                             f"--out_dir={out_dir}, type --out_dir with a run's folder, or --init_from=gpt2")
 model, loaded = checkpoints.load_model(out_dir if init_from == 'resume' else init_from)
 loaded.pop('optimizer', None)
-trained_on = loaded.get('config', {}).get('dataset', '')
-state = loaded.get('tokenizer') or read_tokenizer_state(find_dataset(trained_on)) # nanoGPT's do not say
-if 'tokenizer' not in loaded and state['name'] == 'gpt2' and model.config.vocab_size < BPETokenizer.n_vocab:
-    raise FileNotFoundError(f"the checkpoint has {model.config.vocab_size} ids and does not say which "
-                            "characters they are; put the meta.pkl of its dataset at "
-                            f"data/{trained_on}/meta.pkl")
-check_match(state, model.config.vocab_size, state, 'its dataset')
-tokenizer = from_state(state)
+tokenizer = from_state(checkpoints.find_tokenizer(loaded, model.config.vocab_size))
 model.eval().to(device, DTYPES[dtype])
 
 # -----------------------------------------------------------------------------
@@ -84,7 +72,13 @@ if start.startswith('FILE:'):
     except OSError as error:
         raise OSError(f"cannot read the prompt {start} ({error.strerror}); type --start=FILE:PATH of a "
                       "text") from None
-prompt = tokenizer.encode(start, allow_special=True)
+if instruction:
+    if not loaded.get('template'):
+        raise ValueError("the model was not trained on instructions; type --start=TEXT, or train it on data of "
+                         "data/instruct/prepare.py")
+    start = render(loaded['template'], instruction, input)
+prompt = tokenizer.encode(start, allow_special=not instruction)
+shown = '' if instruction else start # what is printed in front of a sample
 if len(prompt) > model.config.block_size:
     print(f"the prompt has {len(prompt)} tokens, of which the model sees the last {model.config.block_size}",
           file=sys.stderr)
@@ -120,10 +114,10 @@ class Sample:
 
 samples = [Sample() for _ in range(num_samples)]
 idx = torch.tensor([prompt] * num_samples, device=device)
-compile_model(model, compile, device, trial=lambda: list(model.stream(idx, 2)), dynamic=True)
+compile_model([model], compile, device, trial=lambda: list(model.stream(idx, 2)), dynamic=True)
 torch.manual_seed(seed)
 if stream:
-    print(start, end='', flush=True)
+    print(shown, end='', flush=True)
 begin = time.time()
 tokens = model.stream(idx, max_new_tokens, temperature, top_k, top_p, tokenizer.n_vocab)
 progress = tqdm(tokens, total=max_new_tokens, unit='tok', delay=1, leave=False, disable=stream)
@@ -135,9 +129,10 @@ for n, token in enumerate(progress, 1):
     if all(sample.ended for sample in samples):
         break
 progress.close()
+tokens.close()
 seconds = time.time() - begin
 for i, sample in enumerate(samples):
-    print('' if stream and i == 0 else start + sample.text)
+    print('' if stream and i == 0 else shown + sample.text)
     print('---------------')
 print(f"{num_samples} x {n} tokens in {seconds:.1f} s, {num_samples * n / seconds:.0f} tok/s on {device} in "
       f"{dtype}",

@@ -11,43 +11,53 @@ $ torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
 
 # what to start from, and where to write
 init_from = 'scratch' # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a model's path
-out_dir = 'out' # for ckpt.pt (best), last.pt (latest), config.json, log.csv and loss.png
+out_dir = 'out' # for ckpt.pt (best), last.pt (latest), config.json, log.csv, loss.png and report.md
 overwrite = False # start anew in an out_dir that already holds a run
 # evaluation
 eval_interval = 2000 # iterations from one evaluation to the next
 eval_iters = 200 # batches of batch_size an evaluation takes from each split, 0 for the whole val split
 eval_only = False # evaluate once, write nothing, and leave
+patience = 0 # evaluations in a row without a new best that end the run, 0 for no such end
 always_save_checkpoint = True # save last.pt at each evaluation, not only at a new best
 keep_checkpoints = False # also keep each evaluation's as iter_000500.pt
 # logging
 log_interval = 1 # iterations from one line to the next
-wandb_log = False
-wandb_project = 'fitgpt'
-wandb_run_name = '' # out_dir, if empty
+wandb_log = False # send the rows of log.csv to wandb, too
+wandb_project = 'fitgpt' # where wandb files the run
+wandb_run_name = '' # what wandb calls it; out_dir, if empty
+sample_interval = 0 # iterations from one text in samples.txt to the next, 0 for none
+sample_start = '\n' # what such a text begins with
+sample_tokens = 200 # how far it goes on
 # data
-dataset = 'openwebtext' # a folder in data/, or a path to one
+dataset = 'openwebtext' # a folder in data/, a path to one, or a mixture of them, such as novel:0.7,letters:0.3
 batch_size = 12 # sequences a process holds at once, at the most
 gradient_accumulation_steps = 40 # batches in an iteration, which is batch_size times this many sequences
 block_size = 1024 # tokens in a sequence
 # model, from scratch; another model brings its own shape
-n_layer = 12
-n_head = 12
-n_embd = 768
+n_layer = 12 # blocks
+n_head = 12 # attention heads in a block
+n_embd = 768 # channels, which n_head divides
 bias = False # in the linear layers and layer norms
 dropout = 0.0 # 0 is right for pretraining, 0.1 and more for finetuning
+# what to train of a model
+freeze = '' # parts that stay as they are, such as wte,wpe,h.0-5; empty for none
+lora_rank = 0 # train two matrices of this rank beside each of lora_targets, and nothing else; 0 for no LoRA
+lora_alpha = 32.0 # their product counts lora_alpha / lora_rank times
+lora_dropout = 0.0 # of what enters them
+lora_targets = 'attn.c_attn,attn.c_proj,mlp.c_fc,mlp.c_proj' # which of a block's matrices
 # optimizer
 optimizer = 'adamw' # adamw, or muon (from scratch), which leaves all but the blocks' matrices to AdamW
 learning_rate = 6e-4 # of AdamW, the peak
 muon_learning_rate = 0.02 # of Muon, the peak
 max_iters = 600000 # iterations of training, at the most
 num_epochs = 0.0 # if given, an end after so many passes over the data, and warm-up in a tenth of it
-weight_decay = 1e-1
-beta1 = 0.9
-beta2 = 0.95
+weight_decay = 1e-1 # of matrices, not of vectors
+beta1 = 0.9 # AdamW's memory of the gradient
+beta2 = 0.95 # and of its square
 grad_clip = 1.0 # the largest norm of the gradient, 0 for no limit
 # learning rate schedule
 decay_lr = True # warm up and decay; else learning_rate throughout
-warmup_iters = 2000
+warmup_iters = 2000 # iterations in which learning_rate rises to its peak
 lr_decay_iters = 0 # where the decay ends, 0 for max_iters
 min_lr = 6e-5 # what learning_rate decays to; Muon's decays by the same factor
 # machine
@@ -61,7 +71,8 @@ backend = 'auto' # of torch.distributed: auto, nccl, gloo
 seed = 1337 # of the weights, of the order of the data and of dropout
 
 from configurator import configure
-config = configure(globals())
+config = configure(globals(), at_least_1=('batch_size', 'gradient_accumulation_steps', 'block_size',
+                                          'eval_interval', 'log_interval'))
 
 # -----------------------------------------------------------------------------
 # set-up
@@ -78,29 +89,20 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint as checkpoints
+import lora
 import memory
-from dataset import Split, find_dataset, read_tokenizer_state, split_batch
-from device import (DTYPES, all_sum, autocast, compile_model, free_memory, is_out_of_memory, limit_memory,
-                    memory_mb, peak_flops, pick_device, pick_dtype, start_processes, stop_processes)
-from log import append_row, epoch_times, start_log
+from dataset import find_datasets, open_split, read_shared_state, read_template, split_batch
+from device import (DTYPES, StopSignal, all_sum, autocast, compile_model, describe_machine, free_memory,
+                    is_out_of_memory, memory_mb, memory_to_fill, peak_flops, pick_device, pick_dtype,
+                    start_processes, stop_processes)
+from log import Best, append_row, append_sample, epoch_times, need_wandb, start_log, start_wandb
 from model import GPT, GPT2_SHAPES, GPTConfig
 from optim import get_lr, load_optimizer, make_optimizer, set_lr, weights
-from plot import plot_run
-from tokenizer import check_match, count_ids
+from tokenizer import check_match, count_ids, from_state
 
-for key in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'eval_interval', 'log_interval'):
-    if config[key] < 1:
-        raise ValueError(f"{key} is {config[key]}; type --{key}=N with N at least 1")
-for key, value in config.items():
-    if type(value) in (int, float) and value < 0:
-        raise ValueError(f"{key} is {value}; type --{key}=N with N at least 0")
-if seed >= 2**32:
-    raise ValueError(f"seed is {seed}; type --seed=N with N below 2**32")
 if decay_lr and min_lr > learning_rate:
     raise ValueError(f"min_lr, {min_lr}, is above learning_rate, {learning_rate}; type "
                      f"--min_lr={learning_rate / 10:.3g}")
-if max(beta1, beta2) >= 1:
-    raise ValueError(f"beta1 and beta2 are {beta1} and {beta2}; type --beta1=0.9 --beta2=0.95, both below 1")
 
 device, dtype = pick_device(device), pick_dtype(dtype, pick_device(device))
 rank, world_size, device = start_processes(backend, device)
@@ -110,9 +112,7 @@ if device.startswith('cuda'):
 sys.stdout.reconfigure(line_buffering=True) # so that a line is seen at once in a file, too
 
 if wandb_log:
-    import wandb # here, so that its absence is told before anything is done
-    if not hasattr(wandb, 'init'): # only a folder that runs left
-        raise ImportError("wandb is not installed; run pip install wandb, or type --wandb_log=False")
+    wandb = need_wandb() # here, so that its absence is told before anything is done
 
 def say(text):
     if master:
@@ -141,33 +141,35 @@ if master and not (eval_only or dry_run):
 # -----------------------------------------------------------------------------
 # memory
 
-data_dir = find_dataset(dataset)
-tokenizer = read_tokenizer_state(data_dir)
+folders = find_datasets(dataset)
+tokenizer = read_shared_state(folders)
 vocab_size = count_ids(tokenizer)
-free = free_memory(device)
-if memory_gb:
-    free = memory.usable(memory_gb)
-    limit_memory(device, free)
+free = memory_to_fill(device, memory_gb)
 
 def shape_of(c):
     """ what the memory of this run depends on, for a model of GPTConfig c """
     with torch.device('meta'):
-        n_params = GPT(c).num_params()
+        gpt = GPT(c)
+        lora.restrict(gpt, config)
     half = dtype != 'float32' or device == 'cpu' and memory_gb > 0 # a card has half precision
-    return memory.Shape(n_params, c.n_layer, c.n_head, c.n_embd, c.vocab_size, block_size, dropout, half)
+    return memory.shape_of(gpt, block_size, dropout, half, lora_rank > 0, optimizer == 'muon')
 
+in_ram = device == 'cpu' and plan == 'auto' and not memory_gb # where offloading gains nothing
+plans = memory.PLANS[:2 if optimizer == 'muon' or world_size > 1 or in_ram or lora_rank or freeze else 3]
 if dry_run: # which needs neither data nor, for GPT-2, weights
     c = (GPTConfig(**GPT2_SHAPES[init_from]) if init_from in GPT2_SHAPES else
          GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=bias) if init_from == 'scratch' else
          checkpoints.load_model(out_dir if init_from == 'resume' else init_from)[0].config)
-    say(memory.table(shape_of(c), share, batch_size, free, epoch_times(out_dir, config)))
+    say(memory.table(shape_of(c), share, batch_size, free, epoch_times(out_dir, config), plans,
+                     free_memory('cpu') - 4 * shape_of(c).params))
     leave(0)
 
 # -----------------------------------------------------------------------------
 # data
 
-train_data = Split(data_dir, 'train', block_size, vocab_size, seed)
-val_data = Split(data_dir, 'val', block_size, vocab_size)
+train_data = open_split(folders, 'train', block_size, vocab_size, seed=seed)
+val_data = open_split(folders, 'val', block_size, vocab_size)
+template = read_template(folders)
 if num_epochs:
     max_iters = min(max_iters, max(1, round(num_epochs * train_data.windows / sequences)))
     warmup_iters = min(warmup_iters, max_iters // 10)
@@ -192,22 +194,43 @@ elif init_from == 'resume':
     if path is None:
         raise FileNotFoundError(f"there is no checkpoint in {out_dir} to resume; type --out_dir with a run's "
                                 "folder, or --init_from=scratch to start one")
-    model, loaded = checkpoints.load_model(path, dropout)
+    model, loaded = checkpoints.load_model(path, dropout, merge=False)
 else:
     model, loaded = checkpoints.load_model(init_from, dropout)
 check_match(loaded.get('tokenizer'), model.config.vocab_size, tokenizer, dataset)
 if block_size > model.config.block_size:
     raise ValueError(f"block_size is {block_size}, but the model has {model.config.block_size} positions; "
                      f"type --block_size={model.config.block_size} or less")
+template = template or loaded.get('template')
+if init_from != 'resume' and lora_rank: # a resumed run has its adapter, and knows its base
+    loaded.update(checkpoints.describe_base(init_from, model))
+base = {key: loaded.get(key) for key in ('base', 'base_fingerprint')}
+lora.restrict(model, config)
+if lora_rank:
+    lora.shrink(model, DTYPES[dtype])
 
-in_ram = device == 'cpu' and plan == 'auto' and not memory_gb # where offloading gains nothing
-n_plans = 2 if optimizer == 'muon' or world_size > 1 or in_ram else 3
+def with_room(work, *args, again=True):
+    """ work(*args); where there is no room, again with smaller micro-batches, which give the same result """
+    global micro_batch, n_micro_steps
+    while True:
+        try:
+            return work(*args)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        if micro_batch == 1 or world_size > 1 or not again: # the other processes do not know
+            raise ValueError(memory.advice(plan, micro_batch if again else 1, block_size, sequences))
+        opt.zero_grad(set_to_none=True)
+        was = micro_batch
+        micro_batch, n_micro_steps = split_batch(share, micro_batch // 2)
+        say(f"iter {iter_num}: out of memory with {was} sequences at a time; again with {micro_batch}")
+
 shape = shape_of(model.config)
-plan, fits = memory.choose(plan, shape, share, batch_size, free, memory.PLANS[:n_plans], free_memory('cpu'))
+plan, fits = memory.choose(plan, shape, share, batch_size, free, plans, free_memory('cpu'))
 micro_batch, n_micro_steps = split_batch(share, fits)
 model.recompute = plan != 'device'
 if plan != 'offload':
-    model.to(device)
+    with_room(model.to, device, again=False)
 raw_model = model # without DDP
 
 # -----------------------------------------------------------------------------
@@ -216,20 +239,17 @@ raw_model = model # without DDP
 opt = make_optimizer(optimizer, model, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2),
                      offload_to=(device, DTYPES[dtype]) if plan == 'offload' else None)
 params = [p for group in opt.param_groups for p in group['params']]
-scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == 'float16')
-iter_num, best_val_loss = 0, math.inf
+scaler = torch.amp.GradScaler(params[0].device.type, enabled=dtype == 'float16')
+iter_num, best = 0, Best()
 if init_from == 'resume':
-    iter_num = loaded.get('iter_num', 0)
-    best_val_loss = float(loaded.get('best_val_loss', math.inf)) # a tensor in nanoGPT's
+    iter_num, best = loaded.get('iter_num', 0), Best.of(loaded)
     if 'optimizer' in loaded:
         load_optimizer(opt, loaded['optimizer'])
     if loaded.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(loaded['scaler'])
-    before, own = loaded.get('config', {}), ('n_layer', 'n_head', 'n_embd', 'bias') # the model's
-    changed = [f"{key} {before[key]!r} -> {config[key]!r}" for key in config
-               if key != 'init_from' and key not in own and before.get(key, config[key]) != config[key]]
-    say(f"resuming at iteration {iter_num}" + (f", with {', '.join(changed)}" if changed else ''))
-loaded = before = None # frees the moments, which the optimizer has copied
+    say(f"resuming at iteration {iter_num}{checkpoints.tell_changes(loaded.get('config', {}), config)}")
+    config['init_from'] = loaded.get('config', {}).get('init_from', 'resume') # where it all began
+loaded = None # frees the moments, which the optimizer has copied
 
 # -----------------------------------------------------------------------------
 # compile and DDP
@@ -239,10 +259,12 @@ def one_step():
     with autocast(device, dtype, cache=plan == 'device'):
         model(x, y)[1].backward()
 
-is_compiled = compile_model(model, compile, device, one_step)
+# each block for itself, so that backward gives its gradients away as it goes, and memory is as planned
+is_compiled = with_room(compile_model, model.transformer.h, compile, device, one_step)
 opt.zero_grad(set_to_none=True)
 if world_size > 1:
-    model = DistributedDataParallel(raw_model, device_ids=[device] if device.startswith('cuda') else None)
+    model = DistributedDataParallel(raw_model, device_ids=[device] if device.startswith('cuda') else None,
+                                    gradient_as_bucket_view=True) # no second copy of them
 
 # -----------------------------------------------------------------------------
 # evaluation
@@ -259,7 +281,7 @@ def evaluate():
             x, y = fetch(data, batch)
             with autocast(device, dtype):
                 total += raw_model(x, y, scale=1.0)[1]
-        losses[name] = all_sum([total.item()], world_size, device)[0] / int(windows[:, 1].sum())
+        losses[name] = all_sum([total.item()], world_size, device)[0] / max(1, data.count(windows))
     raw_model.train()
     return losses
 
@@ -268,34 +290,43 @@ def evaluate():
 
 def log(row):
     append_row(out_dir, row)
-    if 'val_loss' in row:
-        try:
-            plot_run(out_dir)
-        except (ImportError, OSError, ValueError, KeyError) as error: # a picture is not worth a run
-            say(f"no loss.png: {error}; python plot.py {out_dir} draws it later")
     if wandb_log:
         wandb.log({k: v for k, v in row.items() if v is not None}, step=row['iter'])
 
 def save(is_best):
     """ write last.pt, and let ckpt.pt be the same file where it is the best """
     last = os.path.join(out_dir, 'last.pt')
+    model_state = checkpoints.adapter_state(raw_model, base) if lora_rank else {'model': weights(raw_model, opt)}
     checkpoints.save({
-        'model': weights(raw_model, opt), 'optimizer': opt.state_dict(),
-        'model_args': checkpoints.model_args(raw_model), 'iter_num': iter_num, 'best_val_loss': best_val_loss,
-        'config': config, 'tokenizer': tokenizer, 'scaler': scaler.state_dict()}, last)
+        **model_state, 'optimizer': opt.state_dict(), 'model_args': checkpoints.model_args(raw_model),
+        'iter_num': iter_num, **vars(best), 'config': config, 'tokenizer': tokenizer, 'template': template,
+        'scaler': scaler.state_dict()}, last)
     if is_best:
         checkpoints.link(last, os.path.join(out_dir, 'ckpt.pt'))
     if keep_checkpoints:
         checkpoints.link(last, os.path.join(out_dir, f'iter_{iter_num:06d}.pt'))
 
-say(f"{raw_model.num_params():,} parameters, on {f'{world_size} x ' if world_size > 1 else ''}{device} "
+def write_sample():
+    """ add what the model writes now to samples.txt """
+    raw_model.eval()
+    torch.manual_seed(seed)
+    with autocast(device, dtype), torch.compiler.set_stance('force_eager'):
+        made = raw_model.generate(prompt, sample_tokens, temperature=0.8, top_k=200, n_vocab=vocab_size)
+    raw_model.train()
+    append_sample(out_dir, iter_num, coder.decode(made[0].tolist()))
+
+if sample_interval:
+    coder = from_state(tokenizer)
+    prompt = torch.tensor([coder.encode(sample_start, allow_special=True) or [coder.eot or 0]], device=device)
+n_trained = raw_model.num_params(trained=True)
+say(f"{raw_model.num_params():,} parameters{f', {n_trained:,} of them to train' if lora_rank or freeze else ''}, on {f'{world_size} x ' if world_size > 1 else ''}{device} "
     f"in {dtype}{', compiled' if is_compiled else ''}")
-say(f"{len(train_data.tokens):,} tokens to train on, {len(val_data.tokens):,} to validate on")
+say(f"{train_data.n_tokens:,} tokens to train on, {val_data.n_tokens:,} to validate on")
 say(f"an iteration is {sequences} sequences of {block_size} tokens, {sequences * block_size:,} tokens; "
     f"{max_iters:,} iterations are {max_iters * sequences / train_data.windows:.1f} epochs")
 say(memory.describe(plan, shape, micro_batch, n_micro_steps > 1, free))
 if eval_only:
-    losses = evaluate()
+    losses = with_room(evaluate)
     say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
     leave(0)
 if iter_num >= max_iters and init_from == 'resume':
@@ -303,30 +334,16 @@ if iter_num >= max_iters and init_from == 'resume':
         f"--{'num_epochs' if num_epochs else 'max_iters'}=N "
         "with a larger N to go on")
     leave(0)
-if master and wandb_log:
-    try:
-        wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=config)
-    except Exception as error: # no key, no network
-        raise OSError(f"wandb does not start ({error}); run wandb login, or set WANDB_MODE=offline") from None
 if master:
-    start_log(out_dir, {**config, 'device': device, 'dtype': dtype, 'plan': plan, 'max_iters': max_iters,
+    wandb_id = start_wandb(config, init_from == 'resume') if wandb_log else None
+    start_log(out_dir, {**config, 'wandb_id': wandb_id, 'device': device, 'dtype': dtype, 'plan': plan, 'max_iters': max_iters,
                         'warmup_iters': warmup_iters, 'lr_decay_iters': lr_decay_iters,
-                        'model_args': checkpoints.model_args(raw_model)},
+                        'machine': describe_machine(device), 'parameters': raw_model.num_params(),
+                        'trained': n_trained, 'model_args': checkpoints.model_args(raw_model)},
               resume_at=iter_num if init_from == 'resume' else None)
 
 # -----------------------------------------------------------------------------
 # loop
-
-stop, stop_time = 0, 0.0 # the signal that asked for an end, and when
-
-def ask_to_stop(number, frame):
-    global stop, stop_time
-    if stop: # torchrun passes on a signal that this process got as well: what comes at once is the same one
-        if number == signal.SIGINT and time.time() > stop_time + 1:
-            os._exit(130)
-        return
-    stop, stop_time = number, time.time()
-    say("stopping after this iteration; a second Ctrl-C leaves at once")
 
 def accumulate(windows, n_targets):
     """ make the gradients of an iteration, and return its loss, or this process's share of it """
@@ -347,43 +364,26 @@ def accumulate(windows, n_targets):
         loss += micro_loss.detach() / (scale * n_targets)
     return loss
 
-def with_room(work, *args):
-    """ work(*args), again with smaller micro-batches where there is no room: they give the same result """
-    global micro_batch, n_micro_steps
-    while True:
-        try:
-            return work(*args)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        opt.zero_grad(set_to_none=True)
-        if micro_batch == 1 or world_size > 1: # the other processes do not know
-            raise ValueError(memory.advice(plan, micro_batch, block_size))
-        was = micro_batch
-        micro_batch, n_micro_steps = split_batch(share, micro_batch // 2)
-        say(f"iter {iter_num}: out of memory with {was} sequences at a time; again with {micro_batch}")
-
-signal.signal(signal.SIGINT, ask_to_stop)
-signal.signal(signal.SIGTERM, ask_to_stop)
-
+stop = StopSignal(say)
 flops_per_iter = raw_model.flops_per_token(block_size) * sequences * block_size
 peak = peak_flops(device, dtype)
 start_time, start_iter = time.time(), iter_num
-n_bad = 0 # iterations in a row that were not finite
+n_bad, ended = 0, False # iterations in a row that were not finite, and whether this was the last evaluation
 while True:
     # once in a while: evaluate and save
     row = {'iter': iter_num, 'epoch': round(iter_num * sequences / train_data.windows, 4)}
     if iter_num % eval_interval == 0 or iter_num == max_iters:
         losses = with_room(evaluate)
         row.update(train_loss=losses['train'], val_loss=losses['val'])
-        # equal, after a resume: the run may have died between last.pt and ckpt.pt
-        is_best = losses['val'] < best_val_loss or losses['val'] == best_val_loss and iter_num == start_iter
-        best_val_loss = min(losses['val'], best_val_loss)
+        is_best = best.take(iter_num, losses['val'])
         say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
             f"{', the best so far' if is_best else ''}")
-        if master and (is_best or always_save_checkpoint or iter_num == max_iters):
+        ended = iter_num == max_iters or 0 < patience <= best.n_worse
+        if master and (is_best or always_save_checkpoint or ended):
             save(is_best)
-    if iter_num == max_iters:
+    if master and sample_interval and iter_num % sample_interval == 0:
+        write_sample()
+    if ended:
         if master:
             log(row)
         break
@@ -393,19 +393,19 @@ while True:
     lr = get_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr else learning_rate
     set_lr(opt, lr / (learning_rate or 1))
     windows = train_data.training_windows(iter_num, sequences)
-    n_targets = int(windows[:, 1].sum())
+    n_targets = max(1, train_data.count(windows)) # 0 where a mask leaves none
     loss = with_room(accumulate, windows, n_targets)
     if plan == 'offload':
         opt.collect()
     scaler.unscale_(opt)
     grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
-    loss, n_stopping = all_sum([loss.item(), float(stop > 0)], world_size, device)
+    loss, n_stopping = all_sum([loss.item(), float(stop.number > 0)], world_size, device)
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     # a scaled gradient that overflows is float16's everyday business
     overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
     n_bad = 0 if finite or overflow else n_bad + 1
     if finite or scaler.is_enabled(): # the scaler steps over what is not finite, and scales less
-        scaler.step(opt)
+        with_room(scaler.step, opt, again=False) # AdamW makes its moments in the first
         scaler.update()
     if not finite:
         say(f"iter {iter_num}: loss {loss}, gradient norm {grad_norm}; no update")
@@ -428,8 +428,8 @@ while True:
         if master:
             log(row)
         say(f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, {f'mfu {mfu:.2%}, ' if mfu else ''}"
-            f"{row['tokens_per_sec']:,.0f} tok/s, epoch {row['epoch']:.2f}, eta "
-            f"{datetime.timedelta(seconds=round(left))}")
+            f"{row['tokens_per_sec']:,.0f} tok/s, epoch {row['epoch']:.2f}, "
+            f"eta {datetime.timedelta(seconds=round(left))}")
     iter_num += 1
     if n_stopping:
         if master:
@@ -439,11 +439,11 @@ while True:
 # -----------------------------------------------------------------------------
 # finish
 
-say(f"{'stopped' if stop else 'finished'} at iteration {iter_num} after "
+say(f"{'stopped' if stop.number else 'finished'} at iteration {iter_num} after "
     f"{datetime.timedelta(seconds=round(time.time() - start_time))}")
-say(f"the best val loss, {best_val_loss:.4f}, is that of {out_dir}/ckpt.pt; the latest is {out_dir}/last.pt")
+say(best.describe(out_dir, iter_num, patience))
 say(f"next: python sample.py --out_dir={out_dir}" + (
     ", or the same command as before with --init_from=resume" if iter_num < max_iters else ''))
 if master and wandb_log:
     wandb.finish()
-leave(130 if stop == signal.SIGINT else 0)
+leave(130 if stop.number == signal.SIGINT else 0)

@@ -15,6 +15,7 @@ def test_training_is_measured_for(run, options):
     found = figures(run('bench.py', *SMALL, *options))
     assert found['tokens_per_sec'] == pytest.approx(2 * 2 * 32 / found['ms'] * 1000)
     assert found['memory_mb'] > 0
+    assert found['plan'] == next((o.partition('=')[2] for o in options if o.startswith('--plan')), 'device')
 
 def test_a_config_of_train_is_taken(run):
     run('bench.py', 'config/train_shakespeare_char_cpu.py', *SMALL)

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset import Split, fetch, read_text, read_tokenizer_state, split_batch, write_dataset
-from tokenizer import BPETokenizer, CharTokenizer
+from dataset import (Split, fetch, find_datasets, open_split, read_text, read_tokenizer_state, split_batch,
+                     write_dataset)
+from tokenizer import CharTokenizer
 
 def make_split(folder, n, block_size, **options):
     np.arange(n, dtype='<u2').tofile(folder / 'train.bin') # each token is its own position
@@ -83,7 +84,7 @@ def test_a_hostile_meta_pkl_runs_nothing(tmp_path):
     assert not os.path.exists(marker)
 
 def test_written_characters_are_nanogpt_s_format(tmp_path):
-    write_dataset(str(tmp_path), ['hello world'], CharTokenizer(sorted(set('hello world'))), val_fraction=0.3)
+    write_dataset(str(tmp_path), 'hello world', CharTokenizer(sorted(set('hello world'))), val_fraction=0.3)
     with open(tmp_path / 'meta.pkl', 'rb') as file:
         meta = pickle.load(file)
     assert meta['vocab_size'] == 8 and meta['stoi']['h'] == 3 and meta['itos'][3] == 'h'
@@ -91,13 +92,6 @@ def test_written_characters_are_nanogpt_s_format(tmp_path):
     assert ''.join(meta['itos'][i] for i in [*train, *val]) == 'hello world' and len(train) == 7
     assert read_tokenizer_state(str(tmp_path)) == {'name': 'char', 'chars': list(' dehlorw')}
     assert sorted(os.listdir(tmp_path)) == ['meta.pkl', 'train.bin', 'val.bin']
-
-def test_each_document_is_closed_by_end_of_text(tmp_path):
-    bpe = BPETokenizer()
-    write_dataset(str(tmp_path), ['one two', 'three four five'], bpe, val_fraction=0.5, close=True)
-    train, val = (np.fromfile(tmp_path / f'{name}.bin', dtype='<u2').tolist() for name in ('train', 'val'))
-    assert train == [*bpe.encode('one two'), 50256, *bpe.encode('thre')]
-    assert val == [*bpe.encode('e four five'), 50256]
 
 def test_text_is_read_without_a_byte_order_mark_and_bad_utf8_is_placed(tmp_path):
     (tmp_path / 'a.txt').write_bytes(b'\xef\xbb\xbfhi\r\n')
@@ -133,3 +127,67 @@ def test_fetch_checks_what_it_fetched_and_keeps_what_is_there(tmp_path, server):
     assert fetch(f'{server}/text', path, hashlib.sha256(b'the text').hexdigest()) == 'the text'
     (tmp_path / 'input.txt').write_text('mine')
     assert fetch(f'{server}/text', path, '0' * 64) == 'mine'
+
+def make_mask(folder, n, hidden):
+    """ every token counts, less those whose position `hidden` says do not """
+    np.array([not hidden(i) for i in range(n)], dtype=np.uint8).tofile(folder / 'train_mask.bin')
+
+def test_a_masked_token_is_read_and_not_predicted(tmp_path):
+    make_mask(tmp_path, 7, hidden=lambda i: i in (2, 6))
+    data = make_split(tmp_path, 7, 4)
+    windows = np.array([[1, 4], [4, 2]])
+    x, y = data.batch(windows)
+    assert x.tolist() == [[1, 2, 3, 4], [4, 5, 0, 1]]
+    assert y.tolist() == [[-1, 3, 4, 5], [5, -1, -1, -1]]
+    assert data.count(windows) == 4
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(3, 200), block_size=st.integers(1, 40), every=st.integers(1, 5), seed=st.integers(0, 3))
+def test_the_counted_targets_are_those_of_the_batch(tmp_path_factory, n, block_size, every, seed):
+    folder, block_size = tmp_path_factory.mktemp('d'), min(block_size, n - 1)
+    make_mask(folder, n, hidden=lambda i: i % every == 0)
+    data = make_split(folder, n, block_size, seed=seed)
+    windows = data.training_windows(1, 5)
+    assert data.count(windows) == (data.batch(windows)[1] >= 0).sum()
+
+def test_a_mask_of_another_length_is_an_error(tmp_path):
+    make_mask(tmp_path, 6, hidden=lambda i: False)
+    with pytest.raises(ValueError, match='6 bytes for 7 tokens'):
+        make_split(tmp_path, 7, 4)
+
+@pytest.fixture
+def mix(tmp_path):
+    """ two datasets, of tokens below and from 1000, in shares of 3 to 1 """
+    for name, n, base in (('a', 500, 0), ('b', 80, 1000)):
+        (tmp_path / name).mkdir()
+        for split in ('train', 'val'):
+            np.arange(base, base + n, dtype='<u2').tofile(tmp_path / name / f'{split}.bin')
+    return open_split({str(tmp_path / 'a'): 3.0, str(tmp_path / 'b'): 1.0}, 'train', 10, 2000, seed=3)
+
+def test_a_mixture_reads_its_datasets_in_their_shares_and_each_in_its_own_order(mix):
+    x, y = mix.batch(mix.training_windows(0, 2000))
+    from_b = x[:, 0] >= 1000
+    assert from_b[:1000].sum() == from_b[1000:].sum() == 250
+    assert from_b[:40].sum() not in (0, 40) # and not one after the other
+    own = mix.splits[1].batch(mix.splits[1].training_windows(0, 500))
+    assert np.array_equal(x[from_b], own[0]) and np.array_equal(y[from_b], own[1])
+
+def test_a_mixture_s_order_depends_on_seed_and_iteration_alone(mix):
+    stream = np.concatenate([mix.training_windows(i, 12) for i in range(200)])
+    assert np.array_equal(stream[-12:], mix.training_windows(199, 12))
+    assert np.array_equal(stream, mix.training_windows(0, 2400))
+    assert mix.count(stream[:12]) == (mix.batch(stream[:12])[1] >= 0).sum()
+
+def test_a_mixture_is_evaluated_whole_or_in_its_shares(mix):
+    _, y = mix.batch(mix.evaluation_windows(mix.windows))
+    assert sorted(y[y >= 0]) == [*range(1, 500), *range(1001, 1080)]
+    x, _ = mix.batch(mix.evaluation_windows(12))
+    assert (x[:, 0] >= 1000).sum() == 3 and len(x) == 12
+
+def test_datasets_are_named_with_weights_or_without():
+    assert list(find_datasets('a:0.7, b:3').values()) == [0.7, 3.0]
+    assert [os.path.basename(folder) for folder in find_datasets('a,b:2')] == ['a', 'b']
+    assert list(find_datasets('C:\\texts\\novel').values()) == [1.0] # a drive is no weight
+    for wrong in ('a:0', 'a:-1,b', 'a,,b', 'a:1e999', 'a:.'):
+        with pytest.raises(ValueError, match='type --dataset=NAME'):
+            find_datasets(wrong)

@@ -36,12 +36,12 @@ def test_a_broken_compiler_costs_one_warning(monkeypatch, capsys, model):
     monkeypatch.setattr(torch._inductor.compile_fx, 'compile_fx', broken)
     x = torch.zeros(1, 8, dtype=torch.long)
     expected = model(x, x)[1]
-    assert not device.compile_model(model, True, 'cpu', lambda: model(x, x))
+    assert not device.compile_model([model], True, 'cpu', lambda: model(x, x))
     err = capsys.readouterr().err
     assert err.count('warning') == err.count('\n') == 1 and 'going on without it' in err
     assert model(x, x)[1] == expected # it still runs
 
 def test_compile_is_left_out_on_a_cpu_unless_asked_for(model):
-    assert not device.compile_model(model, 'auto', 'cpu', None)
+    assert not device.compile_model([model], 'auto', 'cpu', None)
     with pytest.raises(ValueError, match='--compile=auto, True or False'):
-        device.compile_model(model, 'yes', 'cpu', None)
+        device.compile_model([model], 'yes', 'cpu', None)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
-CUDA = '--device=cuda', '--compile=False'
+CUDA = '--device=cuda', '--compile=False' # the compiler takes minutes
 
 def losses(result):
     return [float(loss) for loss in result.column('loss') if loss]
@@ -24,7 +24,7 @@ def test_the_plans_give_the_same_losses_in(train, dtype):
 def test_a_compiled_model_gives_the_eager_losses(train):
     expected = losses(train(*CUDA, '--dtype=bfloat16', out_dir='eager'))
     result = train('--device=cuda', '--dtype=bfloat16', '--compile=True', out_dir='compiled', timeout=280)
-    assert 'compiled' in result.out
+    assert ', compiled' in result.out
     assert losses(result) == pytest.approx(expected, abs=1e-2)
 
 @pytest.mark.parametrize('plan', ['device', 'recompute', 'offload'])
@@ -33,4 +33,4 @@ def test_a_124M_model_takes_the_memory_predicted_in_plan(run, plan):
               '--gradient_accumulation_steps=2', *CUDA, timeout=280).out
     figures = json.loads(out.splitlines()[-1])
     # what is reserved is more than what tensors take, by the allocator's gaps
-    assert 0.95 * figures['predicted_mb'] < figures['memory_mb'] < 1.2 * figures['predicted_mb']
+    assert 0.95 * figures['predicted_mb'] < figures['memory_mb'] < 1.1 * figures['predicted_mb']

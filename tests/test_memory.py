@@ -137,9 +137,10 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_iteration(train, t
             [float(v) for v in plenty.column(name) if v], rel=1e-5), name
 
 def test_out_of_memory_with_one_sequence_names_the_next_plan():
-    said = [memory.advice(plan, 1, 1024).rpartition('type ')[2] for plan in memory.PLANS]
+    said = [memory.advice(plan, 1, 1024, 8).rpartition('type ')[2] for plan in memory.PLANS]
     assert said == ['--plan=recompute', '--plan=offload', '--block_size=512']
-    assert memory.advice('device', 6, 1024).endswith('6 sequences of 1024 tokens at a time; type --batch_size=3')
+    assert memory.advice('device', 6, 1024, 24).endswith(
+        '6 sequences of 1024 tokens at a time; type --batch_size=3 --gradient_accumulation_steps=8')
 
 def test_backward_adds_the_head_s_and_the_embedding_s_gradient_in_place(monkeypatch):
     made, backward = [], ChunkedLoss.backward

@@ -1,12 +1,20 @@
 """
 data/*/prepare.py as a user runs them.
 """
+import json
+import os
 import pickle
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from conftest import CHARS, TEXT
 from tokenizer import BPETokenizer
+
+BPE = BPETokenizer()
 
 def read(folder, split):
     return np.fromfile(folder / f'{split}.bin', dtype='<u2')
@@ -29,8 +37,8 @@ def test_shakespeare_uses_the_text_that_is_there(run, clone):
         run(f'data/{name}/prepare.py')
     cut = int(len(text) * 0.9)
     bpe = clone / 'data' / 'shakespeare'
-    assert read(bpe, 'train').tolist() == BPETokenizer().encode(text[:cut])
-    assert read(bpe, 'val').tolist() == BPETokenizer().encode(text[cut:])
+    assert read(bpe, 'train').tolist() == BPE.encode(text[:cut])
+    assert read(bpe, 'val').tolist() == BPE.encode(text[cut:])
     assert len(read(clone / 'data' / 'shakespeare_char', 'train')) == cut
 
 def test_a_text_that_cannot_be_fetched_says_which_file_to_put_where(run, clone):
@@ -49,7 +57,7 @@ def test_a_folder_of_texts_becomes_documents_that_end(run, clone, tmp_path, toke
     ids = [*read(folder, 'train').tolist(), *read(folder, 'val').tolist()]
     if tokenizer == 'gpt2':
         assert ids.count(50256) == 3 and ids[-1] == 50256
-        whole = BPETokenizer().decode(ids)
+        whole = BPE.decode(ids)
         assert whole == ''.join(texts[name] + '<|endoftext|>' for name in ('a.txt', 'b.md', 'sub/c.txt'))
         assert not (folder / 'meta.pkl').exists()
     else:
@@ -61,3 +69,89 @@ def test_end_of_text_is_a_token_where_it_is_allowed(run, clone, tmp_path):
     (tmp_path / 'a.txt').write_text('one<|endoftext|>two ' * 10)
     run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=allowed', '--allow_special=True', '--val_fraction=0.5')
     assert (read(clone / 'data' / 'allowed', 'train') == 50256).sum() == 5
+
+def whole(folder):
+    return [*read(folder, 'train').tolist(), *read(folder, 'val').tolist()]
+
+def test_a_large_text_goes_to_processes_and_a_pipe_gives_the_same(run, clone, tmp_path):
+    text = TEXT.replace(' ', ' \u3000é', 99) * (5 * 2**20 // len(TEXT)) # more than four jobs
+    (tmp_path / 'a.txt').write_text(text, encoding='utf-8')
+    done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=large', '--workers=2')
+    ids = whole(clone / 'data' / 'large')
+    assert ids == [*BPE.encoding.encode_ordinary(text), 50256]
+    assert f'1 document(s), {len(text):,} characters, {len(ids):,} tokens' in done.out
+    assert done.err.count('name = ') == 1 # the processes do not start the script again
+    command = [sys.executable, 'data/custom/prepare.py', '--input=-', '--name=piped', '--workers=1']
+    subprocess.run(command, cwd=clone, input=text.encode(), check=True, capture_output=True)
+    assert (clone / 'data' / 'piped' / 'train.bin').read_bytes() == (clone / 'data' / 'large' / 'train.bin').read_bytes()
+
+def test_a_row_is_a_document(run, clone, tmp_path):
+    rows = ['One.', 'Two, "quoted"\nlines.', 'Three <|endoftext|>']
+    (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps({'body': row}) for row in rows * 4))
+    (tmp_path / 'a.csv').write_text('id,body\n' + ''.join('7,"{}"\n'.format(row.replace('"', '""')) for row in rows * 4))
+    for name in ('a.jsonl', 'a.csv'):
+        done = run('data/custom/prepare.py', f'--input={tmp_path / name}', '--name=rows', '--text_field=body')
+        assert whole(clone / 'data' / 'rows') == [i for row in rows * 4 for i in [*BPE.encode(row), 50256]]
+        assert '12 document(s)' in done.out
+
+def test_it_tells_the_epochs_of_a_default_run_and_warns_of_little_text(run, clone, tmp_path):
+    (tmp_path / 'a.txt').write_text('a' + ' a' * 199_998) # with end-of-text 200,000 tokens
+    done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=much')
+    assert 'data/much: 180,000 tokens to train on, 20,000 to validate on' in done.out
+    # 176 windows of 1024 an epoch, 64 an iteration: 20 epochs are 55 iterations
+    assert '20.0 epochs of them, in 55 iterations of 65,536 tokens' in done.out and 'warning' not in done.out
+    (tmp_path / 'a.txt').write_text('a' + ' a' * 998)
+    done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=much')
+    assert 'warning: that is little' in done.out and '--patience' in done.out
+
+def test_characters_of_another_dataset_keep_their_ids(run, clone, tmp_path):
+    (tmp_path / 'a.txt').write_text(TEXT[:500])
+    run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=again', '--tokenizer=chars')
+    assert whole(clone / 'data' / 'again') == [CHARS.index(char) for char in TEXT[:500] + '\n']
+    assert (pickle.loads((clone / 'data' / 'again' / 'meta.pkl').read_bytes())
+            == pickle.loads((clone / 'data' / 'chars' / 'meta.pkl').read_bytes()))
+    (tmp_path / 'a.txt').write_text(TEXT[:500] + '東')
+    done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=again', '--tokenizer=chars', status=2)
+    assert "character 501 of" in done.err and "'東', not one of the" in done.err
+
+@pytest.fixture
+def old(clone):
+    """ a dataset that is there already, with all that one may have, and what its files hold """
+    folder = clone / 'data' / 'old'
+    folder.mkdir(exist_ok=True)
+    for name in ('train.bin', 'val.bin', 'meta.pkl', 'train_mask.bin', 'val_mask.bin', 'template.txt'):
+        (folder / name).write_bytes(name.encode())
+    return folder
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+def test_nothing_of_an_earlier_dataset_stays_beside_a_new_one(run, old, tmp_path):
+    (tmp_path / 'a.txt').write_text(TEXT)
+    run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=old')
+    assert sorted(contents(old)) == ['train.bin', 'val.bin']
+
+@pytest.mark.parametrize('tokenizer', ['gpt2', 'char'])
+def test_an_error_leaves_the_earlier_dataset_as_it_was(run, clone, old, tmp_path, tokenizer):
+    before = contents(old)
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'in' / 'a.txt').write_text(TEXT)
+    (tmp_path / 'in' / 'b.txt').write_bytes(b'caf\xe9')
+    options = f"--input={tmp_path / 'in'}", f'--tokenizer={tokenizer}'
+    done = run('data/custom/prepare.py', *options, '--name=old', status=2)
+    assert 'b.txt is not UTF-8 at byte 3;' in done.err and contents(old) == before
+    run('data/custom/prepare.py', *options, '--name=new', status=2)
+    assert not (clone / 'data' / 'new').exists()
+
+@pytest.mark.parametrize('sent', [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_the_earlier_dataset_as_it_was(clone, old, sent):
+    before = contents(old)
+    command = [sys.executable, 'data/custom/prepare.py', '--input=-', '--name=old', '--workers=2']
+    process = subprocess.Popen(command, cwd=clone, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process.stdin.write(b'some words ' * (7 * 2**20 // 11)) # enough to have started the processes
+    process.stdin.flush()
+    assert any(path.name.startswith('unfinished-') for path in old.iterdir())
+    os.killpg(process.pid, sent) # a terminal, too, sends it to all of them
+    error = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130 and 'Traceback' not in error, error
+    assert contents(old) == before

@@ -1,56 +1,89 @@
 """
-Makes a dataset of your own text: one file, or a folder of text files (*.txt and *.md, in the order of
-their names), each a document that is closed by end-of-text.
+Makes a dataset of your own text, of any size. Each document is closed by end-of-text, or by a newline where
+the tokens are characters. A document is a text file, a line of .jsonl, a row of .csv or of a dataset of the
+Hugging Face hub, or all that comes through a pipe; a folder may hold many of them.
 
 $ python data/custom/prepare.py --input=novel.txt --name=novel
 $ python train.py config/finetune/gpt2_small.py --dataset=novel
 """
 # options
-input = '' # a text file in UTF-8, or a folder of them
+input = '' # a file or a folder (*.txt, *.md, *.jsonl, *.csv), a dataset id of the hub, or - for a pipe
 name = 'custom' # the dataset is written to data/NAME
-tokenizer = 'gpt2' # gpt2, or char for a model from scratch on the text's own characters
-val_fraction = 0.1 # the share of the text, at its end, that is kept to validate on
+text_field = 'text' # which field of a row is the text
+subset = '' # which one of a dataset of the hub that has several
+tokenizer = 'gpt2' # gpt2, char for the text's own characters, or a dataset whose characters to use again
+val_fraction = 0.1 # the share of the tokens, at the end, that is kept to validate on
 allow_special = False # read <|endoftext|> in the text as that token, rather than as text
+workers = 0 # processes, 0 for one a core
 
 import os
+import signal
 import sys
 
 _folder = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(_folder, '..', '..')) # for the project's modules
 
-from configurator import configure
-configure(globals())
+from configurator import ROOT, configure, run_file
 
-from tqdm import tqdm
+def known_characters():
+    """ those of the dataset that `tokenizer` names """
+    from dataset import find_dataset, read_tokenizer_state
+    chars = read_tokenizer_state(find_dataset(tokenizer)).get('chars')
+    if not chars:
+        raise ValueError(f"there is no tokenizer {tokenizer!r}; type --tokenizer=gpt2, --tokenizer=char, or "
+                         "--tokenizer=NAME of a dataset in characters, which has a meta.pkl")
+    if '\n' not in chars:
+        raise ValueError(f"the characters of {tokenizer} are without a newline, which closes each document; "
+                         "type --tokenizer with another")
+    return chars
 
-from dataset import DATA, read_text, write_dataset
-from tokenizer import BPETokenizer, CharTokenizer
+def tell_run(config, n_train):
+    """ what a run with `config` makes of so many tokens, by train.py's defaults and arithmetic """
+    with open(os.path.join(ROOT, 'train.py'), encoding='utf-8') as file:
+        options = {}
+        exec(file.read().partition('from configurator')[0], options)
+    options = run_file(os.path.join(ROOT, config), options)
+    windows = -(-(n_train - 1) // options['block_size'])
+    sequences = options['batch_size'] * options['gradient_accumulation_steps']
+    iters = options['max_iters']
+    if options['num_epochs']:
+        iters = min(iters, max(1, round(options['num_epochs'] * windows / sequences)))
+    print(f"a default run of {config} makes {iters * sequences / windows:,.1f} epochs of them, in {iters:,} "
+          f"iterations of {sequences * options['block_size']:,} tokens")
+    if n_train < 100_000:
+        print("warning: that is little, and a model soon knows it by heart; type --num_epochs=3 or so, and "
+              "--patience=2 to end where the validation loss rises")
 
-if not input:
-    raise ValueError("there is no input; type --input=PATH of a text file or of a folder of them")
-if not os.path.exists(input):
-    raise FileNotFoundError(f"there is no {input}; type --input=PATH of a text file or of a folder of them")
-if not 0 < val_fraction < 1:
-    raise ValueError(f"val_fraction is {val_fraction}; type a share between 0 and 1, such as "
-                     "--val_fraction=0.1")
-if tokenizer not in ('gpt2', 'char'):
-    raise ValueError(f"there is no tokenizer {tokenizer!r}; type --tokenizer=gpt2 or --tokenizer=char")
-if not name or os.path.basename(name) != name or name.startswith('.'):
-    raise ValueError(f"name is {name!r}; type a plain name for the folder in data/, such as --name=novel")
-if name != 'custom' and os.path.exists(os.path.join(DATA, name, 'prepare.py')):
-    raise ValueError(f"data/{name} is a dataset of the project's own; type another --name")
+def main():
+    from dataset import claim, publish, shorten, split_off, write_meta
+    from documents import Documents
+    from encode import write_characters, write_tokens
+    from tokenizer import BPETokenizer
+    if not input:
+        raise ValueError("there is no input; type --input=PATH of a text file or of a folder of them")
+    folder = claim(name, 'custom', val_fraction)
+    chars = None if tokenizer in ('gpt2', 'char') else known_characters()
+    documents = Documents(input, text_field, subset)
+    with publish(folder) as place:
+        path = os.path.join(place, 'train.bin')
+        if tokenizer == 'gpt2':
+            n = write_tokens(path, documents, BPETokenizer(), workers, allow_special)
+        else:
+            chars, n = write_characters(path, documents, chars)
+            write_meta(place, chars)
+        n_val = int(n * val_fraction)
+        if not 0 < n_val < n:
+            raise ValueError(f"{n} tokens are too few to keep {val_fraction} of them to validate on; add "
+                             "text")
+        split_off(place, '.bin', 2 * (n - n_val))
+    print(f"{documents.count:,} document(s), {documents.characters:,} characters, {n:,} tokens of a "
+          f"vocabulary of {len(chars) if chars else BPETokenizer.n_vocab:,}")
+    print(f"{shorten(folder)}: {n - n_val:,} tokens to train on, {n_val:,} to validate on")
+    config = f"config/{'train_shakespeare_char_cpu' if chars else 'finetune/gpt2_small'}.py"
+    tell_run(config, n - n_val)
+    print(f"next: python train.py {config} --dataset={name}" + (f" --out_dir=out-{name}" if chars else ''))
 
-paths = [input]
-if os.path.isdir(input):
-    paths = sorted(os.path.join(folder, file) for folder, _, files in os.walk(input) for file in files
-                   if file.lower().endswith(('.txt', '.md')))
-    print(f"{len(paths)} files in {input}")
-documents = [text for text in map(read_text, tqdm(paths, desc='reading', unit='file', delay=1)) if text.strip()]
-if not documents:
-    raise ValueError(f"there is no text in {input}; expected a text file, or *.txt and *.md in a folder")
-chars = sorted(set().union('\n', *documents)) # a newline closes a document
-encoder = BPETokenizer() if tokenizer == 'gpt2' else CharTokenizer(chars)
-folder = os.path.join(DATA, name)
-write_dataset(folder, documents, encoder, val_fraction, close=True, allow_special=allow_special)
-print(f"next: python train.py config/finetune/gpt2_small.py --dataset={name}" if tokenizer == 'gpt2' else
-      f"next: python train.py config/train_shakespeare_char_cpu.py --dataset={name} --out_dir=out-{name}")
+if __name__ == '__main__': # and not in the processes that encode, which read this file too
+    configure(globals())
+    signal.signal(signal.SIGTERM, signal.default_int_handler) # ends as Ctrl-C does, with nothing left behind
+    main()

@@ -4,6 +4,9 @@ A text that every Python carries: the prose of its documentation, a token a char
 The paragraphs are those of the language's documentation (pydoc_data.topics) and of the docstrings of the
 standard library, less the ones that are mostly code. Another version of Python has a few more or less.
 """
+# options
+max_chars = 3_000_000 # of text, at the most
+
 import ast
 import inspect
 import os
@@ -16,9 +19,6 @@ _folder = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(_folder, '..', '..')) # for the project's modules
 
 from configurator import configure
-
-# options
-max_chars = 3_000_000 # of text, at the most
 
 configure(globals())
 
@@ -58,4 +58,4 @@ for path in tqdm(list(library_files()), desc='reading docstrings', unit='file', 
 paragraphs = list(dict.fromkeys(paragraph for text in texts for paragraph in prose(text))) # each of them once
 random.Random(0).shuffle(paragraphs) # the same order every time, and all kinds in both splits
 text = re.sub(r'[^\n -~]', '', '\n\n'.join(paragraphs))[:max_chars]
-write_dataset(_folder, [text], CharTokenizer(sorted(set(text))))
+write_dataset(_folder, text, CharTokenizer(sorted(set(text))))

@@ -1,0 +1,88 @@
+"""
+Makes a dataset of instructions and their answers, of which only the answers are learned. A line of .jsonl is
+an item: instruction, perhaps input, and output (Alpaca's fields), or messages of role and content.
+
+$ python data/instruct/prepare.py --input=questions.jsonl --name=questions
+$ python train.py config/finetune/gpt2_small.py --dataset=questions
+"""
+# options
+input = '' # a .jsonl file, or a folder of them
+name = 'instruct' # the dataset is written to data/NAME
+template = '' # text with {instruction} and {input}, and \n for a line end; FILE:PATH; '' for Alpaca's
+val_fraction = 0.1 # the share of the items, at the end, that is kept to validate on
+
+import os
+import signal
+import sys
+
+_folder = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(_folder, '..', '..')) # for the project's modules
+
+from configurator import configure
+configure(globals())
+
+import itertools
+
+import numpy as np
+from tqdm import tqdm
+
+from dataset import claim, publish, read_text, shorten, split_off
+from documents import find_files, json_rows
+from instruct import TEMPLATE, encode, read_turns, render
+from tokenizer import BPETokenizer
+
+LONGEST = 1024 # tokens that GPT-2 reads at once
+
+def read_template():
+    """ the text that `template` names; raises where there is none, or no {instruction} in it """
+    if template.startswith('FILE:'):
+        path = template.removeprefix('FILE:')
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"there is no {path}; type --template=FILE:PATH of a text")
+        text = read_text(path).replace('\r\n', '\n')
+    else:
+        text = template.replace('\\n', '\n') or TEMPLATE
+    render(text, 'a question')
+    return text
+
+def write_items(place, text):
+    """ write all items, as `text` puts them, into the train files; return each one's length and how many
+    tokens count """
+    lengths, n_counted, tokenizer, paths = [], 0, BPETokenizer(), find_files(input, ('.jsonl',))
+    with (open(os.path.join(place, 'train.bin'), 'wb') as tokens,
+          open(os.path.join(place, 'train_mask.bin'), 'wb') as masks,
+          tqdm(total=sum(map(os.path.getsize, paths)), unit='B', unit_scale=True, delay=1) as progress):
+        for where, item in itertools.chain.from_iterable(json_rows(path, progress.update) for path in paths):
+            try:
+                ids, mask = encode(read_turns(item), text, tokenizer)
+            except ValueError as error:
+                raise ValueError(f"{where} {error}") from None
+            tokens.write(np.array(ids, '<u2').tobytes())
+            masks.write(bytes(mask))
+            lengths.append(len(ids))
+            n_counted += sum(mask)
+    return lengths, n_counted
+
+signal.signal(signal.SIGTERM, signal.default_int_handler) # ends as Ctrl-C does, with nothing left behind
+if not input:
+    raise ValueError("there is no input; type --input=PATH of a .jsonl file or of a folder of them")
+folder, text = claim(name, 'instruct', val_fraction), read_template()
+with publish(folder) as place:
+    lengths, n_counted = write_items(place, text)
+    if len(lengths) < 2:
+        raise ValueError(f"{input} has {len(lengths)} item(s); expected two or more, to validate on one")
+    n_val = max(1, int(len(lengths) * val_fraction))
+    n, n_train = sum(lengths), sum(lengths[:-n_val])
+    split_off(place, '.bin', 2 * n_train)
+    split_off(place, '_mask.bin', n_train)
+    with open(os.path.join(place, 'template.txt'), 'w', encoding='utf-8', newline='') as file:
+        file.write(text)
+print(f"{len(lengths):,} items, {n:,} tokens, of which {n_counted / n:.1%} are answers and count")
+print(f"{shorten(folder)}: {len(lengths) - n_val:,} items of {n_train:,} tokens to train on, {n_val:,} of "
+      f"{n - n_train:,} to validate on")
+print(f"the longest item has {max(lengths):,} tokens")
+n_long = sum(length > LONGEST for length in lengths)
+if n_long:
+    print(f"warning: {n_long:,} items are longer than the {LONGEST:,} tokens that GPT-2 reads at once, so it "
+          "learns their ends without the question; shorten them or leave them out")
+print(f"next: python train.py config/finetune/gpt2_small.py --dataset={name}")

@@ -1,0 +1,141 @@
+"""
+Text of any size to a file of token ids, by as many processes as there are cores.
+
+The text goes out in jobs of about a million characters, no more than two a process under way, so memory does
+not grow with the text. GPT-2's ids are those of each document encoded as a whole, to the last token.
+"""
+import collections
+import concurrent.futures
+import contextlib
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+
+import numpy as np
+
+JOB = 2**20 # characters
+END = '<|endoftext|>'
+
+def write_tokens(path: str, documents, tokenizer, workers: int = 0, allow_special: bool = False) -> int:
+    """ write GPT-2's ids of all documents, each closed by end-of-text; return how many there are """
+    workers = workers or os.cpu_count()
+    jobs = cut_jobs(documents, tokenizer.pieces)
+    first = list(itertools.islice(jobs, 4)) # if that is all, processes would take longer to start
+    alone = workers == 1 or len(first) < 4
+    jobs = itertools.chain(first, jobs)
+    results = ((encode_job(job, tokenizer, allow_special) for job in jobs) if alone else
+               encode_in_processes(jobs, tokenizer, allow_special, workers))
+    with open(path, 'wb') as file, contextlib.closing(results):
+        for ids in results:
+            file.write(ids)
+        return file.tell() // 2
+
+def cut_jobs(documents, pieces):
+    """ lists of pieces of text, with None where a document ends, of JOB characters or a few more """
+    job, size = [], 0
+    for _, blocks in documents:
+        for piece in itertools.chain(pieces(blocks), [None]):
+            job.append(piece)
+            size += len(END if piece is None else piece)
+            if size >= JOB:
+                yield job
+                job, size = [], 0
+    if job:
+        yield job
+
+def encode_job(job: list[str | None], tokenizer, allow_special: bool) -> bytes:
+    """ the ids of a job, as they stand in the file """
+    if allow_special or not any(END in piece for piece in job if piece): # then one call does it all
+        text = ''.join(END if piece is None else piece for piece in job)
+        return tokenizer.encode_array(text, allow_special=True).astype('<u2').tobytes()
+    ids = ([tokenizer.eot] if piece is None else tokenizer.encode(piece) for piece in job)
+    return np.fromiter(itertools.chain.from_iterable(ids), '<u2').tobytes()
+
+def encode_in_processes(jobs, *settings):
+    """ what encode_job makes of the jobs with (tokenizer, allow_special, workers), in their order """
+    *settings, workers = settings
+    waiting = collections.deque()
+    context = multiprocessing.get_context('spawn') # the same everywhere, and safe beside threads
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, settings)
+    try:
+        for job in jobs:
+            waiting.append(submit(pool, job))
+            if len(waiting) == 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise OSError("a process that encodes was ended from outside, perhaps for want of memory; type "
+                      "--workers=1") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+def submit(pool, job):
+    """ hand a job to the pool; a process that this starts inherits that Ctrl-C is not its business """
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return pool.submit(work, job)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+def start_worker(*settings) -> None:
+    """ what a process of the pool does first """
+    global _settings
+    _settings = settings
+    signal.signal(signal.SIGINT, signal.SIG_IGN) # Windows does not pass it on
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+def leave_with_parent() -> None:
+    """ end this process when the one that started it is gone, even if that was killed """
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+def work(job) -> bytes:
+    return encode_job(job, *_settings)
+
+# -----------------------------------------------------------------------------
+# characters
+
+def write_characters(path: str, documents, known: list[str] | None = None) -> tuple[list[str], int]:
+    """ write which of the characters each one is, of all documents, each closed by a newline
+
+    Returns the characters, `known` or else the text's own, sorted, and how many ids there are.
+    """
+    write_code_points(path + '.codes', documents, known) # in `path`'s folder: 4 bytes a character
+    seen = np.zeros(0x110000, bool)
+    for codes in read_code_points(path + '.codes'):
+        seen[codes] = True
+    chars = known or [chr(code) for code in np.flatnonzero(seen)]
+    if len(chars) > 2**16:
+        raise ValueError(f"the text has {len(chars):,} different characters, but a dataset holds at most "
+                         "65,536; type --tokenizer=gpt2")
+    ids = np.zeros(0x110000, '<u2')
+    ids[[ord(char) for char in chars]] = range(len(chars))
+    with open(path, 'wb') as file:
+        for codes in read_code_points(path + '.codes'):
+            file.write(ids[codes])
+        return chars, file.tell() // 2
+
+def write_code_points(path: str, documents, known: list[str] | None) -> None:
+    """ write all characters as they come; raises ValueError for one that is not in `known`, if given """
+    allowed = np.full(0x110000, known is None)
+    allowed[[ord(char) for char in known or []]] = True
+    with open(path, 'wb') as file:
+        for place, blocks in documents:
+            before = 0
+            for block in itertools.chain(blocks, '\n'):
+                codes = np.frombuffer(block.encode('utf-32-le'), '<u4')
+                if not allowed[codes].all():
+                    at = int(allowed[codes].argmin())
+                    raise ValueError(f"character {before + at + 1:,} of {place} is {block[at]!r}, not one of "
+                                     f"the {len(known)} of the dataset that --tokenizer names; take it out")
+                file.write(codes)
+                before += len(codes)
+
+def read_code_points(path: str):
+    """ what write_code_points wrote, a block at a time """
+    with open(path, 'rb') as file:
+        while len(codes := np.fromfile(file, '<u4', JOB)):
+            yield codes

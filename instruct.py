@@ -1,0 +1,80 @@
+r"""
+Instructions and answers as text that a model continues: a prompt, by a template, and the answer after it.
+
+>>> render('Question: {instruction}\n\nAbout: {input}\n\nAnswer: ', 'What is {x}?')
+'Question: What is {x}?\n\nAnswer: '
+
+A template is text with {instruction} in it and, where the data have inputs, {input}. It belongs to a dataset
+and to the models trained on it, which want to be asked in the same words.
+"""
+import re
+
+TEMPLATE = """Below is an instruction that describes a task. Write a response that completes it.
+
+### Instruction:
+{instruction}
+
+### Input:
+{input}
+
+### Response:
+"""
+
+def render(template: str, instruction: str, input: str = '') -> str:
+    """ the prompt, which an answer follows directly; without an input, paragraphs with {input} are left out
+
+    Braces in instruction and input are only text. Raises ValueError where the instruction would be lost.
+    """
+    if not input.strip():
+        template = '\n\n'.join(part for part in template.split('\n\n') if '{input}' not in part)
+    if '{instruction}' not in template:
+        raise ValueError("the template has no {instruction} in a paragraph without {input}; expected text "
+                         "such as '### Instruction:\\n{instruction}\\n\\n### Response:\\n'")
+    values = {'{instruction}': instruction, '{input}': input}
+    return re.sub(r'\{instruction\}|\{input\}', lambda found: values[found[0]], template)
+
+def read_turns(item: dict) -> list[tuple[str, str, str]]:
+    """ (instruction, input, answer) of Alpaca's fields, or of each assistant turn in messages
+
+    What system and user say before an assistant turn, joined by a blank line, is its instruction; what comes
+    after the last is left out. Raises ValueError, to be put behind the item's place, for what is neither.
+    """
+    if 'messages' not in item:
+        turn = item.get('instruction'), item.get('input') or '', item.get('output')
+        if not all(isinstance(field, str) for field in turn) or not turn[0].strip():
+            raise ValueError(f"has the fields {', '.join(item)}; expected text in instruction and output, "
+                             "and perhaps in input, or else messages")
+        return [turn]
+    messages, turns, said = item['messages'], [], []
+    for role, content in map(read_message, messages if isinstance(messages, list) else [messages]):
+        if role != 'assistant':
+            said.append(content)
+        elif said:
+            turns.append(('\n\n'.join(said), '', content))
+            said = []
+        else:
+            raise ValueError("has an assistant turn that follows nothing; expected one of user before it")
+    if not turns:
+        raise ValueError("has no assistant turn in its messages; expected an answer to learn from")
+    return turns
+
+def read_message(message) -> tuple[str, str]:
+    """ its role and content; raises ValueError where it has not both as text """
+    role, content = (message.get(key) if isinstance(message, dict) else None for key in ('role', 'content'))
+    if role not in ('system', 'user', 'assistant') or not isinstance(content, str):
+        raise ValueError(f"has the message {str(message)[:80]!r}; expected text as its content, and system, "
+                         "user or assistant as its role")
+    return role, content
+
+def encode(turns: list[tuple[str, str, str]], template: str, tokenizer) -> tuple[list[int], list[int]]:
+    """ the ids of an item, each answer closed by end-of-text, and a mask: 1 for these, 0 for the prompts
+
+    Prompt and answer are encoded each for itself, so a model is later asked with the very ids it learned.
+    """
+    ids, mask = [], []
+    for instruction, input, answer in turns:
+        prompt = tokenizer.encode(render(template, instruction, input))
+        reply = [*tokenizer.encode(answer), tokenizer.eot]
+        ids += prompt + reply
+        mask += [0] * len(prompt) + [1] * len(reply)
+    return ids, mask

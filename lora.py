@@ -1,0 +1,117 @@
+"""
+What of a model learns: all of it, all but some parts, or LoRA's matrices alone.
+
+LoRA, https://arxiv.org/abs/2106.09685: a matrix W (out, in) stays as it is, and two narrow ones beside it
+learn. The layer computes W x + alpha / rank * B A x, with A (rank, in) and B (out, rank), which is zero at first.
+A checkpoint of such a run holds A and B alone, and the name of the model that W is from.
+"""
+import math
+import re
+import zlib
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+TARGETS = 'attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj' # the matrices of a block
+
+def freeze_parts(model, names: str) -> None:
+    """ keep the parts that `names` lists, as 'wte,wpe,h.0-5', from learning; wte is the head, too
+
+    Raises ValueError for a part that is not there, or where nothing is left to train.
+    """
+    for name in names.split(','):
+        span = re.fullmatch(r'\s*h\.(\d+)-(\d+)\s*', name)
+        paths = [f'h.{i}' for i in range(int(span[1]), int(span[2]) + 1)] if span else [name.strip()]
+        try:
+            if not all(paths) or not paths:
+                raise AttributeError
+            for path in paths:
+                model.transformer.get_submodule(path).requires_grad_(False)
+        except AttributeError:
+            raise ValueError(f"there is no {name!r} to freeze; type --freeze with some of wte, wpe, ln_f, h.0, h.0-1, "
+                             f"h.0.mlp; the last block is h.{len(model.transformer.h) - 1}") from None
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"freeze = {names!r} leaves nothing to train; name fewer parts")
+
+def restrict(model, config: dict) -> None:
+    """ let only that learn which the options freeze and lora_rank say; a model that has LoRA keeps its own """
+    has = settings(model)['rank'] if layers(model) else config['lora_rank']
+    if has != config['lora_rank']:
+        raise ValueError(f"lora_rank is {config['lora_rank']}, but the checkpoint's adapter has {has}; type "
+                         f"--lora_rank={has}")
+    if config['lora_rank'] and not layers(model):
+        torch.manual_seed(config['seed'])
+        add(model, *(config[f'lora_{key}'] for key in ('rank', 'alpha', 'dropout', 'targets')))
+    if config['freeze']:
+        freeze_parts(model, config['freeze'])
+
+class LoRALinear(nn.Linear):
+    """ a Linear that `add` has given lora_A, lora_B, their scale and their dropout """
+
+    def forward(self, x):
+        down = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A) # (B, T, rank)
+        return super().forward(x) + F.linear(down, self.lora_B) * self.lora_scale
+
+def add(model, rank: int, alpha: float, dropout: float, targets: str) -> None:
+    """ freeze a GPT, and give the matrices that `targets` names, as 'attn.c_attn,mlp.c_fc', A and B to learn
+
+    Raises ValueError for a name that is not in TARGETS.
+    """
+    model.requires_grad_(False)
+    names = [name.strip() for name in targets.split(',')]
+    unknown = [name for name in names if name not in TARGETS]
+    if unknown or not 0 <= dropout < 1:
+        raise ValueError(f"lora_targets is {targets!r}, lora_dropout {dropout}; type --lora_targets with some of "
+                         f"{','.join(TARGETS)}, and --lora_dropout=P with 0 <= P < 1")
+    for block in model.transformer.h:
+        for name in names:
+            linear = block.get_submodule(name)
+            linear.__class__ = LoRALinear # its weight and bias keep their names
+            linear.lora_A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
+            linear.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+            nn.init.kaiming_uniform_(linear.lora_A, a=math.sqrt(5)) # as the paper's authors do
+            linear.lora_scale, linear.lora_dropout = alpha / rank, dropout
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, LoRALinear)]
+
+def settings(model) -> dict:
+    """ the arguments of `add` that made these layers """
+    targets = [name for name in TARGETS if isinstance(model.transformer.h[0].get_submodule(name), LoRALinear)]
+    linear = layers(model)[0]
+    rank = linear.lora_A.size(0)
+    return {'rank': rank, 'alpha': linear.lora_scale * rank, 'dropout': linear.lora_dropout,
+            'targets': ','.join(targets)}
+
+def adapter(model) -> dict:
+    """ A and B of all layers, by their names in the model """
+    return {name: tensor for name, tensor in model.state_dict().items() if '.lora_' in name}
+
+def load(model, tensors: dict) -> None:
+    """ put the tensors of `adapter` into a model after `add`; raises RuntimeError where they do not fit """
+    if tensors.keys() != adapter(model).keys():
+        raise RuntimeError("the adapter's matrices are not those that its rank and targets say")
+    model.load_state_dict(tensors, strict=False)
+
+@torch.no_grad()
+def merge(model) -> None:
+    """ add B A to the weights, so that it is a plain GPT again """
+    for linear in layers(model):
+        linear.weight += linear.lora_scale * linear.lora_B @ linear.lora_A
+        del linear.lora_A, linear.lora_B
+        linear.__class__ = nn.Linear
+    model.requires_grad_(True)
+
+def shrink(model, dtype: torch.dtype) -> None:
+    """ hold the matrices that do not learn in `dtype`, in which they are multiplied anyway """
+    for p in model.parameters():
+        if p.dim() == 2 and not p.requires_grad:
+            p.data = p.data.to(dtype)
+
+def fingerprint(model) -> int:
+    """ a checksum over a piece of every weight, which training anything would change """
+    total = 0
+    for p in model.parameters():
+        total = zlib.crc32(p.detach().flatten()[:1024].float().cpu().numpy().tobytes(), total)
+    return total

@@ -1,0 +1,141 @@
+"""
+Models that others wrote, and the tokenizer that goes with them: GPT-2 in Hugging Face's format, in a
+directory or on the hub, and in TensorFlow's, as OpenAI and gpt-2-simple hold it.
+"""
+import glob
+import json
+import os
+import re
+import sys
+
+import torch
+
+from dataset import read_template
+from model import GPT, GPT2_SHAPES, GPTConfig
+
+def load(source: str, dropout: float = 0.0) -> tuple[GPT, dict]:
+    """ the model that `source` names, and {'tokenizer': its state}, with 'template' where it has one
+
+    source is a Hugging Face directory, a GPT-2 name, a hub id, or a TensorFlow checkpoint: its folder, its
+    prefix or its .index file.
+    """
+    prefix = find_tensorflow(source)
+    if prefix:
+        return load_tensorflow(prefix, dropout), {'tokenizer': {'name': 'gpt2'}}
+    if os.path.isdir(source) and not os.path.exists(os.path.join(source, 'config.json')):
+        raise FileNotFoundError(f"{source} holds neither ckpt.pt nor last.pt nor a Hugging Face model nor "
+                                "TensorFlow's; type a folder that train.py wrote")
+    on_hub = source in GPT2_SHAPES or re.fullmatch(r'[\w.-]+/[\w.-]+', source)
+    if not os.path.isdir(source) and not on_hub:
+        raise FileNotFoundError(f"there is no model {source!r}; expected a checkpoint, a folder, a hub id or "
+                                f"one of {', '.join(GPT2_SHAPES)}")
+    print(f"loading {source} ...", file=sys.stderr)
+    try:
+        beside = {'tokenizer': read_tokenizer(source)}
+        model = GPT.from_pretrained(source, dropout)
+    except Exception as error: # whatever transformers, safetensors and the network raise
+        why = str(error).strip().split('\n')[0]
+        raise OSError(f"cannot load {source} from Hugging Face's format or hub ({type(error).__name__}: "
+                      f"{why}); expected a GPT-2 in a local directory or on the hub; check the name and the "
+                      "network") from None
+    template = read_template([source]) # of an export
+    return model, {**beside, 'template': template} if template is not None else beside
+
+# -----------------------------------------------------------------------------
+# Hugging Face
+
+def read_tokenizer(source: str) -> dict:
+    """ the state of a model's tokenizer, GPT-2's if it brings none; raises ValueError for an unknown one """
+    from transformers.utils import cached_file
+    for name in ('vocab.json', 'tokenizer.json'):
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        if path:
+            with open(path, encoding='utf-8') as file:
+                vocab = json.load(file)
+            if name == 'tokenizer.json':
+                chars = read_chars(vocab['model'])
+                if chars:
+                    return {'name': 'char', 'chars': chars}
+                vocab = vocab['model']['vocab']
+            gpt2 = {'Hello': 15496, 'er': 263, '\u0120the': 262, '\u0120world': 995} # \u0120 is a space
+            if any(vocab.get(token) != i for token, i in gpt2.items()):
+                raise ValueError(f"its {name} is not GPT-2's vocabulary, nor one of characters as export.py "
+                                 "writes it; no other is prepared and sampled here")
+    return {'name': 'gpt2'}
+
+def read_chars(words: dict) -> list[str] | None:
+    """ the characters of the 'model' of a tokenizer.json, if it has an id for each and for nothing else """
+    if words.get('type') != 'WordLevel':
+        return None
+    chars = sorted(words['vocab'], key=words['vocab'].get)
+    ids = [words['vocab'][char] for char in chars]
+    return chars if ids == list(range(len(chars))) and all(len(char) == 1 for char in chars) else None
+
+# -----------------------------------------------------------------------------
+# TensorFlow
+
+def find_tensorflow(source: str) -> str | None:
+    """ the prefix of the checkpoint that `source` is, or of the latest in that folder; None if there is none
+
+    A prefix P stands for the files P.index, P.data-00000-of-00001 and P.meta.
+    """
+    prefix = source.removesuffix('.index')
+    if os.path.isfile(prefix + '.index'):
+        return prefix
+    if os.path.exists(os.path.join(source, 'config.json')): # Hugging Face's, with another's files beside it
+        return None
+    try: # TensorFlow's note of the latest; its folder may have moved since
+        with open(os.path.join(source, 'checkpoint'), encoding='utf-8') as file:
+            latest = re.search(r'^model_checkpoint_path: "(?:.*[/\\])?([^/\\"]+)"', file.read(), re.M)
+        named = os.path.join(source, latest[1]) if latest else ''
+    except (OSError, UnicodeDecodeError):
+        named = ''
+    found = [path.removesuffix('.index') for path in glob.glob(os.path.join(glob.escape(source), '*.index'))]
+    return named if named in found else max(found, key=lambda p: os.path.getmtime(p + '.index'), default=None)
+
+def load_tensorflow(prefix: str, dropout: float) -> GPT:
+    """ the GPT-2 in a TensorFlow checkpoint; raises ImportError where there is no TensorFlow to read it """
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2') # it tells of the processor at length
+    try:
+        import tensorflow
+    except ImportError:
+        raise ImportError(f"{prefix} is a TensorFlow checkpoint, and the tensorflow package, which reads it, "
+                          "is not installed; type pip install tensorflow") from None
+    print(f"loading {prefix} ...", file=sys.stderr)
+    try:
+        reader = tensorflow.train.load_checkpoint(prefix)
+        shapes = reader.get_variable_to_shape_map()
+        config = read_shape(prefix, shapes, dropout)
+        with torch.device('meta'):
+            names = [name for name, _ in GPT(config).named_parameters()] # the tied head is not among them
+        weights = {name: convert(reader.get_tensor(tensorflow_name(name))) for name in names}
+        return GPT.from_weights(config, {**weights, 'lm_head.weight': weights['transformer.wte.weight']})
+    except Exception as error: # whatever TensorFlow raises for a damaged file
+        why = str(error).strip().split('\n')[0]
+        raise ValueError(f"cannot use {prefix} ({type(error).__name__}: {why}); expected a GPT-2 that "
+                         "OpenAI's code or gpt-2-simple saved; type --init_from with another") from None
+
+def read_shape(prefix: str, shapes: dict, dropout: float) -> GPTConfig:
+    """ the sizes of a model, from its tensors' and, for what these do not tell, from hparams.json """
+    n_vocab, n_embd = shapes['model/wte']
+    n_layer = len({name.split('/')[1] for name in shapes if re.match(r'model/h\d+/', name)})
+    path = os.path.join(os.path.dirname(prefix), 'hparams.json')
+    if os.path.exists(path):
+        with open(path, encoding='utf-8') as file:
+            n_head = json.load(file)['n_head']
+    else:
+        n_head = max(1, n_embd // 64)
+        print(f"there is no {path}, so n_head is taken to be n_embd / 64 = {n_head}, as in OpenAI's GPT-2",
+              file=sys.stderr)
+    return GPTConfig(shapes['model/wpe'][0], n_vocab, n_layer, n_head, n_embd, dropout, bias=True)
+
+def tensorflow_name(name: str) -> str:
+    """ 'transformer.h.0.attn.c_attn.weight' -> 'model/h0/attn/c_attn/w' """
+    path, kind = name.removeprefix('transformer.').replace('h.', 'h', 1).replace('.', '/').rsplit('/', 1)
+    kind = '/b' if kind == 'bias' else '' if path in ('wte', 'wpe') else '/g' if 'ln_' in path else '/w'
+    return f'model/{path}{kind}'
+
+def convert(array) -> torch.Tensor:
+    """ TensorFlow's array as ours: a convolution of width 1, (1, in, out), is a matrix (out, in) """
+    tensor = torch.tensor(array)
+    return tensor[0].t().contiguous() if tensor.dim() == 3 else tensor

@@ -1,0 +1,111 @@
+import json
+import sys
+import types
+
+import pytest
+
+import documents
+from documents import Documents, csv_rows, json_rows, read_blocks
+
+ODD = "\ufeffnaïve café — 東京 🙂\r\n\n\t x\u3000y\u2028\x85 'll I'D\n\nno end"
+
+def texts(*args, **kwargs):
+    return [''.join(blocks) for _, blocks in Documents(*args, **kwargs)]
+
+@pytest.mark.parametrize('size', [1, 2, 3, 5, 2**20])
+def test_blocks_join_to_the_text_wherever_their_borders_fall(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(documents, 'BLOCK', size)
+    (tmp_path / 'a.txt').write_bytes(ODD.encode())
+    with open(tmp_path / 'a.txt', 'rb') as file:
+        assert ''.join(read_blocks(file, 'a.txt')) == ODD[1:] # less the byte order mark
+
+@pytest.mark.parametrize('size', [1, 2, 3, 5, 2**20])
+@pytest.mark.parametrize('data, byte', [('é東'.encode() + b'\xff and on', 5), (b'\xef\xbb\xbfab\xc3(', 5),
+                                        ('ab東'.encode()[:-1], 2)])
+def test_bad_utf8_is_told_with_its_byte(tmp_path, monkeypatch, size, data, byte):
+    monkeypatch.setattr(documents, 'BLOCK', size)
+    with pytest.raises(UnicodeDecodeError) as reference:
+        data.decode('utf-8')
+    assert reference.value.start == byte
+    for name in ('a.txt', 'a.jsonl', 'a.csv'):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=f'{name} is not UTF-8 at byte {byte};'):
+            texts(str(tmp_path / name))
+
+def test_bad_utf8_in_a_later_line_is_told_with_its_byte(tmp_path):
+    (tmp_path / 'a.jsonl').write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
+    with pytest.raises(ValueError, match='a.jsonl is not UTF-8 at byte 24;'):
+        texts(str(tmp_path / 'a.jsonl'))
+
+def test_a_folder_gives_its_kinds_of_files_in_the_order_of_their_names(tmp_path):
+    (tmp_path / 'sub').mkdir()
+    for name, text in {'d.TXT': 'four', 'a.jsonl': '\ufeff{"text": "one"}\r\n\n{"text": "two\\nlines", "n": 1}',
+                       'b.csv': 'n,text\n1,three\n', 'c.md': ' \n', 'e.jpg': 'no', 'sub/f.txt': 'five'}.items():
+        (tmp_path / name).write_bytes(text.encode())
+    found = Documents(str(tmp_path))
+    assert [(place.rpartition(str(tmp_path) + '/')[2], ''.join(blocks)) for place, blocks in found] == [
+        ('a.jsonl, line 1', 'one'), ('a.jsonl, line 3', 'two\nlines'), ('b.csv, line 2', 'three'),
+        ('d.TXT', 'four'), ('sub/f.txt', 'five')] # c.md is blank
+    assert found.count == 5 and found.characters == len('onetwo\nlinesthreefourfive')
+
+def test_csv_is_read_as_it_is_quoted(tmp_path):
+    (tmp_path / 'a.csv').write_bytes('\ufefftext,n\r\n"a, ""b""\r\n\nc",1\r\n\r\n,2\n'.encode() + b'x' * 200_000 + b',3')
+    rows = [(place[-6:], row['text'], row['n']) for place, row in csv_rows(str(tmp_path / 'a.csv'))]
+    assert rows == [('line 2', 'a, "b"\r\n\nc', '1'), ('line 6', '', '2'), ('line 7', 'x' * 200_000, '3')]
+
+BROKEN = [('a.jsonl', '{"text": "a"}\n{"text": "b"', 'line 2 is not JSON'), ('a.jsonl', '[1]', 'line 1 is no JSON object'),
+          ('a.jsonl', '\n{"body": "a", "n": 1}', "line 2 has no field 'text', but body, n; type --text_field"),
+          ('a.jsonl', '{"text": null}', 'line 1 has None as its text'), ('a.jsonl', '[' * 10**5, 'line 1 is not JSON'),
+          ('a.csv', 'id,body\n1,a\n', "line 2 has no field 'text', but id, body"),
+          ('a.csv', 'text,n\na,1\nb, c,2\n', 'line 3 has 3 fields, but the header has 2'),
+          ('a.csv', 'text\na\n"b\nc', 'line 3 is not CSV'), ('a.csv', 'text\n', 'there is no text')]
+
+@pytest.mark.parametrize('name, content, message', BROKEN)
+def test_a_broken_row_is_told_with_its_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        texts(str(tmp_path / name))
+
+def test_half_a_surrogate_pair_is_replaced_as_tiktoken_replaces_it(tmp_path):
+    (tmp_path / 'a.jsonl').write_text(r'{"text": "a\ud83db \ud83d\ude42"}')
+    assert texts(str(tmp_path / 'a.jsonl')) == ['a\ufffdb 🙂']
+
+def test_a_long_field_comes_in_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, 'BLOCK', 4)
+    (tmp_path / 'a.jsonl').write_text(json.dumps({'body': 'abcdefghij'}))
+    assert [list(blocks) for _, blocks in Documents(str(tmp_path / 'a.jsonl'), 'body')] == [['abcd', 'efgh', 'ij']]
+
+def test_only_white_space_is_no_text_however_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, 'BLOCK', 4)
+    (tmp_path / 'a.txt').write_text(' \n' * 10)
+    with pytest.raises(ValueError, match='there is no text in'):
+        texts(str(tmp_path / 'a.txt'))
+    (tmp_path / 'a.txt').write_text(' \n' * 10 + 'x')
+    assert texts(str(tmp_path / 'a.txt')) == [' \n' * 10 + 'x']
+
+def test_a_dataset_of_the_hub_is_streamed(monkeypatch):
+    def load_dataset(name, subset, split, streaming):
+        assert (name, subset, split, streaming) == ('owner/name', 'small', 'train', True)
+        yield {'text': 'one'}
+        yield {'text': 'two'}
+        raise ConnectionError('gone')
+    fake = types.ModuleType('datasets')
+    fake.load_dataset, fake.__spec__ = load_dataset, True
+    monkeypatch.setitem(sys.modules, 'datasets', fake)
+    rows = iter(Documents('owner/name', subset='small'))
+    assert [''.join(next(rows)[1]) for _ in range(2)] == ['one', 'two']
+    with pytest.raises(OSError, match=r'cannot read the dataset owner/name \(ConnectionError: gone\)'):
+        next(rows)
+
+def test_what_is_nowhere_is_told_so(monkeypatch):
+    monkeypatch.setattr(documents.importlib.util, 'find_spec', lambda name: None)
+    for name in ('owner/name', 'name'):
+        with pytest.raises(FileNotFoundError, match='there is no .*pip install datasets if it is'):
+            Documents(name)
+    for name in ('texts/a.txt', '/tmp/none/x', 'a.csv', '../name'):
+        with pytest.raises(FileNotFoundError, match='of a folder of them$'):
+            Documents(name)
+
+def test_rows_of_jsonl_are_read_one_at_a_time(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('{"n": 1}\nbroken')
+    assert next(json_rows(str(tmp_path / 'a.jsonl')))[1] == {'n': 1} # the second line is not looked at yet

@@ -1,0 +1,79 @@
+import itertools
+import multiprocessing
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import encode
+from conftest import TEXT
+from tokenizer import BPETokenizer
+
+BPE = BPETokenizer()
+ALPHABET = "ab1.'sé東🙂<|> \n\r\t\x0b\x1c\x85\xa0\u2003\u2028\u3000"
+
+def cut(text, size):
+    return (text[i:i + size] for i in range(0, len(text), size))
+
+def written(tmp_path, texts, size, **options):
+    documents = [('a.txt', cut(text, size)) for text in texts]
+    n = encode.write_tokens(str(tmp_path / 'a.bin'), documents, BPE, **options)
+    ids = np.fromfile(tmp_path / 'a.bin', '<u2').tolist()
+    assert len(ids) == n
+    return ids
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.text(ALPHABET, min_size=1, max_size=60), max_size=4), st.integers(1, 9), st.integers(1, 20), st.booleans())
+def test_ids_equal_tiktoken_s_of_each_whole_document(tmp_path_factory, texts, size, job, special):
+    if special:
+        texts = [text + '<|endoftext|> ' for text in texts]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, 'JOB', job)
+        ids = written(tmp_path_factory.getbasetemp(), texts, size, workers=1)
+    assert ids == [i for text in texts for i in [*BPE.encoding.encode_ordinary(text), 50256]]
+
+def test_end_of_text_is_a_token_where_it_is_allowed(tmp_path):
+    text = 'one <|endoftext|> two<|endoftext|>'
+    assert written(tmp_path, [text], 5, allow_special=True) == [*BPE.encode(text, allow_special=True), 50256]
+
+def test_processes_write_what_one_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, 'JOB', 2000)
+    ids = written(tmp_path, [TEXT, 'x', TEXT], 1000, workers=2)
+    assert ids == [*BPE.encode(TEXT), 50256, *BPE.encode('x'), 50256, *BPE.encode(TEXT), 50256]
+
+def test_endless_text_is_read_no_faster_than_it_is_encoded():
+    n_read = itertools.count()
+    jobs = ([f'text {next(n_read)}', None] for _ in itertools.count())
+    results = encode.encode_in_processes(jobs, BPE, False, 2)
+    assert [BPE.decode(np.frombuffer(next(results), '<u2')) for _ in range(9)] == [f'text {i}<|endoftext|>' for i in range(9)]
+    assert next(n_read) <= 9 + 2 * 2
+    results.close()
+    assert not multiprocessing.active_children()
+
+def test_a_process_that_was_killed_is_told_in_one_line():
+    results = encode.encode_in_processes((['text', None] for _ in itertools.count()), BPE, False, 1)
+    next(results)
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(OSError, match='type --workers=1'):
+        list(itertools.islice(results, 100))
+
+def test_characters_are_numbered_in_the_order_of_their_code_points(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, 'JOB', 3)
+    chars, n = encode.write_characters(str(tmp_path / 'a.bin'), [('a', ['b🙂', 'a']), ('b', ['é'])])
+    assert (chars, n) == (['\n', 'a', 'b', 'é', '🙂'], 6)
+    assert np.fromfile(tmp_path / 'a.bin', '<u2').tolist() == [2, 4, 1, 0, 3, 0]
+
+def test_known_characters_keep_their_ids_and_another_is_placed(tmp_path):
+    known = ['b', '\n', 'a']
+    path = str(tmp_path / 'a.bin')
+    assert encode.write_characters(path, [('x.txt', ['ab', 'a'])], known) == (known, 4)
+    assert np.fromfile(path, '<u2').tolist() == [2, 0, 2, 1]
+    with pytest.raises(ValueError, match="character 4 of x.txt is 'é', not one of the 3"):
+        encode.write_characters(path, [('x.txt', ['ab', 'aé'])], known)
+
+def test_more_characters_than_ids_are_refused(tmp_path):
+    text = ''.join(chr(0x10000 + i) for i in range(2**16))
+    with pytest.raises(ValueError, match='65,537 different characters'):
+        encode.write_characters(str(tmp_path / 'a.bin'), [('x', [text])])

@@ -1,0 +1,174 @@
+"""
+Finetuning as a user runs it: an end before it overfits, parts that stay frozen, LoRA, mixtures, masks, samples.
+"""
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoint import load_model
+from conftest import TINY
+from test_train import TORCHRUN
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+@pytest.fixture(scope='module')
+def base(clone, tmp_path_factory):
+    """ a tiny run to finetune from """
+    import subprocess
+    import sys
+    out_dir = tmp_path_factory.mktemp('base') / 'out'
+    subprocess.run([sys.executable, 'train.py', '--dataset=chars', *TINY, '--max_iters=20', f'--out_dir={out_dir}'],
+                   cwd=clone, check=True, capture_output=True)
+    return out_dir
+
+@pytest.fixture(scope='module')
+def masked(clone):
+    """ the character dataset, of which only every third token is to be predicted, with a template """
+    folder = clone / 'data' / 'masked'
+    shutil.copytree(clone / 'data' / 'chars', folder)
+    for split in ('train', 'val'):
+        n = (folder / f'{split}.bin').stat().st_size // 2
+        (np.arange(n) % 3 == 0).astype(np.uint8).tofile(folder / f'{split}_mask.bin')
+    (folder / 'template.txt').write_text('ask: {instruction}\nA:')
+    return folder
+
+def test_patience_ends_the_run_with_the_best_in_place_and_resuming_stays_ended(train, base):
+    options = (f'--init_from={base}', '--learning_rate=10.0', '--patience=2', '--max_iters=40')
+    result = train(*options)
+    losses = [(float(v), int(i)) for v, i in zip(result.column('val_loss'), result.column('iter')) if v]
+    best = min(losses)[1]
+    assert losses[-1][1] == best + 2 * 4 < 40 # two evaluations after the best, which come every 4 iterations
+    assert load(result.out_dir / 'ckpt.pt')['iter_num'] == best
+    assert f'2 evaluations in a row were no better than that of iteration {best}' in result.out
+    before = result.column('val_loss')
+    again = train('--init_from=resume', *options[1:])
+    assert 'so it ended' in again.out and again.column('val_loss') == before
+    more = train('--init_from=resume', '--patience=4', *options[1:2], '--max_iters=40')
+    assert int(more.column('iter')[-1]) > losses[-1][1]
+
+def test_patience_counts_on_over_a_resume(train, base):
+    options = ('--learning_rate=10.0', '--max_iters=40', '--eval_interval=2')
+    whole = train(f'--init_from={base}', '--patience=4', *options)
+    train(f'--init_from={base}', '--patience=2', *options, out_dir='half')
+    half = train('--init_from=resume', '--patience=4', *options, out_dir='half')
+    assert half.column('iter') == whole.column('iter') and half.column('val_loss') == whole.column('val_loss')
+
+def test_a_finetune_that_never_beats_its_base_leaves_it_and_says_so(train, base):
+    result = train(f'--init_from={base}', '--learning_rate=100.0')
+    assert 'no evaluation was better than that of the model it started from' in result.out
+    kept, was = load(result.out_dir / 'ckpt.pt'), load(base / 'ckpt.pt')
+    assert kept['iter_num'] == 0 and all(torch.equal(kept['model'][k], was['model'][k]) for k in was['model'])
+
+def test_frozen_parts_are_those_of_the_base(train, base):
+    result = train(f'--init_from={base}', '--freeze=wte,h.0')
+    kept, was = load(result.out_dir / 'last.pt')['model'], load(base / 'ckpt.pt')['model']
+    same = {k.split('.')[1] + k.split('.')[2] for k in was if torch.equal(kept[k], was[k]) and k != 'lm_head.weight'}
+    assert same == {'wteweight', 'h0'} and 'of them to train' in result.out
+
+def test_lora_keeps_the_adapter_alone_and_resumes_and_samples_and_merges(train, run, base):
+    options = ('--lora_rank=4', '--lora_dropout=0.1', '--dropout=0.1', '--learning_rate=3e-3', '--eval_iters=0')
+    whole = train(f'--init_from={base}', *options, '--max_iters=8')
+    train(f'--init_from={base}', *options, '--max_iters=4', '--lr_decay_iters=8', out_dir='half')
+    half = train('--init_from=resume', *options, '--max_iters=8', '--lr_decay_iters=8', out_dir='half')
+    assert half.column('loss') == whole.column('loss') and half.column('val_loss') == whole.column('val_loss')
+    losses = [float(v) for v in whole.column('val_loss') if v]
+    assert losses[-1] < losses[0]
+    kept = load(whole.out_dir / 'last.pt')
+    assert kept['base'] == str(base / 'ckpt.pt') and all('.lora_' in name for name in kept['model'])
+    model, _ = load_model(str(whole.out_dir))
+    was = load(base / 'ckpt.pt')['model']
+    name = 'transformer.h.1.mlp.c_proj'
+    product = 32 / 4 * kept['model'][name + '.lora_B'] @ kept['model'][name + '.lora_A']
+    assert torch.allclose(model.state_dict()[name + '.weight'], was[name + '.weight'] + product, atol=1e-6)
+    assert run('sample.py', '--num_samples=1', '--max_new_tokens=5', '--device=cpu').out
+    forgotten = train('--init_from=resume', '--max_iters=9', status=2)
+    assert "the checkpoint's adapter has 4; type --lora_rank=4" in forgotten.err
+
+def test_an_adapter_whose_base_is_gone_or_another_is_refused(train, run, base, tmp_path):
+    mine = tmp_path / 'mine'
+    shutil.copytree(base, mine)
+    train(f'--init_from={mine}', '--lora_rank=2', '--max_iters=1')
+    shutil.copy(base / 'last.pt', mine / 'ckpt.pt')
+    state = load(mine / 'ckpt.pt')
+    state['model']['transformer.ln_f.weight'][0] += 1
+    torch.save(state, mine / 'ckpt.pt')
+    done = run('sample.py', status=2)
+    assert 'is no longer the model that the adapter in' in done.err and 'Traceback' not in done.err
+    shutil.rmtree(mine)
+    assert 'holds an adapter for' in run('sample.py', status=2).err
+
+def test_lora_needs_a_model_to_start_from_and_matrices_it_knows(train, base):
+    assert 'lora_rank needs a model to start from' in train('--lora_rank=4', status=2).err
+    assert 'type --lora_targets' in train(f'--init_from={base}', '--lora_rank=4', '--lora_targets=c_attn', status=2).err
+
+def test_a_mixture_trains_and_one_of_other_tokens_is_refused(train, run, clone):
+    shutil.copytree(clone / 'data' / 'chars', clone / 'data' / 'other')
+    result = train('--dataset=chars:0.7,other:0.3')
+    assert f"{2 * (clone / 'data' / 'chars' / 'train.bin').stat().st_size // 2:,} tokens to train on" in result.out
+    (clone / 'data' / 'other' / 'meta.pkl').unlink()
+    assert 'are in different tokens' in train('--dataset=chars,other', status=2, out_dir='b').err
+
+def test_masked_losses_are_the_same_for_any_split_and_the_template_travels(train, masked):
+    options = ('--dataset=masked', '--eval_iters=0')
+    one = train(*options, '--batch_size=8', '--gradient_accumulation_steps=1')
+    many = train(*options, '--batch_size=1', '--gradient_accumulation_steps=8', out_dir='many')
+    two = train(*options, launch=TORCHRUN, out_dir='two')
+    for other in (many, two):
+        for name in ('loss', 'val_loss'):
+            a, b = ([float(v) for v in result.column(name) if v] for result in (one, other))
+            assert a == pytest.approx(b, abs=1e-5)
+    assert load(one.out_dir / 'ckpt.pt')['template'] == 'ask: {instruction}\nA:'
+
+def test_only_the_unmasked_tokens_count_in_the_loss(train, base, masked):
+    result = train(f'--init_from={base}', '--dataset=masked', '--eval_iters=0', '--max_iters=1')
+    model, _ = load_model(str(base))
+    tokens = torch.from_numpy(np.fromfile(masked / 'val.bin', dtype='<u2').astype(np.int64))
+    total, n = 0.0, 0
+    for start in range(0, len(tokens) - 1, 16): # the windows of an evaluation, one by one
+        x, y = tokens[start:start + 16][:len(tokens) - 1 - start], tokens[start + 1:start + 17]
+        logits = model.lm_head(model.hidden(x[None]))[0]
+        counts = torch.arange(start + 1, start + 1 + len(y)) % 3 == 0
+        losses = torch.nn.functional.cross_entropy(logits, y, reduction='none')
+        total, n = total + losses[counts].sum().item(), n + int(counts.sum())
+    assert float(result.column('val_loss')[0]) == pytest.approx(total / n, abs=1e-5)
+
+def test_samples_are_written_while_it_trains_and_leave_the_losses_alone(train):
+    plain = train('--dropout=0.1')
+    result = train('--dropout=0.1', '--sample_interval=3', '--sample_tokens=20', '--sample_start=def ', out_dir='b')
+    text = (result.out_dir / 'samples.txt').read_text()
+    assert [f'iteration {i}\ndef ' in text for i in (0, 3, 6, 1)] == [True, True, True, False]
+    assert result.column('loss') == plain.column('loss')
+    assert 'not in this model' in train('--sample_interval=3', '--sample_start=é', status=2, out_dir='c').err
+
+def test_a_report_tells_the_run(train):
+    result = train('--sample_interval=6', '--sample_tokens=20')
+    text = (result.out_dir / 'report.md').read_text()
+    rows = list(csv.DictReader(open(result.out_dir / 'log.csv', newline='')))
+    for row in rows:
+        if row['val_loss']:
+            assert f"| {row['iter']} | {float(row['epoch']):.2f} | {float(row['train_loss']):.4f} | " in text
+    assert 'n_layer = 2' in text and 'torch ' in text and 'iteration 6' in text.split('What it wrote last')[1]
+
+def test_wandb_s_run_is_the_same_after_a_resume(train, tmp_path):
+    env = {'WANDB_MODE': 'offline', 'WANDB_DIR': str(tmp_path), 'WANDB_SILENT': 'true'}
+    first = train('--wandb_log=True', '--max_iters=2', env=env)
+    run_id = json.load(open(first.out_dir / 'config.json'))['wandb_id']
+    train('--wandb_log=True', '--init_from=resume', '--max_iters=4', env=env)
+    assert json.load(open(first.out_dir / 'config.json'))['wandb_id'] == run_id
+    runs = [folder.name for folder in (tmp_path / 'wandb').glob('offline-run-*')]
+    assert runs and all(name.endswith(run_id) for name in runs)
+
+def test_a_question_is_put_by_the_template_and_only_answers_are_printed(train, run, masked):
+    train('--dataset=masked', '--max_iters=1')
+    greedy = ('--temperature=0', '--num_samples=1', '--max_new_tokens=12', '--device=cpu')
+    asked = run('sample.py', '--instruction=say {input}', *greedy)
+    started = run('sample.py', '--start=ask: say {input}\nA:', *greedy)
+    assert 'ask: say {input}\nA:' + asked.out == started.out
+
+def test_a_model_that_saw_no_instructions_is_not_asked(run, base):
+    assert 'was not trained on instructions' in run('sample.py', f'--out_dir={base}', '--instruction=x', status=2).err

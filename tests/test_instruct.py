@@ -1,0 +1,113 @@
+"""
+instruct.py, and data/instruct/prepare.py as a user runs it.
+"""
+import json
+
+import numpy as np
+import pytest
+
+from instruct import TEMPLATE, encode, read_turns, render
+from tokenizer import BPETokenizer
+
+BPE = BPETokenizer()
+HEAD = 'Below is an instruction that describes a task. Write a response that completes it.\n\n'
+
+def test_a_prompt_is_the_template_with_its_parts():
+    assert render(TEMPLATE, 'Translate.', 'Bonjour') == (
+        HEAD + '### Instruction:\nTranslate.\n\n### Input:\nBonjour\n\n### Response:\n')
+    for nothing in ('', ' \n'):
+        assert render(TEMPLATE, 'Say hi.', nothing) == HEAD + '### Instruction:\nSay hi.\n\n### Response:\n'
+
+def test_braces_in_what_a_user_writes_are_text():
+    assert render('{instruction}|{input}|{other}', '{input}{instruction}{0}', '{instruction}\\1') == (
+        '{input}{instruction}{0}|{instruction}\\1|{other}')
+
+@pytest.mark.parametrize('template', ['', 'Question:', '{input}', '{ instruction }', '{instruction} {input}\n\nAnswer: '])
+def test_a_template_that_would_lose_the_instruction_is_refused(template):
+    with pytest.raises(ValueError, match='no {instruction}'):
+        render(template, 'Say hi.')
+
+def test_turns_of_a_conversation_are_told_apart():
+    talk = [('system', 'Be brief.'), ('user', 'Hi.'), ('assistant', 'Hello.'), ('user', 'One.'), ('user', 'Two.'),
+            ('assistant', 'Three.'), ('user', 'And?')]
+    item = {'messages': [{'role': role, 'content': content} for role, content in talk]}
+    assert read_turns(item) == [('Be brief.\n\nHi.', '', 'Hello.'), ('One.\n\nTwo.', '', 'Three.')]
+    assert read_turns({'instruction': 'a', 'input': None, 'output': ''}) == [('a', '', '')]
+
+def message(role, content):
+    return {'role': role, 'content': content}
+
+BROKEN = [{}, {'instruction': 'a'}, {'instruction': 1, 'output': 'b'}, {'instruction': ' ', 'output': 'b'},
+          {'instruction': 'a', 'input': 3, 'output': 'b'}, {'messages': []}, {'messages': 'hi'}, {'messages': None},
+          {'messages': [message('user', 'a')]}, {'messages': [message('assistant', 'a')]}, {'messages': [{'role': 'user'}]},
+          {'messages': [message('user', 'a'), message('assistant', 'b'), message('assistant', 'c')]},
+          {'messages': [message('tool', 'a'), message('assistant', 'b')]}, {'messages': [message('user', ['a'])]}]
+
+@pytest.mark.parametrize('item', BROKEN, ids=str)
+def test_an_item_that_is_not_whole_is_refused(item):
+    with pytest.raises(ValueError, match='^has .*expected'):
+        read_turns(item)
+
+def test_only_answers_and_their_ends_count():
+    ids, mask = encode([('What is 2 + 2?', '', 'Four.')], 'Q: {instruction}\nA: ', BPE)
+    assert ids == [48, 25, 1867, 318, 362, 1343, 362, 30, 198, 32, 25, 220, 15137, 13, 50256]
+    assert mask == [0] * 12 + [1, 1, 1] # Four, ., end-of-text
+
+ITEMS = [{'instruction': 'Add one to {input}.', 'input': '1', 'output': 'Two.'},
+         {'instruction': 'Say hi.', 'output': ' Hi <|endoftext|>!'},
+         {'messages': [message('user', 'é?'), message('assistant', 'É!'), message('user', 'Bye.'),
+                       message('assistant', '')]}]
+
+def prepare(run, tmp_path, *options, items=ITEMS, **kwargs):
+    (tmp_path / 'items.jsonl').write_text('\n'.join(map(json.dumps, items)))
+    return run('data/instruct/prepare.py', f"--input={tmp_path / 'items.jsonl'}", *options, **kwargs)
+
+def read(folder, split):
+    ids, mask = np.fromfile(folder / f'{split}.bin', '<u2'), np.fromfile(folder / f'{split}_mask.bin', 'u1')
+    assert len(ids) == len(mask)
+    return ids, mask
+
+def test_the_script_writes_what_a_hand_would(run, clone, tmp_path):
+    folder = clone / 'data' / 'asked'
+    folder.mkdir()
+    (folder / 'meta.pkl').write_bytes(b'of an earlier dataset')
+    done = prepare(run, tmp_path, '--name=asked')
+    train, val = read(folder, 'train'), read(folder, 'val') # the third item is for validation
+    asked = HEAD + '### Instruction:\n%s\n\n### Response:\n'
+    with_input = HEAD + '### Instruction:\nAdd one to {input}.\n\n### Input:\n1\n\n### Response:\n'
+    end = '<|endoftext|>'
+    assert BPE.decode(train[0]) == with_input + 'Two.' + end + asked % 'Say hi.' + ' Hi <|endoftext|>!' + end
+    assert BPE.decode(val[0]) == asked % 'é?' + 'É!' + end + asked % 'Bye.' + end
+    assert BPE.decode(train[0][train[1] == 1]) == 'Two.' + end + ' Hi <|endoftext|>!' + end
+    assert BPE.decode(val[0][val[1] == 1]) == 'É!' + end + end
+    assert (train[0] == 50256).sum() == (val[0] == 50256).sum() == 2 # a user's text is never a special token
+    assert (folder / 'template.txt').read_bytes() == TEMPLATE.encode()
+    assert sorted(p.name for p in folder.iterdir()) == ['template.txt', 'train.bin', 'train_mask.bin', 'val.bin', 'val_mask.bin']
+    n, share = len(train[0]) + len(val[0]), (train[1].sum() + val[1].sum()) / (len(train[1]) + len(val[1]))
+    assert f'3 items, {n} tokens, of which {share:.1%} are answers' in done.out and 'warning' not in done.out
+
+def test_a_template_may_be_given_as_text_or_as_a_file(run, clone, tmp_path):
+    (tmp_path / 'template.txt').write_bytes('Frage: {instruction}\r\n\r\n{input}\r\n\r\nAntwort: '.encode())
+    text = 'Frage: {instruction}\n\n{input}\n\nAntwort: '
+    for option in (f"FILE:{tmp_path / 'template.txt'}", text.replace('\n', '\\n')):
+        prepare(run, tmp_path, '--name=templated', f'--template={option}', '--val_fraction=0.5')
+        folder = clone / 'data' / 'templated'
+        assert (folder / 'template.txt').read_bytes() == text.encode()
+        assert BPE.decode(read(folder, 'train')[0]).startswith('Frage: Add one to {input}.\n\n1\n\nAntwort: Two.')
+
+def test_items_longer_than_the_model_reads_are_told(run, tmp_path):
+    done = prepare(run, tmp_path, '--name=long', items=[*ITEMS, {'instruction': 'Count.', 'output': ' a' * 1024}])
+    assert 'warning: 1 items are longer than the 1,024 tokens' in done.out
+
+WRONG = [(ITEMS, ('--template=Hello',), 'no {instruction}'), (ITEMS, ('--template=FILE:none.txt',), 'there is no none.txt'),
+         (ITEMS, ('--val_fraction=1.0',), 'between 0 and 1'), (ITEMS[:1], (), 'has 1 item(s); expected two'),
+         ([*ITEMS, {'instruction': 'a'}], (), 'items.jsonl, line 4 has the fields instruction; expected')]
+
+@pytest.mark.parametrize('items, options, message', WRONG, ids=[message for _, _, message in WRONG])
+def test_what_is_wrong_is_told_in_one_line_and_changes_nothing(run, clone, tmp_path, items, options, message):
+    folder = clone / 'data' / 'kept'
+    folder.mkdir(exist_ok=True)
+    (folder / 'train.bin').write_bytes(b'as it was')
+    done = prepare(run, tmp_path, '--name=kept', *options, items=items, status=2)
+    assert done.err.splitlines()[-1].startswith('error: ') and message in done.err and 'Traceback' not in done.err
+    assert [p.name for p in folder.iterdir()] == ['train.bin'] and (folder / 'train.bin').read_bytes() == b'as it was'

@@ -1,0 +1,107 @@
+"""
+What of a model learns: frozen parts, and LoRA beside a frozen model.
+"""
+import pytest
+import torch
+from torch.nn import functional as F
+
+import lora
+import memory
+from model import GPT, GPT2_SHAPES, GPTConfig
+from optim import make_optimizer
+
+ALL = ','.join(lora.TARGETS)
+
+def small():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(16, 50, 2, 2, 16))
+
+def trained(model):
+    """ a model after a few updates of what of it learns """
+    optimizer = make_optimizer('adamw', model, 1e-2, 0.0, 0.1, (0.9, 0.95))
+    torch.manual_seed(1)
+    idx = torch.randint(50, (4, 17))
+    for _ in range(3):
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+def logits(model):
+    return model.lm_head(model.hidden(torch.arange(16)[None])).detach()
+
+@pytest.mark.parametrize('targets', [ALL, 'attn.c_attn'])
+def test_an_adapter_changes_nothing_at_first_and_merged_computes_what_it_did(targets):
+    model, plain = small(), small()
+    lora.add(model, 4, 8.0, 0.0, targets)
+    assert torch.equal(logits(model), logits(plain))
+    trained(model)
+    before = logits(model)
+    assert (before - logits(plain)).abs().max() > 1e-3
+    lora.merge(model)
+    assert not lora.layers(model) and list(model.state_dict()) == list(plain.state_dict())
+    assert (logits(model) - before).abs().max() < 1e-5
+
+def test_an_adapted_layer_is_the_paper_s_formula():
+    model = small()
+    lora.add(model, 4, 8.0, 0.0, ALL)
+    linear = model.transformer.h[1].mlp.c_fc
+    torch.nn.init.normal_(linear.lora_B)
+    x = torch.randn(3, 16)
+    by_hand = x @ linear.weight.t() + linear.bias + 8.0 / 4 * (x @ linear.lora_A.t() @ linear.lora_B.t())
+    assert torch.allclose(linear(x), by_hand, atol=1e-6)
+
+def test_only_the_adapter_learns_and_it_is_a_small_part_of_gpt2():
+    model, plain = small(), small()
+    lora.add(model, 4, 8.0, 0.1, ALL)
+    state = trained(model).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items())
+    assert all((tensor != 0).any() for tensor in lora.adapter(model).values())
+    with torch.device('meta'):
+        gpt2 = GPT(GPTConfig(**GPT2_SHAPES['gpt2']))
+        lora.add(gpt2, 16, 32.0, 0.0, ALL)
+    assert gpt2.num_params(trained=True) == 12 * 16 * 16 * 768 # 3 + 1, 1 + 1, 1 + 4 and 4 + 1 widths a block
+    assert gpt2.num_params(trained=True) < 0.02 * gpt2.num_params()
+
+def test_a_shrunk_base_has_the_losses_of_autocast():
+    losses = []
+    for shrink in (False, True):
+        model = small()
+        lora.add(model, 4, 8.0, 0.0, ALL)
+        if shrink:
+            lora.shrink(model, torch.bfloat16)
+            assert model.transformer.wte.weight.dtype == torch.bfloat16
+        with torch.autocast('cpu', torch.bfloat16):
+            losses.append(model(torch.arange(16)[None], torch.arange(16)[None])[1].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) # the embeddings alone are rounded where they were not
+
+def test_a_changed_base_has_another_fingerprint():
+    model = small()
+    before = lora.fingerprint(model)
+    assert before == lora.fingerprint(small())
+    with torch.no_grad():
+        model.transformer.h[1].ln_2.bias[3] += 1e-6
+    assert lora.fingerprint(model) != before
+
+def test_frozen_parts_stay_and_the_rest_learns():
+    model, plain = small(), small()
+    lora.freeze_parts(model, 'wte, wpe,h.0-0,h.1.mlp')
+    state, was = trained(model).state_dict(), plain.state_dict()
+    changed = {name for name in state if not torch.equal(state[name], was[name])}
+    assert changed == {n for n in state if n.startswith(('transformer.h.1.ln', 'transformer.h.1.attn', 'transformer.ln_f'))}
+
+def test_the_gradients_beside_a_frozen_head_are_those_of_cross_entropy():
+    model = small()
+    lora.freeze_parts(model, 'wte')
+    idx, targets = torch.arange(16)[None], torch.arange(1, 17)[None]
+    model(idx, targets)[1].backward()
+    ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    F.cross_entropy(model.lm_head(model.hidden(idx))[0], targets[0]).backward()
+    assert 'transformer.wte.weight' not in ours
+    assert all(torch.allclose(p.grad, ours[n], atol=1e-6) for n, p in model.named_parameters() if n in ours)
+
+@pytest.mark.parametrize('names', ['h.2', 'h.0-2', 'h.1-0', 'wt', '', 'wte,,h.0', 'wte,wpe,h.0-1,ln_f'])
+def test_a_part_that_is_not_there_and_nothing_left_are_errors(names):
+    with pytest.raises(ValueError, match='freeze'):
+        lora.freeze_parts(small(), names)
