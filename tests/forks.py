@@ -1,0 +1,53 @@
+"""
+A process that has imported torch once and runs scripts in forks of itself, each in a second where a Python of its
+own takes three; it reads a line of JSON for each and answers with one.
+"""
+import json
+import os
+import runpy
+import signal
+import sys
+import threading # so that a fork does not import it first, with the lock that it takes
+
+def become(job):
+    """ the script of a job, in this process """
+    os.chdir(job['cwd'])
+    for number, name in ((1, 'stdout'), (2, 'stderr')):
+        os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdout, sys.stderr = (open(n, 'w', encoding='utf-8', closefd=False) for n in (1, 2))
+    sys.stderr.reconfigure(line_buffering=True)
+    sys.argv, sys.path[0] = [job['script'], *job['args']], os.path.dirname(os.path.abspath(job['script']))
+    try:
+        runpy.run_path(job['script'], run_name='__main__')
+        status = 0
+    except SystemExit as leaving:
+        status = leaving.code or 0
+    except BaseException as error:
+        try:
+            sys.excepthook(type(error), error, error.__traceback__)
+            status = 1
+        except SystemExit as leaving:
+            status = leaving.code
+    threading._shutdown() # what waits for a Python's end
+    import atexit
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+def serve():
+    import matplotlib.pyplot, numpy.random, torch._dynamo, tqdm # noqa: what the scripts import, and take longest at
+    for line in sys.stdin:
+        job = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            become(job)
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+        signal.alarm(job['timeout'])
+        _, status = os.waitpid(child, 0)
+        signal.alarm(0)
+        print(json.dumps({'status': os.waitstatus_to_exitcode(status)}), flush=True)
+
+if __name__ == '__main__':
+    serve()
