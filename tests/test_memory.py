@@ -7,19 +7,24 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+import lora
 import memory
 import model
 from model import GPT, GPT2_SHAPES, ChunkedLoss, GPTConfig
 from optim import OffloadedAdamW, make_optimizer, weights
 from peak import Peak
 
-def measure(name, plan, B, n_micro_steps, monkeypatch):
+def measure(name, plan, B, n_micro_steps, monkeypatch, rank=0):
     """ the peak of two iterations as a GPU would hold them, on fake tensors """
     monkeypatch.setattr(torch.nn.init, 'normal_', lambda tensor, **options: tensor)
     monkeypatch.setattr(model, 'attend', lambda q, k, v, dropout: F.scaled_dot_product_attention(q, k, v, is_causal=True))
     with FakeTensorMode(), Peak() as peak:
         gpt = GPT(GPTConfig(**GPT2_SHAPES[name]))
         gpt.recompute = plan != 'device'
+        if rank:
+            monkeypatch.setattr(torch.nn.init, 'kaiming_uniform_', lambda tensor, **options: tensor)
+            lora.add(gpt, rank, 32.0, 0.0, ','.join(lora.TARGETS))
+            lora.shrink(gpt, torch.bfloat16)
         if plan == 'offload': # what OffloadedAdamW leaves on the device
             for name, p in gpt.named_parameters():
                 p.data = p.data.bfloat16() if p.dim() == 2 and '.h.' in name else p.data
@@ -54,6 +59,17 @@ def test_the_predicted_peak_is_within_a_tenth_of_a_real_iteration_s(name, plan, 
         print(f'{name} {plan} {B} x {n_micro_steps}: {measured / memory.GiB:.2f} GiB, '
               f'{predicted / measured - 1:+.1%} predicted')
         assert abs(predicted / measured - 1) < 0.1, (B, predicted / memory.GiB, measured / memory.GiB)
+
+@pytest.mark.parametrize('plan', ['device', 'recompute'])
+@pytest.mark.parametrize('name', GPT2_SHAPES)
+def test_the_predicted_peak_of_lora_is_within_a_tenth_of_a_real_iteration_s(name, plan, monkeypatch):
+    measured = measure(name, plan, 1, 2, monkeypatch, rank=16)
+    with torch.device('meta'):
+        gpt = GPT(GPTConfig(**GPT2_SHAPES[name]))
+        lora.add(gpt, 16, 32.0, 0.0, ','.join(lora.TARGETS))
+    predicted = memory.peak(plan, memory.shape_of(gpt, 1024, 0.0, True, lora=True), 1)
+    print(f'{name} {plan} with LoRA: {measured / memory.GiB:.2f} GiB, {predicted / measured - 1:+.1%} predicted')
+    assert abs(predicted / measured - 1) < 0.1
 
 def test_large_and_xl_fit_where_they_should():
     def GiB(name, plan, accumulates=False):
