@@ -84,10 +84,14 @@ def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> G
     base = checkpoint.get('base')
     if not isinstance(base, str):
         raise ValueError(f"{path} does not say which model its adapter is for; type --out_dir with another")
+    near = os.path.join(os.path.dirname(os.path.abspath(path)), '..', *base.split(os.sep)[-2:])
+    if os.path.isabs(base) and not os.path.exists(base) and os.path.exists(near):
+        base = near # both folders have moved
     try:
         model, _ = load_model(base, dropout)
     except OSError as error:
-        raise FileNotFoundError(f"{path} holds an adapter for {base}, which cannot be had: {error}") from None
+        raise FileNotFoundError(f"{path} holds an adapter for {base}, which cannot be had: {error}; put it there, or "
+                                "its folder beside the adapter's") from None
     if lora.fingerprint(model) != checkpoint.get('base_fingerprint'):
         raise ValueError(f"{base} is no longer the model that the adapter in {path} was trained on; put that one "
                          "back there")
@@ -124,16 +128,24 @@ def find_tokenizer(loaded: dict, vocab_size: int) -> dict:
     check_match(state, vocab_size, state, 'its dataset')
     return state
 
-def describe_base(source: str, model: GPT) -> dict:
-    """ what an adapter's checkpoint says of the model that `source` names, and that it is for """
+def describe_base(source: str, model: GPT, out_dir: str) -> dict:
+    """ what an adapter's checkpoint in out_dir says of the model that `source` names, and that it is for """
     if source == 'scratch':
         raise ValueError("lora_rank needs a model to start from; type --init_from=gpt2, or --lora_rank=0")
     source = find(source) or source
+    if os.path.dirname(os.path.abspath(source)) == os.path.abspath(out_dir):
+        raise ValueError(f"{out_dir} holds the model that the adapter is for; type --out_dir=ANOTHER")
     return {'base': os.path.abspath(source) if os.path.exists(source) else source,
             'base_fingerprint': lora.fingerprint(model)}
 
 def tell_changes(before: dict, config: dict) -> str:
-    """ which options differ from those of the run that is resumed, for its first line """
+    """ which options differ from those of the run that is resumed, for its first line
+
+    Raises ValueError where another part is frozen, since its moments would be those of others.
+    """
+    if before.get('freeze', '') != config['freeze']:
+        raise ValueError(f"the run froze {before.get('freeze', '')!r}, and freeze is {config['freeze']!r}; type "
+                         f"--freeze={before.get('freeze', '')}, or --init_from=ITS_FOLDER to start afresh")
     not_options = ('init_from', 'n_layer', 'n_head', 'n_embd', 'bias') # the model's own
     changed = [f"{key} {before[key]!r} -> {config[key]!r}" for key in config
                if key not in not_options and before.get(key, config[key]) != config[key]]

@@ -65,6 +65,18 @@ class Split:
         n = min(limit, self.windows)
         return self.cut(np.arange(n) * self.windows // n)
 
+    def evaluation_parts(self, limit: int):
+        """ (weight, windows, how many of their targets count) of each part whose mean loss counts by weight """
+        windows = self.evaluation_windows(limit)
+        n = self.count(windows)
+        if not n:
+            raise ValueError(f"of {shorten(self.path)} no token that is evaluated counts, by its mask; type "
+                             "--eval_iters=0, or prepare it with more to validate on")
+        yield 1.0, windows, n
+
+    def describe_epochs(self, windows: float) -> str:
+        return f"{windows / self.windows:.1f} epochs"
+
     def cut(self, index: np.ndarray, offset: int = 0) -> np.ndarray:
         """ the start of window `index`, and its length, which is short of block_size only for the last """
         start = index * self.block_size
@@ -114,6 +126,9 @@ class Mix(Split):
         self.bases = np.cumsum([0] + [s.n_tokens for s in splits])[:-1]
         ends = np.round(np.cumsum(self.weights) * self.ROUND).astype(int)
         self.source = np.repeat(np.arange(len(splits)), np.diff(ends, prepend=0)) # of a round's windows
+        if len(set(self.source)) < len(splits):
+            raise ValueError(f"one of the weights {', '.join(f'{w:.2g}' for w in self.weights)} is less than a "
+                             f"window in {self.ROUND}; type --dataset with more even ones")
 
     def nth(self, number):
         out = np.empty((len(number), 2), np.int64)
@@ -127,10 +142,16 @@ class Mix(Split):
                 out[mine] = split.nth(earlier + before[number[mine] % self.ROUND]) + [self.bases[k], 0]
         return out
 
-    def evaluation_windows(self, limit):
-        whole = limit >= self.windows
-        return np.concatenate([split.evaluation_windows(split.windows if whole else max(1, round(limit * w)))
-                               + [base, 0] for split, w, base in zip(self.splits, self.weights, self.bases)])
+    def evaluation_parts(self, limit):
+        for split, weight, base in zip(self.splits, self.weights, self.bases):
+            part = split.windows if limit >= self.windows else max(1, round(limit * weight))
+            for _, windows, n in split.evaluation_parts(part):
+                yield weight, windows + [base, 0], n
+
+    def describe_epochs(self, windows):
+        shares = (self.source == k for k in range(len(self.splits)))
+        return ', '.join(f"{split.describe_epochs(windows * share.mean())} of {shorten(os.path.dirname(split.path))}"
+                         for split, share in zip(self.splits, shares))
 
     def by_split(self, windows):
         """ (split, its rows of windows, these windows) of each split that has some """

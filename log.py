@@ -62,8 +62,7 @@ def start_log(out_dir: str, settings: dict, resume_at: int | None = None) -> Non
                 rows = [row for row in csv.DictReader(file) if row['iter'] and int(row['iter']) < resume_at]
             if rows and list(rows[0]) != COLUMNS:
                 raise ValueError('other columns')
-        elif resume_at is None and os.path.exists(os.path.join(out_dir, 'samples.txt')):
-            os.remove(os.path.join(out_dir, 'samples.txt')) # of the run that this one overwrites
+        keep_samples(os.path.join(out_dir, 'samples.txt'), resume_at or 0)
         with open(path + '.tmp', 'w', newline='') as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
@@ -75,6 +74,14 @@ def start_log(out_dir: str, settings: dict, resume_at: int | None = None) -> Non
         raise ValueError(f"{path} is no log of train.py ({error}); move it away and type this again") from None
     except OSError as error:
         raise OSError(f"cannot write to {out_dir} ({error.strerror}); type --out_dir=ANOTHER") from None
+
+def keep_samples(path: str, resume_at: int) -> None:
+    """ of samples.txt, if there is one, only what was written before this iteration """
+    if os.path.exists(path):
+        with open(path, encoding='utf-8', newline='') as file:
+            parts = file.read().split(f'{RULE}iteration ')[1:]
+        with open(path, 'w', encoding='utf-8', newline='') as file:
+            file.writelines(f'{RULE}iteration {part}' for part in parts if int(part.split()[0]) < resume_at)
 
 def append_row(out_dir: str, row: dict) -> None:
     """ add a row to log.csv, with empty cells for what was not measured; after an evaluation, draw it all anew """
@@ -127,16 +134,20 @@ def need_wandb():
         raise ImportError("wandb is not installed; run pip install wandb, or type --wandb_log=False")
     return wandb
 
-def start_wandb(config: dict, resuming: bool) -> str:
-    """ start a run of wandb, or go on with that of the run in out_dir that is resumed, and return its id """
+def start_wandb(config: dict, resuming: bool) -> str | None:
+    """ start a run of wandb where one is asked for, or go on with that of the run that is resumed, and return
+    its id, which an earlier run may have had, too """
     run_id = None
     with contextlib.suppress(OSError, ValueError): # where there is no earlier config.json
         if resuming:
             with open(os.path.join(config['out_dir'], 'config.json')) as file:
                 run_id = json.load(file).get('wandb_id')
+    if not config['wandb_log']:
+        return run_id
     try:
         run = need_wandb().init(project=config['wandb_project'], name=config['wandb_run_name'] or config['out_dir'],
                                 config=config, id=run_id, resume='allow')
+        run.define_metric('*', step_metric='iter') # a resumed run may repeat some, so that steps are not enough
         return run.id
     except Exception as error: # no key, no network
         raise OSError(f"wandb does not start ({error}); run wandb login, or set WANDB_MODE=offline") from None

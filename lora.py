@@ -36,11 +36,20 @@ def freeze_parts(model, names: str) -> None:
 
 def restrict(model, config: dict) -> None:
     """ let only that learn which the options freeze and lora_rank say; a model that has LoRA keeps its own """
-    has = settings(model)['rank'] if layers(model) else config['lora_rank']
-    if has != config['lora_rank']:
-        raise ValueError(f"lora_rank is {config['lora_rank']}, but the checkpoint's adapter has {has}; type "
-                         f"--lora_rank={has}")
-    if config['lora_rank'] and not layers(model):
+    if config['lora_rank'] and config['optimizer'] == 'muon':
+        raise ValueError("muon is for whole matrices, and LoRA's are narrow; type --optimizer=adamw")
+    if layers(model):
+        for key, has in settings(model).items():
+            wanted = config[f'lora_{key}']
+            if key == 'targets':
+                has, wanted = (','.join(sorted(part.strip() for part in text.split(','))) for text in (has, wanted))
+            if key != 'dropout' and has != wanted:
+                raise ValueError(f"lora_{key} is {wanted!r}, but the checkpoint's adapter has {has!r}; type "
+                                 f"--lora_{key}={has}")
+        for linear in layers(model):
+            linear.lora_dropout = config['lora_dropout']
+        model.draws = config['dropout'] > 0 or config['lora_dropout'] > 0
+    elif config['lora_rank']:
         torch.manual_seed(config['seed'])
         add(model, *(config[f'lora_{key}'] for key in ('rank', 'alpha', 'dropout', 'targets')))
     if config['freeze']:
@@ -59,6 +68,7 @@ def add(model, rank: int, alpha: float, dropout: float, targets: str) -> None:
     Raises ValueError for a name that is not in TARGETS.
     """
     model.requires_grad_(False)
+    model.draws = model.draws or dropout > 0
     names = [name.strip() for name in targets.split(',')]
     unknown = [name for name in names if name not in TARGETS]
     if unknown or not 0 <= dropout < 1:
@@ -101,6 +111,7 @@ def merge(model) -> None:
         linear.weight += linear.lora_scale * linear.lora_B @ linear.lora_A
         del linear.lora_A, linear.lora_B
         linear.__class__ = nn.Linear
+    model.draws = model.config.dropout > 0
     model.requires_grad_(True)
 
 def shrink(model, dtype: torch.dtype) -> None:

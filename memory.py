@@ -56,7 +56,7 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     if plan == 'offload': # a gradient leaves as soon as it is made
         state, gathered, made = item * matrices + 4 * (s.params - matrices), 0, 0
     else:
-        state = 12 * trained + (item if s.lora else 4) * s.frozen - 4 * matrices * s.muon
+        state = 12 * trained + (item if s.lora else 4) * s.frozen - 4 * matrices * (s.muon and not s.frozen)
         gathered, made = grads if accumulates else 0, grads
     backward = head + (casts + 4 * matrices * (not s.lora)) // s.n_layer
     end = 2 * head + made - gathered # the embedding's gradient beside the head's
@@ -87,7 +87,7 @@ def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
     A plan that is `wanted` by name is taken even where it is not expected to fit, then at micro-batch 1.
     """
     if wanted != 'auto' and wanted not in plans:
-        why = 'is for one process and adamw' if wanted in PLANS else 'is none'
+        why = 'is for one process and adamw, with nothing frozen' if wanted in PLANS else 'is none'
         raise ValueError(f"plan {wanted!r} {why}; type --plan=NAME with one of: auto, {', '.join(plans)}")
     if wanted != 'auto':
         return wanted, largest(wanted, shape, sequences, most, budget) or 1
@@ -104,9 +104,9 @@ def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
                      f"--block_size={max(1, shape.block_size // 2)}, take a smaller model, or type "
                      f"--plan={plans[-1]} to try all the same")
 
-def advice(plan: str, B: int, block_size: int, sequences: int) -> str:
+def advice(plan: str, B: int, block_size: int, sequences: int, plans: tuple[str, ...] = PLANS) -> str:
     """ what to say where a plan ran out of memory all the same; an iteration keeps its `sequences` """
-    leaner = PLANS[PLANS.index(plan) + 1:]
+    leaner = [name for name in PLANS[PLANS.index(plan) + 1:] if name in plans]
     smaller = max(n for n in range(1, max(2, B // 2 + 1)) if sequences % n == 0)
     option = (f"--batch_size={smaller} --gradient_accumulation_steps={sequences // smaller}" if B > 1 else f"--plan={leaner[0]}" if leaner
               else f"--block_size={max(1, block_size // 2)}")

@@ -154,6 +154,7 @@ class GPT(nn.Module):
         super().__init__()
         check_shape(config)
         self.config = config
+        self.draws = config.dropout > 0 # whether a pass in training is random
         self.recompute = False # keep only the blocks' inputs for backward, which runs each block again
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -183,7 +184,8 @@ class GPT(nn.Module):
         """ forward and backward, T tokens a sequence; PaLM's appendix B, https://arxiv.org/abs/2204.02311 """
         config = self.config
         matrices = self.num_params() - self.transformer.wpe.weight.numel() # positions are looked up
-        return 6 * matrices + 12 * config.n_layer * config.n_embd * T
+        frozen = self.num_params() - self.num_params(trained=True) # no gradient of their own
+        return 6 * matrices - 2 * min(frozen, matrices) + 12 * config.n_layer * config.n_embd * T
 
     def hidden(self, idx, cache=None):
         """ the last layer's output (B, T, C) for token ids idx (B, T), from which lm_head makes logits
@@ -197,7 +199,7 @@ class GPT(nn.Module):
         x = self.transformer.drop(x.to(self.transformer.ln_f.weight.dtype)) # embeddings may be in half precision
         for i, block in enumerate(self.transformer.h):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.draws)
             else:
                 x = block(x, cache[i] if cache else None)
         return self.transformer.ln_f(x)

@@ -84,7 +84,6 @@ import signal
 import sys
 import time
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -203,7 +202,7 @@ if block_size > model.config.block_size:
                      f"type --block_size={model.config.block_size} or less")
 template = template or loaded.get('template')
 if init_from != 'resume' and lora_rank: # a resumed run has its adapter, and knows its base
-    loaded.update(checkpoints.describe_base(init_from, model))
+    loaded.update(checkpoints.describe_base(init_from, model, out_dir))
 base = {key: loaded.get(key) for key in ('base', 'base_fingerprint')}
 lora.restrict(model, config)
 if lora_rank:
@@ -219,7 +218,7 @@ def with_room(work, *args, again=True):
             if not is_out_of_memory(error):
                 raise
         if micro_batch == 1 or world_size > 1 or not again: # the other processes do not know
-            raise ValueError(memory.advice(plan, micro_batch if again else 1, block_size, sequences))
+            raise ValueError(memory.advice(plan, micro_batch if again else 1, block_size, sequences, plans))
         opt.zero_grad(set_to_none=True)
         was = micro_batch
         micro_batch, n_micro_steps = split_batch(share, micro_batch // 2)
@@ -243,11 +242,11 @@ scaler = torch.amp.GradScaler(params[0].device.type, enabled=dtype == 'float16')
 iter_num, best = 0, Best()
 if init_from == 'resume':
     iter_num, best = loaded.get('iter_num', 0), Best.of(loaded)
+    say(f"resuming at iteration {iter_num}{checkpoints.tell_changes(loaded.get('config', {}), config)}")
     if 'optimizer' in loaded:
         load_optimizer(opt, loaded['optimizer'])
     if loaded.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(loaded['scaler'])
-    say(f"resuming at iteration {iter_num}{checkpoints.tell_changes(loaded.get('config', {}), config)}")
     config['init_from'] = loaded.get('config', {}).get('init_from', 'resume') # where it all began
 loaded = None # frees the moments, which the optimizer has copied
 
@@ -255,7 +254,7 @@ loaded = None # frees the moments, which the optimizer has copied
 # compile and DDP
 
 def one_step():
-    x, y = fetch(train_data, train_data.cut(np.zeros(micro_batch, int)))
+    x, y = fetch(train_data, train_data.training_windows(0, micro_batch))
     with autocast(device, dtype, cache=plan == 'device'):
         model(x, y)[1].backward()
 
@@ -275,13 +274,14 @@ def evaluate():
     losses = {}
     raw_model.eval()
     for name, data in (('train', train_data), ('val', val_data)):
-        windows = data.evaluation_windows(eval_iters * batch_size or val_data.windows)
-        total = torch.zeros((), device=device)
-        for batch in data.batches(windows[rank::world_size], micro_batch):
-            x, y = fetch(data, batch)
-            with autocast(device, dtype):
-                total += raw_model(x, y, scale=1.0)[1]
-        losses[name] = all_sum([total.item()], world_size, device)[0] / max(1, data.count(windows))
+        losses[name] = 0.0
+        for weight, windows, n in data.evaluation_parts(eval_iters * batch_size or val_data.windows):
+            total = torch.zeros((), device=device)
+            for batch in data.batches(windows[rank::world_size], micro_batch):
+                x, y = fetch(data, batch)
+                with autocast(device, dtype):
+                    total += raw_model(x, y, scale=1.0)[1]
+            losses[name] += weight * all_sum([total.item()], world_size, device)[0] / n
     raw_model.train()
     return losses
 
@@ -291,7 +291,7 @@ def evaluate():
 def log(row):
     append_row(out_dir, row)
     if wandb_log:
-        wandb.log({k: v for k, v in row.items() if v is not None}, step=row['iter'])
+        wandb.log({k: v for k, v in row.items() if v is not None})
 
 def save(is_best):
     """ write last.pt, and let ckpt.pt be the same file where it is the best """
@@ -323,7 +323,7 @@ say(f"{raw_model.num_params():,} parameters{f', {n_trained:,} of them to train' 
     f"in {dtype}{', compiled' if is_compiled else ''}")
 say(f"{train_data.n_tokens:,} tokens to train on, {val_data.n_tokens:,} to validate on")
 say(f"an iteration is {sequences} sequences of {block_size} tokens, {sequences * block_size:,} tokens; "
-    f"{max_iters:,} iterations are {max_iters * sequences / train_data.windows:.1f} epochs")
+    f"{max_iters:,} iterations are {train_data.describe_epochs(max_iters * sequences)}")
 say(memory.describe(plan, shape, micro_batch, n_micro_steps > 1, free))
 if eval_only:
     losses = with_room(evaluate)
@@ -335,7 +335,7 @@ if iter_num >= max_iters and init_from == 'resume':
         "with a larger N to go on")
     leave(0)
 if master:
-    wandb_id = start_wandb(config, init_from == 'resume') if wandb_log else None
+    wandb_id = start_wandb(config, init_from == 'resume')
     start_log(out_dir, {**config, 'wandb_id': wandb_id, 'device': device, 'dtype': dtype, 'plan': plan, 'max_iters': max_iters,
                         'warmup_iters': warmup_iters, 'lr_decay_iters': lr_decay_iters,
                         'machine': describe_machine(device), 'parameters': raw_model.num_params(),
@@ -353,7 +353,7 @@ def accumulate(windows, n_targets):
     mine = windows.reshape(world_size, n_micro_steps, micro_batch, 2)[rank]
     for micro_step in range(n_micro_steps):
         x, y = fetch(train_data, mine[micro_step])
-        if dropout: # seeded by the number of its first sequence, so that a resumed run draws the same
+        if raw_model.draws: # seeded by the number of its first sequence, so that a resumed run draws the same
             step = (iter_num * world_size + rank) * n_micro_steps + micro_step
             torch.manual_seed(seed + step * micro_batch)
         if world_size > 1: # the processes exchange gradients once, in the last backward

@@ -178,11 +178,24 @@ def test_a_mixture_s_order_depends_on_seed_and_iteration_alone(mix):
     assert np.array_equal(stream, mix.training_windows(0, 2400))
     assert mix.count(stream[:12]) == (mix.batch(stream[:12])[1] >= 0).sum()
 
-def test_a_mixture_is_evaluated_whole_or_in_its_shares(mix):
-    _, y = mix.batch(mix.evaluation_windows(mix.windows))
-    assert sorted(y[y >= 0]) == [*range(1, 500), *range(1001, 1080)]
-    x, _ = mix.batch(mix.evaluation_windows(12))
-    assert (x[:, 0] >= 1000).sum() == 3 and len(x) == 12
+def test_a_mixture_s_parts_are_evaluated_whole_or_in_their_shares_and_count_by_weight(mix):
+    (a, its, n_a), (b, others, n_b) = mix.evaluation_parts(mix.windows)
+    assert (a, b) == (0.75, 0.25) and (n_a, n_b) == (499, 79)
+    for windows, targets in ((its, range(1, 500)), (others, range(1001, 1080))):
+        _, y = mix.batch(windows)
+        assert sorted(y[y >= 0]) == list(targets)
+    assert [len(windows) for _, windows, _ in mix.evaluation_parts(12)] == [9, 3]
+    assert mix.describe_epochs(1000).startswith('15.0 epochs of ') # 750 of 50 windows
+
+def test_a_weight_of_less_than_a_window_in_a_round_is_an_error(mix):
+    folders = {os.path.dirname(split.path): weight for split, weight in zip(mix.splits, (0.9996, 0.0004))}
+    with pytest.raises(ValueError, match='less than a window in 1000'):
+        open_split(folders, 'train', 10, 2000)
+
+def test_a_split_of_which_no_target_counts_is_not_evaluated(tmp_path):
+    make_mask(tmp_path, 7, hidden=lambda i: True)
+    with pytest.raises(ValueError, match='no token that is evaluated counts'):
+        list(make_split(tmp_path, 7, 4).evaluation_parts(10))
 
 def test_datasets_are_named_with_weights_or_without():
     assert list(find_datasets('a:0.7, b:3').values()) == [0.7, 3.0]

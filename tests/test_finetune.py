@@ -71,7 +71,7 @@ def test_frozen_parts_are_those_of_the_base(train, base):
     assert same == {'wteweight', 'h0'} and 'of them to train' in result.out
 
 def test_lora_keeps_the_adapter_alone_and_resumes_and_samples_and_merges(train, run, base):
-    options = ('--lora_rank=4', '--lora_dropout=0.1', '--dropout=0.1', '--learning_rate=3e-3', '--eval_iters=0')
+    options = ('--lora_rank=4', '--lora_dropout=0.1', '--learning_rate=3e-3', '--eval_iters=0')
     whole = train(f'--init_from={base}', *options, '--max_iters=8')
     train(f'--init_from={base}', *options, '--max_iters=4', '--lr_decay_iters=8', out_dir='half')
     half = train('--init_from=resume', *options, '--max_iters=8', '--lr_decay_iters=8', out_dir='half')
@@ -101,6 +101,26 @@ def test_an_adapter_whose_base_is_gone_or_another_is_refused(train, run, base, t
     assert 'is no longer the model that the adapter in' in done.err and 'Traceback' not in done.err
     shutil.rmtree(mine)
     assert 'holds an adapter for' in run('sample.py', status=2).err
+
+def test_an_adapter_does_not_overwrite_its_base_and_both_may_move(train, run, base, tmp_path):
+    mine = tmp_path / 'old' / 'mine'
+    shutil.copytree(base, mine)
+    done = train(f'--init_from={mine}', '--lora_rank=2', '--overwrite=True', f'--out_dir={mine}', status=2)
+    assert 'holds the model that the adapter is for' in done.err
+    assert load(mine / 'ckpt.pt')['iter_num'] == load(base / 'ckpt.pt')['iter_num']
+    train(f'--init_from={mine}', '--lora_rank=2', '--max_iters=1', f"--out_dir={tmp_path / 'old' / 'adapter'}")
+    shutil.move(tmp_path / 'old', tmp_path / 'new')
+    assert run('sample.py', '--num_samples=1', '--max_new_tokens=5', f"--out_dir={tmp_path / 'new' / 'adapter'}").out
+
+def test_another_freeze_or_another_adapter_is_not_resumed(train, base):
+    train(f'--init_from={base}', '--freeze=h.0', '--max_iters=1')
+    done = train('--init_from=resume', '--freeze=h.1', status=2)
+    assert "the run froze 'h.0', and freeze is 'h.1'" in done.err
+    train(f'--init_from={base}', '--lora_rank=2', '--max_iters=1', out_dir='b')
+    done = train('--init_from=resume', '--lora_rank=2', '--lora_alpha=64', status=2, out_dir='b')
+    assert "type --lora_alpha=32.0" in done.err
+    assert 'muon is for whole matrices' in train(
+        f'--init_from={base}', '--lora_rank=2', '--optimizer=muon', status=2, out_dir='c').err
 
 def test_lora_needs_a_model_to_start_from_and_matrices_it_knows(train, base):
     assert 'lora_rank needs a model to start from' in train('--lora_rank=4', status=2).err
