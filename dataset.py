@@ -146,7 +146,7 @@ class Mix(Split):
         for split, weight, base in zip(self.splits, self.weights, self.bases):
             part = split.windows if limit >= self.windows else max(1, round(limit * weight))
             for _, windows, n in split.evaluation_parts(part):
-                yield weight, windows + [base, 0], n
+                yield float(weight), windows + [base, 0], n
 
     def describe_epochs(self, windows):
         shares = (self.source == k for k in range(len(self.splits)))

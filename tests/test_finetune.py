@@ -130,6 +130,9 @@ def test_a_mixture_trains_and_one_of_other_tokens_is_refused(train, run, clone):
     shutil.copytree(clone / 'data' / 'chars', clone / 'data' / 'other')
     result = train('--dataset=chars:0.7,other:0.3')
     assert f"{2 * (clone / 'data' / 'chars' / 'train.bin').stat().st_size // 2:,} tokens to train on" in result.out
+    assert 'epochs of data/other' in result.out and (result.out_dir / 'loss.png').exists()
+    resumed = train('--dataset=chars:0.7,other:0.3', '--init_from=resume', '--max_iters=8')
+    assert all(float(loss) < 5 for loss in resumed.column('val_loss') if loss)
     (clone / 'data' / 'other' / 'meta.pkl').unlink()
     assert 'are in different tokens' in train('--dataset=chars,other', status=2, out_dir='b').err
 
