@@ -123,7 +123,7 @@ def measure_training():
     shape = memory.shape_of(model, block_size, dropout, dtype != 'float32', muon=optimizer == 'muon')
     free = memory_to_fill(device, memory_gb)
     plain = way == 'nanogpt'
-    plans = memory.PLANS[:2 if optimizer == 'muon' or device == 'cpu' and plan == 'auto' else 3] # as train.py's
+    plans = memory.PLANS[:2 if optimizer == 'muon' or device == 'cpu' and plan == 'auto' else 3] # as train.py
     chosen, fits = ('device', batch_size) if plain else memory.choose(
         plan, shape, sequences, batch_size, free, plans, free_memory('cpu'))
     micro_batch, n_steps = split_batch(sequences, fits)
@@ -161,7 +161,8 @@ def measure_training():
         opt.zero_grad(set_to_none=True)
 
     n_tokens = sequences * block_size
-    compiled = compile_model([net] if plain else model.transformer.h, compile, device, trial=lambda: iteration(0))
+    compiled = compile_model([net] if plain else model.transformer.h, compile, device,
+                             trial=lambda: iteration(0))
     took = seconds(iteration, iters, skip)
     flops = peak_flops(device, dtype)
     return {'tokens_per_sec': n_tokens / took, 'ms': took * 1000, 'plan': chosen,
@@ -237,10 +238,12 @@ def run_suite():
     if gpu and not torch.cuda.is_available():
         raise ValueError("there is no CUDA device here; type --suite=cpu")
     place = f'--device={"cuda" if gpu else "cpu"}'
-    print(f"{time.strftime('%Y-%m-%d')}, {torch.cuda.get_device_name() if gpu else f'{os.cpu_count()} CPUs'}, "
+    print(f"{time.strftime('%Y-%m-%d')}, "
+          f"{torch.cuda.get_device_name() if gpu else f'{os.cpu_count()} CPUs'}, "
           f"torch {torch.__version__}\n\n{HEAD}", flush=True)
     train = [place, '--init_from=gpt2', '--gradient_accumulation_steps=1',
-             *(['--batch_size=12', '--iters=20'] if gpu else ['--batch_size=2', '--block_size=512', '--iters=4'])]
+             *(['--batch_size=12', '--iters=20'] if gpu
+               else ['--batch_size=2', '--block_size=512', '--iters=4'])]
     compare('training 124M, beside nanoGPT\'s way', train,
             [*train, '--way=nanogpt', '--dtype=bfloat16' if gpu else '--dtype=float32'])
     sampling = [place, '--work=sample', '--init_from=gpt2', '--iters=3']
@@ -259,10 +262,11 @@ def card_table(place):
           "| card | plan | 124M | 355M | 774M | 1.5B |\n|---|---|---|---|---|---|")
     for gb in (4, 8, 12, 16, 24):
         for name in memory.PLANS:
-            row = [spawn(place, f'--init_from={size}', f'--memory_gb={gb}', f'--plan={name}', '--batch_size=1',
-                         '--gradient_accumulation_steps=2', '--iters=3', '--skip=2')
+            row = [spawn(place, f'--init_from={size}', f'--memory_gb={gb}', f'--plan={name}',
+                         '--batch_size=1', '--gradient_accumulation_steps=2', '--iters=3', '--skip=2')
                    for size in GPT2_SHAPES]
-            cells = [f if isinstance(f, str) else f"{cell(f, 'memory_mb', 1024)} ({cell(f, 'predicted_mb', 1024)})"
+            cells = [f if isinstance(f, str)
+                     else f"{cell(f, 'memory_mb', 1024)} ({cell(f, 'predicted_mb', 1024)})"
                      for f in row]
             print(f"| {gb} GB | {name} | {' | '.join(cells)} |", flush=True)
 
@@ -276,8 +280,8 @@ try:
 except RuntimeError as error:
     if not is_out_of_memory(error):
         raise
-    raise ValueError(f"out of memory; type --plan=recompute or offload, --batch_size={max(1, batch_size // 2)}, "
-                     "or --block_size with less") from None
+    raise ValueError("out of memory; type --plan=recompute or offload, "
+                     f"--batch_size={max(1, batch_size // 2)}, or --block_size with less") from None
 if json:
     print(json_module.dumps(result))
 else:

@@ -90,11 +90,11 @@ def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> G
     try:
         model, _ = load_model(base, dropout)
     except OSError as error:
-        raise FileNotFoundError(f"{path} holds an adapter for {base}, which cannot be had: {error}; put it there, or "
-                                "its folder beside the adapter's") from None
+        raise FileNotFoundError(f"{path} holds an adapter for {base}, which cannot be had: {error}; "
+                                "put it there, or its folder beside the adapter's") from None
     if lora.fingerprint(model) != checkpoint.get('base_fingerprint'):
-        raise ValueError(f"{base} is no longer the model that the adapter in {path} was trained on; put that one "
-                         "back there")
+        raise ValueError(f"{base} is no longer the model that the adapter in {path} was trained on; put "
+                         "that one back there")
     try:
         lora.add(model, **checkpoint['lora'])
         lora.load(model, checkpoint.pop('model'))
@@ -105,10 +105,11 @@ def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> G
     return model
 
 def load_model(source: str, dropout: float = 0.0, merge: bool = True) -> tuple[GPT, dict]:
-    """ the model that `source` names, and what is beside it in its checkpoint; LoRA's adapter merged or beside
+    """ the model that `source` names, and what is beside it in its checkpoint; LoRA's adapter merged
+    or beside
 
-    source is a checkpoint's path or its folder, or what pretrained.load takes. The second has no 'tokenizer' if
-    nanoGPT wrote it.
+    source is a checkpoint's path or its folder, or what pretrained.load takes. The second has no
+    'tokenizer' if nanoGPT wrote it.
     """
     path = None if source.endswith('.index') else find(source) # that one is TensorFlow's
     if path:
@@ -144,15 +145,17 @@ def tell_changes(before: dict, config: dict) -> str:
     Raises ValueError where another part is frozen, since its moments would be those of others.
     """
     if before.get('freeze', '') != config['freeze']:
-        raise ValueError(f"the run froze {before.get('freeze', '')!r}, and freeze is {config['freeze']!r}; type "
-                         f"--freeze={before.get('freeze', '')}, or --init_from=ITS_FOLDER to start afresh")
+        raise ValueError(f"the run froze {before.get('freeze', '')!r}, and freeze is {config['freeze']!r}; "
+                         f"type --freeze={before.get('freeze', '')}, "
+                         "or --init_from=ITS_FOLDER to start afresh")
     not_options = ('init_from', 'n_layer', 'n_head', 'n_embd', 'bias') # the model's own
     changed = [f"{key} {before[key]!r} -> {config[key]!r}" for key in config
                if key not in not_options and before.get(key, config[key]) != config[key]]
     return f", with {', '.join(changed)}" if changed else ''
 
 def adapter_state(model: GPT, base: dict) -> dict:
-    """ what a checkpoint of LoRA holds in place of the weights; base is {'base': source, 'base_fingerprint'} """
+    """ what a checkpoint of LoRA holds in place of the weights; base is
+    {'base': source, 'base_fingerprint'} """
     return {'model': lora.adapter(model), 'lora': lora.settings(model), **base}
 
 def model_args(model: GPT) -> dict:

@@ -121,14 +121,17 @@ def match_type(key: str, value, default):
     return value
 
 def read_options(script: str) -> tuple[str, list[tuple]]:
-    """ a script's docstring, and its options in order: (group, name, default, comment), from its source alone """
+    """ a script's docstring, and its options in order: (group, name, default, comment), from its
+    source alone """
     with open(script, encoding='utf-8') as file:
         source = file.read()
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT}
     lines, tree = source.splitlines(), ast.parse(source)
-    ends = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == 'configurator']
-    nodes = {node.lineno: node for node in tree.body if isinstance(node, ast.Assign) and node.lineno < ends[0]}
+    ends = [node.lineno for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.module == 'configurator']
+    nodes = {node.lineno: node for node in tree.body
+             if isinstance(node, ast.Assign) and node.lineno < ends[0]}
     options, group = [], ''
     for n in range(tree.body[0].end_lineno + 1, ends[0]):
         if n in nodes and not nodes[n].targets[0].id.startswith('_'):
@@ -152,8 +155,8 @@ def reference(scripts: list[str]) -> str:
     """ docs/configuration-reference.md: every option of the scripts, in tables """
     kinds = {bool: 'True or False', int: 'whole number', float: 'number', str: 'text'}
     out = ["# Every option of every script", '',
-           "An option is typed `--name=value`, or set in a config file, `name = value`. From left to right, the "
-           "last one counts. `auto` lets the program choose.", '',
+           "An option is typed `--name=value`, or set in a config file, `name = value`. From left to right, "
+           "the last one counts. `auto` lets the program choose.", '',
            "This page is printed by `python configurator.py` from the scripts themselves.", '']
     for script in scripts:
         text, options = read_options(os.path.join(ROOT, script))
@@ -188,6 +191,6 @@ def report(kind, error, trace) -> None:
     sys.exit(2)
 
 if __name__ == '__main__':
-    print(reference(['train.py', 'sample.py', 'evaluate.py', 'export.py', 'bench.py', 'data/custom/prepare.py',
-                     'data/instruct/prepare.py', 'data/quickstart/prepare.py', 'data/shakespeare/prepare.py',
-                     'data/shakespeare_char/prepare.py']), end='')
+    print(reference(['train.py', 'sample.py', 'evaluate.py', 'export.py', 'bench.py',
+                     'data/custom/prepare.py', 'data/instruct/prepare.py', 'data/quickstart/prepare.py',
+                     'data/shakespeare/prepare.py', 'data/shakespeare_char/prepare.py']), end='')

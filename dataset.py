@@ -66,7 +66,8 @@ class Split:
         return self.cut(np.arange(n) * self.windows // n)
 
     def evaluation_parts(self, limit: int):
-        """ (weight, windows, how many of their targets count) of each part whose mean loss counts by weight """
+        """ (weight, windows, how many of their targets count) of each part whose mean loss counts by
+        weight """
         windows = self.evaluation_windows(limit)
         n = self.count(windows)
         if not n:
@@ -112,7 +113,8 @@ class Split:
         """ how many targets of these windows count """
         if self.mask is None:
             return int(windows[:, 1].sum())
-        return int(sum(np.count_nonzero(self.read(self.mask[1:], start)[:n]) for start, n in windows.tolist()))
+        return int(sum(np.count_nonzero(self.read(self.mask[1:], start)[:n])
+                       for start, n in windows.tolist()))
 
 class Mix(Split):
     """ several splits read as one, in shares by weight: of every ROUND windows each gives its fixed number,
@@ -127,8 +129,8 @@ class Mix(Split):
         ends = np.round(np.cumsum(self.weights) * self.ROUND).astype(int)
         self.source = np.repeat(np.arange(len(splits)), np.diff(ends, prepend=0)) # of a round's windows
         if len(set(self.source)) < len(splits):
-            raise ValueError(f"one of the weights {', '.join(f'{w:.2g}' for w in self.weights)} is less than a "
-                             f"window in {self.ROUND}; type --dataset with more even ones")
+            raise ValueError(f"one of the weights {', '.join(f'{w:.2g}' for w in self.weights)} is less than "
+                             f"a window in {self.ROUND}; type --dataset with more even ones")
 
     def nth(self, number):
         out = np.empty((len(number), 2), np.int64)
@@ -150,7 +152,8 @@ class Mix(Split):
 
     def describe_epochs(self, windows):
         shares = (self.source == k for k in range(len(self.splits)))
-        return ', '.join(f"{split.describe_epochs(windows * share.mean())} of {shorten(os.path.dirname(split.path))}"
+        return ', '.join(f"{split.describe_epochs(windows * share.mean())} of "
+                         f"{shorten(os.path.dirname(split.path))}"
                          for split, share in zip(self.splits, shares))
 
     def by_split(self, windows):
@@ -190,8 +193,8 @@ def find_datasets(dataset: str) -> dict[str, float]:
         except ValueError:
             folders[find_dataset(name)] = 0.0
         if not (name and 0 < folders[find_dataset(name)] < math.inf):
-            raise ValueError(f"dataset is {dataset!r}; type --dataset=NAME, or --dataset=A:0.7,B:0.3 with weights "
-                             "above 0")
+            raise ValueError(f"dataset is {dataset!r}; type --dataset=NAME, or --dataset=A:0.7,B:0.3 with "
+                             "weights above 0")
     return folders
 
 def open_split(folders: dict[str, float], *args, seed: int = 0) -> Split:
@@ -234,8 +237,8 @@ def open_mask(path: str, n_tokens: int) -> np.ndarray | None:
     if not os.path.exists(path):
         return None
     if os.path.getsize(path) != n_tokens:
-        raise ValueError(f"{shorten(path)} has {os.path.getsize(path)} bytes for {n_tokens} tokens, and should "
-                         "have as many; prepare the dataset again")
+        raise ValueError(f"{shorten(path)} has {os.path.getsize(path)} bytes for {n_tokens} tokens, and "
+                         "should have as many; prepare the dataset again")
     return np.asarray(np.memmap(path, dtype=np.uint8, mode='r'))
 
 def shorten(path: str) -> str:

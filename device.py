@@ -127,7 +127,8 @@ def peak_flops(device: str, dtype: str) -> float | None:
     return next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf'\b{key}\b', name)), None)
 
 class StopSignal:
-    """ the number of the signal that asked for an end, SIGINT or SIGTERM, or 0; a second Ctrl-C leaves at once """
+    """ the number of the signal that asked for an end, SIGINT or SIGTERM, or 0; a second Ctrl-C leaves
+    at once """
 
     def __init__(self, say):
         self.number, self.time, self.say = 0, 0.0, say
@@ -139,7 +140,8 @@ class StopSignal:
             self.number, self.time = number, time.time()
             self.say("stopping after this iteration; a second Ctrl-C leaves at once")
         elif number == signal.SIGINT and time.time() > self.time + 1:
-            os._exit(130) # torchrun passes on a signal that this process got as well: at once, it is the same one
+            # torchrun passes on a signal that this process got as well: at once, it is the same one
+            os._exit(130)
 
 def describe_machine(device: str) -> str:
     """ processor or GPU, operating system and torch, in a line """

@@ -1,6 +1,6 @@
 """
-What a run writes for people and for plots: log.csv, a row an iteration; config.json, its settings; samples.txt;
-report.md, the whole run on a page; and all of it to wandb, where that is asked for.
+What a run writes for people and for plots: log.csv, a row an iteration; config.json, its settings;
+samples.txt; report.md, the whole run on a page; and all of it to wandb, where that is asked for.
 """
 import contextlib
 import csv
@@ -33,7 +33,8 @@ class Best:
     def take(self, iter_num: int, val_loss: float) -> bool:
         """ count an evaluation, once though a resumed run repeats it, and tell whether it is the best """
         # the best again, after a resume: the run may have died between last.pt and ckpt.pt
-        is_best = val_loss < self.best_val_loss or (val_loss, iter_num) == (self.best_val_loss, self.best_iter)
+        is_best = (val_loss < self.best_val_loss
+                   or (val_loss, iter_num) == (self.best_val_loss, self.best_iter))
         if is_best:
             self.best_val_loss, self.best_iter = val_loss, iter_num
         if iter_num > self.evaluated:
@@ -48,7 +49,8 @@ class Best:
             lines.insert(0, f"{self.n_worse} evaluations in a row were no better than that of iteration "
                             f"{self.best_iter}, so it ended; --init_from=resume --patience=0 goes on")
         if self.best_iter == 0 and iter_num:
-            lines.append("no evaluation was better than that of the model it started from, which ckpt.pt holds")
+            lines.append("no evaluation was better than that of the model it started from, "
+                         "which ckpt.pt holds")
         return '\n'.join(lines)
 
 def start_log(out_dir: str, settings: dict, resume_at: int | None = None) -> None:
@@ -71,7 +73,8 @@ def start_log(out_dir: str, settings: dict, resume_at: int | None = None) -> Non
         with open(os.path.join(out_dir, 'config.json'), 'w') as file:
             json.dump(settings, file, indent=2)
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no log of train.py ({error}); move it away and type this again") from None
+        raise ValueError(f"{path} is no log of train.py ({error}); move it away and "
+                         "type this again") from None
     except OSError as error:
         raise OSError(f"cannot write to {out_dir} ({error.strerror}); type --out_dir=ANOTHER") from None
 
@@ -84,7 +87,8 @@ def keep_samples(path: str, resume_at: int) -> None:
             file.writelines(f'{RULE}iteration {part}' for part in parts if int(part.split()[0]) < resume_at)
 
 def append_row(out_dir: str, row: dict) -> None:
-    """ add a row to log.csv, with empty cells for what was not measured; after an evaluation, draw it all anew """
+    """ add a row to log.csv, with empty cells for what was not measured; after an evaluation, draw it
+    all anew """
     with open(os.path.join(out_dir, 'log.csv'), 'a', newline='') as file:
         csv.DictWriter(file, COLUMNS).writerow({k: repr(v) for k, v in row.items() if v is not None})
     if 'val_loss' in row:
@@ -109,11 +113,11 @@ def write_report(out_dir: str) -> None:
     timed = [float(row['tokens_per_sec']) for row in rows if row['tokens_per_sec']]
     best = min(evaluated, key=lambda row: float(row['val_loss']))
     lines = [f"# {os.path.basename(os.path.abspath(out_dir))}", '',
-             f"{settings['init_from']} on {settings['dataset']}, {settings['parameters']:,} parameters, of which "
-             f"{settings['trained']:,} are trained, to iteration {rows[-1]['iter']} of {settings['max_iters']}, "
-             f"epoch {float(rows[-1]['epoch']):.2f}. The best validation loss is {float(best['val_loss']):.4f}, at "
-             f"iteration {best['iter']}.", '', '![loss](loss.png)', '',
-             '| iteration | epoch | train loss | val loss |', '|---|---|---|---|']
+             f"{settings['init_from']} on {settings['dataset']}, {settings['parameters']:,} parameters, of "
+             f"which {settings['trained']:,} are trained, to iteration {rows[-1]['iter']} of "
+             f"{settings['max_iters']}, epoch {float(rows[-1]['epoch']):.2f}. "
+             f"The best validation loss is {float(best['val_loss']):.4f}, at iteration {best['iter']}.", '',
+             '![loss](loss.png)', '', '| iteration | epoch | train loss | val loss |', '|---|---|---|---|']
     every = -(-len(evaluated) // 20) # some twenty rows, the last of them
     lines += [f"| {row['iter']} | {float(row['epoch']):.2f} | {float(row['train_loss']):.4f} | "
               f"{float(row['val_loss']):.4f} |" for row in evaluated[::-1][::every][::-1]]
@@ -123,7 +127,8 @@ def write_report(out_dir: str) -> None:
         with open(os.path.join(out_dir, 'samples.txt'), encoding='utf-8', newline='') as file:
             last = file.read().split(RULE)[-1]
         lines += ['What it wrote last:', '', *('    ' + line for line in last.splitlines()), '']
-    lines += ['The configuration:', '', *(f'    {k} = {v!r}' for k, v in settings.items() if k != 'model_args'), '']
+    lines += ['The configuration:', '',
+              *(f'    {k} = {v!r}' for k, v in settings.items() if k != 'model_args'), '']
     with open(os.path.join(out_dir, 'report.md'), 'w', encoding='utf-8') as file:
         file.write('\n'.join(lines))
 
@@ -145,9 +150,11 @@ def start_wandb(config: dict, resuming: bool) -> str | None:
     if not config['wandb_log']:
         return run_id
     try:
-        run = need_wandb().init(project=config['wandb_project'], name=config['wandb_run_name'] or config['out_dir'],
+        run = need_wandb().init(project=config['wandb_project'],
+                                name=config['wandb_run_name'] or config['out_dir'],
                                 config=config, id=run_id, resume='allow')
-        run.define_metric('*', step_metric='iter') # a resumed run may repeat some, so that steps are not enough
+        # a resumed run may repeat some, so that steps are not enough
+        run.define_metric('*', step_metric='iter')
         return run.id
     except Exception as error: # no key, no network
         raise OSError(f"wandb does not start ({error}); run wandb login, or set WANDB_MODE=offline") from None

@@ -2,8 +2,8 @@
 What of a model learns: all of it, all but some parts, or LoRA's matrices alone.
 
 LoRA, https://arxiv.org/abs/2106.09685: a matrix W (out, in) stays as it is, and two narrow ones beside it
-learn. The layer computes W x + alpha / rank * B A x, with A (rank, in) and B (out, rank), which is zero at first.
-A checkpoint of such a run holds A and B alone, and the name of the model that W is from.
+learn. The layer computes W x + alpha / rank * B A x, with A (rank, in) and B (out, rank), which is zero
+at first. A checkpoint of such a run holds A and B alone, and the name of the model that W is from.
 """
 import math
 import re
@@ -29,20 +29,23 @@ def freeze_parts(model, names: str) -> None:
             for path in paths:
                 model.transformer.get_submodule(path).requires_grad_(False)
         except AttributeError:
-            raise ValueError(f"there is no {name!r} to freeze; type --freeze with some of wte, wpe, ln_f, h.0, h.0-1, "
-                             f"h.0.mlp; the last block is h.{len(model.transformer.h) - 1}") from None
+            raise ValueError(f"there is no {name!r} to freeze; type --freeze with some of wte, wpe, ln_f, "
+                             "h.0, h.0-1, h.0.mlp; the last block is "
+                             f"h.{len(model.transformer.h) - 1}") from None
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"freeze = {names!r} leaves nothing to train; name fewer parts")
 
 def restrict(model, config: dict) -> None:
-    """ let only that learn which the options freeze and lora_rank say; a model that has LoRA keeps its own """
+    """ let only that learn which the options freeze and lora_rank say; a model that has LoRA keeps
+    its own """
     if config['lora_rank'] and config['optimizer'] == 'muon':
         raise ValueError("muon is for whole matrices, and LoRA's are narrow; type --optimizer=adamw")
     if layers(model):
         for key, has in settings(model).items():
             wanted = config[f'lora_{key}']
             if key == 'targets':
-                has, wanted = (','.join(sorted(part.strip() for part in text.split(','))) for text in (has, wanted))
+                has, wanted = (','.join(sorted(part.strip() for part in text.split(',')))
+                               for text in (has, wanted))
             if key != 'dropout' and has != wanted:
                 raise ValueError(f"lora_{key} is {wanted!r}, but the checkpoint's adapter has {has!r}; type "
                                  f"--lora_{key}={has}")
@@ -72,8 +75,8 @@ def add(model, rank: int, alpha: float, dropout: float, targets: str) -> None:
     names = [name.strip() for name in targets.split(',')]
     unknown = [name for name in names if name not in TARGETS]
     if unknown or not 0 <= dropout < 1:
-        raise ValueError(f"lora_targets is {targets!r}, lora_dropout {dropout}; type --lora_targets with some of "
-                         f"{','.join(TARGETS)}, and --lora_dropout=P with 0 <= P < 1")
+        raise ValueError(f"lora_targets is {targets!r}, lora_dropout {dropout}; type --lora_targets with "
+                         f"some of {','.join(TARGETS)}, and --lora_dropout=P with 0 <= P < 1")
     for block in model.transformer.h:
         for name in names:
             linear = block.get_submodule(name)

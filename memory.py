@@ -94,21 +94,23 @@ def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
     for plan in plans:
         B, more = largest(plan, shape, sequences, most, budget), ram(plan, shape) - 4 * shape.params
         if B and more > ram_free:
-            raise ValueError(f"plan {plan} takes another {more / GiB:.1f} GiB of RAM, and {ram_free / GiB:.1f} "
-                             f"are free; take a smaller model, or type --plan={plan} to try all the same")
+            raise ValueError(f"plan {plan} takes another {more / GiB:.1f} GiB of RAM, and "
+                             f"{ram_free / GiB:.1f} are free; take a smaller model, or type --plan={plan} "
+                             "to try all the same")
         if B:
             return plan, B
     least = peak(plans[-1], shape, 1) / GiB
-    raise ValueError(f"no plan fits: {plans[-1]}, the leanest here, takes {least:.1f} GiB with one sequence of "
-                     f"{shape.block_size} tokens at a time, and {max(budget, 0) / GiB:.1f} GiB are free; type "
-                     f"--block_size={max(1, shape.block_size // 2)}, take a smaller model, or type "
+    raise ValueError(f"no plan fits: {plans[-1]}, the leanest here, takes {least:.1f} GiB with one sequence "
+                     f"of {shape.block_size} tokens at a time, and {max(budget, 0) / GiB:.1f} GiB are free; "
+                     f"type --block_size={max(1, shape.block_size // 2)}, take a smaller model, or type "
                      f"--plan={plans[-1]} to try all the same")
 
 def advice(plan: str, B: int, block_size: int, sequences: int, plans: tuple[str, ...] = PLANS) -> str:
     """ what to say where a plan ran out of memory all the same; an iteration keeps its `sequences` """
     leaner = [name for name in PLANS[PLANS.index(plan) + 1:] if name in plans]
     smaller = max(n for n in range(1, max(2, B // 2 + 1)) if sequences % n == 0)
-    option = (f"--batch_size={smaller} --gradient_accumulation_steps={sequences // smaller}" if B > 1 else f"--plan={leaner[0]}" if leaner
+    option = (f"--batch_size={smaller} --gradient_accumulation_steps={sequences // smaller}" if B > 1
+              else f"--plan={leaner[0]}" if leaner
               else f"--block_size={max(1, block_size // 2)}")
     return f"out of memory in plan {plan}, {B} sequences of {block_size} tokens at a time; type {option}"
 
@@ -117,15 +119,17 @@ COSTS = {'device': 'no speed', 'recompute': 'a third more products',
 
 def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) -> str:
     """ the plan of a run, for its user """
-    return (f"plan {plan}, {B} sequences at a time: {peak(plan, shape, B, accumulates) / GiB:.2f} GiB expected, "
-            f"{budget / GiB:.1f} to fill; it costs {COSTS[plan]}")
+    return (f"plan {plan}, {B} sequences at a time: {peak(plan, shape, B, accumulates) / GiB:.2f} GiB "
+            f"expected, {budget / GiB:.1f} to fill; it costs {COSTS[plan]}")
 
 def table(shape: Shape, sequences: int, most: int, budget: float, epochs: dict[str, float],
           plans: tuple[str, ...] = PLANS, ram_free: float = math.inf) -> str:
-    """ every plan's memory, the micro-batch it would use, its cost, and the seconds an epoch that are known """
+    """ every plan's memory, the micro-batch it would use, its cost, and the seconds an epoch that are
+    known """
     lines = [f"{sequences} sequences of {shape.block_size} tokens an iteration; "
              f"{budget / GiB:.1f} GiB to fill",
-             f"{'plan':<11}{'micro-batch':>12}{'GiB on device':>15}{'GiB in RAM':>12}{'epoch':>9}  fits  costs"]
+             f"{'plan':<11}{'micro-batch':>12}{'GiB on device':>15}{'GiB in RAM':>12}"
+             f"{'epoch':>9}  fits  costs"]
     for plan in PLANS:
         B = largest(plan, shape, sequences, most, budget)
         used = peak(plan, shape, B or 1, accumulates=(B or 1) < sequences) / GiB

@@ -146,7 +146,8 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return (dx * grad if dx is not None else None), (dw.mul_(grad) if dw is not None else None), None, None
+        return ((dx * grad if dx is not None else None), (dw.mul_(grad) if dw is not None else None),
+                None, None)
 
 class GPT(nn.Module):
 
@@ -177,7 +178,8 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def num_params(self, trained: bool = False) -> int:
-        """ the parameters, the tied matrix counted once: 124,439,808 for gpt2; or only those that are trained """
+        """ the parameters, the tied matrix counted once: 124,439,808 for gpt2; or only those that are
+        trained """
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trained)
 
     def flops_per_token(self, T: int) -> float:
@@ -196,7 +198,8 @@ class GPT(nn.Module):
         assert seen + T <= self.config.block_size, f"{seen + T} tokens are more than block_size"
         pos = torch.arange(seen, seen + T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos) # (B, T, C)
-        x = self.transformer.drop(x.to(self.transformer.ln_f.weight.dtype)) # embeddings may be in half precision
+        # embeddings may be in half precision
+        x = self.transformer.drop(x.to(self.transformer.ln_f.weight.dtype))
         for i, block in enumerate(self.transformer.h):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.draws)

@@ -58,7 +58,8 @@ class OffloadedAdamW(torch.optim.AdamW):
         self.masters = {p: torch.nn.Parameter(p.detach().to('cpu', torch.float32)) # unpinned: pinning
                         for group in groups for p in group['params']} # rounds up to powers of two
         self.names = {named[p]: master for p, master in self.masters.items()}
-        super().__init__([{**group, 'params': [self.masters[p] for p in group['params']]} for group in groups],
+        super().__init__([{**group, 'params': [self.masters[p] for p in group['params']]}
+                          for group in groups],
                          fused=True, **options)
         for p, master in self.masters.items():
             # autocast rounds these alike; the embeddings it does not
@@ -122,7 +123,8 @@ def make_optimizer(name: str, model, learning_rate: float, muon_learning_rate: f
     With offload_to = (device, half), `model` moves there and the optimizer stays in RAM.
     """
     if max(betas) >= 1:
-        raise ValueError(f"beta1 and beta2 are {betas[0]} and {betas[1]}; type --beta1=0.9 --beta2=0.95, both below 1")
+        raise ValueError(f"beta1 and beta2 are {betas[0]} and {betas[1]}; type --beta1=0.9 --beta2=0.95, "
+                         "both below 1")
     if name not in ('adamw', 'muon'):
         raise ValueError(f"there is no optimizer {name!r}; type --optimizer=adamw or --optimizer=muon")
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}

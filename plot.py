@@ -1,5 +1,6 @@
 """
-Draws log.csv into loss.png, the picture that train.py leaves in its out_dir; or several runs into one picture:
+Draws log.csv into loss.png, the picture that train.py leaves in its out_dir; or several runs into one
+picture:
 
 $ python plot.py out-quickstart
 $ python plot.py out-first out-second
@@ -72,7 +73,8 @@ if __name__ == '__main__':
     without = [out_dir for out_dir in out_dirs if not os.path.isfile(os.path.join(out_dir, 'log.csv'))]
     if without or not out_dirs:
         found = f"there is no log.csv in {without[0]}" if without else "no run's folder given"
-        print(f"error: {found}; type python plot.py OUT_DIR, or several, each with a log.csv", file=sys.stderr)
+        print(f"error: {found}; type python plot.py OUT_DIR, or several, each with a log.csv",
+              file=sys.stderr)
         sys.exit(2)
     try:
         print(plot_run(out_dirs[0]) if len(out_dirs) == 1 else plot_runs(out_dirs))
@@ -81,5 +83,6 @@ if __name__ == '__main__':
               file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(f"error: cannot write the picture ({error}); go to a folder that can be written", file=sys.stderr)
+        print(f"error: cannot write the picture ({error}); go to a folder that can be written",
+              file=sys.stderr)
         sys.exit(2)

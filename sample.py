@@ -11,7 +11,7 @@ init_from = 'resume' # resume (out_dir's), gpt2, gpt2-medium, gpt2-large, gpt2-x
 out_dir = 'out' # a run's folder, whose ckpt.pt is read, or a checkpoint such as out/last.pt
 # what to write
 start = '\n' # the prompt; FILE:prompt.txt takes it from a file, <|endoftext|> in it stands for that token
-instruction = '' # in place of start: a question, put as the training data put theirs; only answers are printed
+instruction = '' # instead of start: a question, put as the training data put theirs; only answers are printed
 input = '' # what the instruction is about, if anything
 num_samples = 10 # texts at once
 max_new_tokens = 500 # in each sample, at the most
@@ -74,8 +74,8 @@ if start.startswith('FILE:'):
                       "text") from None
 if instruction:
     if not loaded.get('template'):
-        raise ValueError("the model was not trained on instructions; type --start=TEXT, or train it on data of "
-                         "data/instruct/prepare.py")
+        raise ValueError("the model was not trained on instructions; type --start=TEXT, or train it on data "
+                         "of data/instruct/prepare.py")
     start = render(loaded['template'], instruction, input)
 prompt = tokenizer.encode(start, allow_special=not instruction)
 shown = '' if instruction else start # what is printed in front of a sample

@@ -29,7 +29,7 @@ sample_interval = 0 # iterations from one text in samples.txt to the next, 0 for
 sample_start = '\n' # what such a text begins with
 sample_tokens = 200 # how far it goes on
 # data
-dataset = 'openwebtext' # a folder in data/, a path to one, or a mixture of them, such as novel:0.7,letters:0.3
+dataset = 'openwebtext' # a folder in data/, a path to one, or a mixture, such as novel:0.7,letters:0.3
 batch_size = 12 # sequences a process holds at once, at the most
 gradient_accumulation_steps = 40 # batches in an iteration, which is batch_size times this many sequences
 block_size = 1024 # tokens in a sequence
@@ -296,11 +296,10 @@ def log(row):
 def save(is_best):
     """ write last.pt, and let ckpt.pt be the same file where it is the best """
     last = os.path.join(out_dir, 'last.pt')
-    model_state = checkpoints.adapter_state(raw_model, base) if lora_rank else {'model': weights(raw_model, opt)}
-    checkpoints.save({
-        **model_state, 'optimizer': opt.state_dict(), 'model_args': checkpoints.model_args(raw_model),
-        'iter_num': iter_num, **vars(best), 'config': config, 'tokenizer': tokenizer, 'template': template,
-        'scaler': scaler.state_dict()}, last)
+    state = checkpoints.adapter_state(raw_model, base) if lora_rank else {'model': weights(raw_model, opt)}
+    checkpoints.save({**state, 'optimizer': opt.state_dict(), 'model_args': checkpoints.model_args(raw_model),
+                      'iter_num': iter_num, **vars(best), 'config': config, 'tokenizer': tokenizer,
+                      'template': template, 'scaler': scaler.state_dict()}, last)
     if is_best:
         checkpoints.link(last, os.path.join(out_dir, 'ckpt.pt'))
     if keep_checkpoints:
@@ -319,8 +318,9 @@ if sample_interval:
     coder = from_state(tokenizer)
     prompt = torch.tensor([coder.encode(sample_start, allow_special=True) or [coder.eot or 0]], device=device)
 n_trained = raw_model.num_params(trained=True)
-say(f"{raw_model.num_params():,} parameters{f', {n_trained:,} of them to train' if lora_rank or freeze else ''}, on {f'{world_size} x ' if world_size > 1 else ''}{device} "
-    f"in {dtype}{', compiled' if is_compiled else ''}")
+say(f"{raw_model.num_params():,} parameters"
+    f"{f', {n_trained:,} of them to train' if lora_rank or freeze else ''}, on "
+    f"{f'{world_size} x ' if world_size > 1 else ''}{device} in {dtype}{', compiled' if is_compiled else ''}")
 say(f"{train_data.n_tokens:,} tokens to train on, {val_data.n_tokens:,} to validate on")
 say(f"an iteration is {sequences} sequences of {block_size} tokens, {sequences * block_size:,} tokens; "
     f"{max_iters:,} iterations are {train_data.describe_epochs(max_iters * sequences)}")
@@ -331,15 +331,15 @@ if eval_only:
     leave(0)
 if iter_num >= max_iters and init_from == 'resume':
     say(f"{out_dir} is trained to iteration {iter_num} already; type "
-        f"--{'num_epochs' if num_epochs else 'max_iters'}=N "
-        "with a larger N to go on")
+        f"--{'num_epochs' if num_epochs else 'max_iters'}=N with a larger N to go on")
     leave(0)
 if master:
     wandb_id = start_wandb(config, init_from == 'resume')
-    start_log(out_dir, {**config, 'wandb_id': wandb_id, 'device': device, 'dtype': dtype, 'plan': plan, 'max_iters': max_iters,
-                        'warmup_iters': warmup_iters, 'lr_decay_iters': lr_decay_iters,
-                        'machine': describe_machine(device), 'parameters': raw_model.num_params(),
-                        'trained': n_trained, 'model_args': checkpoints.model_args(raw_model)},
+    start_log(out_dir, {**config, 'wandb_id': wandb_id, 'device': device, 'dtype': dtype, 'plan': plan,
+                        'max_iters': max_iters, 'warmup_iters': warmup_iters,
+                        'lr_decay_iters': lr_decay_iters, 'machine': describe_machine(device),
+                        'parameters': raw_model.num_params(), 'trained': n_trained,
+                        'model_args': checkpoints.model_args(raw_model)},
               resume_at=iter_num if init_from == 'resume' else None)
 
 # -----------------------------------------------------------------------------

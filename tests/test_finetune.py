@@ -80,7 +80,7 @@ def test_lora_keeps_the_adapter_alone_and_resumes_and_samples_and_merges(train, 
     assert losses[-1] < losses[0]
     kept = load(whole.out_dir / 'last.pt')
     assert kept['base'] == str(base / 'ckpt.pt') and all('.lora_' in name for name in kept['model'])
-    model, _ = load_model(str(whole.out_dir))
+    model, _ = load_model(str(whole.out_dir / 'last.pt'))
     was = load(base / 'ckpt.pt')['model']
     name = 'transformer.h.1.mlp.c_proj'
     product = 32 / 4 * kept['model'][name + '.lora_B'] @ kept['model'][name + '.lora_A']
