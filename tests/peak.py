@@ -7,7 +7,6 @@ bytes, and counts the bytes of the storages that are alive.
 import weakref
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 

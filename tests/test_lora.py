@@ -6,7 +6,6 @@ import torch
 from torch.nn import functional as F
 
 import lora
-import memory
 from model import GPT, GPT2_SHAPES, GPTConfig
 from optim import make_optimizer
 

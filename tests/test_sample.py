@@ -1,7 +1,6 @@
 """
 sample.py as a user runs it.
 """
-import pickle
 
 import pytest
 import torch
