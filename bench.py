@@ -53,7 +53,7 @@ import torch.nn.functional as F
 
 import memory
 from dataset import Split, find_dataset, read_tokenizer_state, split_batch
-from device import (DTYPES, autocast, compile_model, free_memory, is_out_of_memory, memory_mb, memory_to_fill,
+from device import (DTYPES, autocast, compile_model, fetch, free_memory, is_out_of_memory, memory_mb, memory_to_fill,
                     peak_flops, pick_device, pick_dtype)
 from model import GPT, GPT2_SHAPES, GPTConfig
 from optim import make_optimizer
@@ -146,8 +146,7 @@ def measure_training():
         if data == 'synthetic':
             return [(b[:, :-1], b[:, 1:]) for b in tokens.split(micro_batch)]
         windows = split.training_windows(i, sequences)
-        return [[torch.from_numpy(part).to(device) for part in split.batch(w)]
-                for w in windows.reshape(n_steps, micro_batch, 2)]
+        return [fetch(*split.batch(w), device) for w in windows.reshape(n_steps, micro_batch, 2)]
 
     def iteration(i):
         for x, y in batches(i):

@@ -2,10 +2,13 @@
 Checkpoints: written whole or not at all, read without running what is in them, rebuilt into a model.
 
 The file is nanoGPT's dict (model, optimizer, model_args, iter_num, best_val_loss, config) with our
-tokenizer, scaler and version beside it.
+tokenizer, scaler and version beside it. It is a zip, which keeps a checksum of each tensor.
 """
 import contextlib
 import os
+import sys
+import time
+import zipfile
 from dataclasses import asdict
 
 import torch
@@ -13,7 +16,7 @@ import torch
 import lora
 import pretrained
 from dataset import find_dataset, read_tokenizer_state
-from model import GPT, GPTConfig
+from model import GPT, GPT2_SHAPES, GPTConfig
 from tokenizer import BPETokenizer, check_match
 
 VERSION = 1 # of the format; rises when an older reader would go wrong
@@ -30,8 +33,7 @@ def save(checkpoint: dict, path: str) -> None:
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
         why = str(error).strip().splitlines()[0]
-        raise OSError(f"cannot save {path} ({why}); what it held before is whole; make room on the disk, "
-                      "then type --init_from=resume") from None
+        raise OSError(f"cannot save {path} ({why}); what it held before is whole") from None
 
 def link(path: str, to: str) -> None:
     """ let `to` be the same file as `path`, or a copy where the file system has no links """
@@ -44,13 +46,69 @@ def link(path: str, to: str) -> None:
         shutil.copyfile(path, to + '.tmp')
     os.replace(to + '.tmp', to)
 
+class Saver:
+    """ a run's last.pt, ckpt.pt and, if it keeps them, iter_000500.pt. A save that fails costs a line, and is
+    left to the next one """
+
+    def __init__(self, out_dir: str, keeps_all: bool):
+        self.out_dir, self.keeps_all = out_dir, keeps_all
+        self.n_saved, self.error = 0, None # how many succeeded, and why the latest failed, if it did
+
+    def __call__(self, checkpoint: dict, is_best: bool, tells: bool = False) -> bool:
+        """ write last.pt, and let ckpt.pt be the same file where it is the best; tell if it succeeded """
+        last, started, iter_num = os.path.join(self.out_dir, 'last.pt'), time.time(), checkpoint['iter_num']
+        try:
+            save(checkpoint, last)
+            if is_best:
+                link(last, os.path.join(self.out_dir, 'ckpt.pt'))
+            if self.keeps_all:
+                link(last, os.path.join(self.out_dir, f'iter_{iter_num:06d}.pt'))
+        except OSError as error:
+            self.error = error
+            print(f"warning: iter {iter_num}: {error}; the run goes on, and tries again at its next save",
+                  file=sys.stderr)
+            return False
+        self.n_saved, self.error = self.n_saved + 1, None
+        if tells:
+            print(f"iter {iter_num}: saved {last}, {os.path.getsize(last) / 1e6:,.1f} MB in "
+                  f"{time.time() - started:.1f} s")
+        return True
+
+    def check(self) -> None:
+        """ at the end of a run: raise OSError where nothing of it was saved """
+        if not self.n_saved:
+            raise OSError(f"{self.error}; nothing of this run was saved; make room on the disk, or type "
+                          "--out_dir=ANOTHER")
+
 def find(source: str, names=('ckpt.pt', 'last.pt')) -> str | None:
     """ `source` if it is a file, or the first of `names` in the folder `source`; None where there is none """
     paths = [source] if os.path.isfile(source) else [os.path.join(source, name) for name in names]
     return next((path for path in paths if os.path.isfile(path)), None)
 
+def damage(path: str) -> str | None:
+    """ what of a checkpoint's bytes is not as it was written, by the checksums in it; torch.load does not
+    look at them """
+    with open(path, 'rb') as file:
+        if file.read(4) != b'PK\x03\x04': # no zip, or an old one
+            return None
+        if not zipfile.is_zipfile(file):
+            return (f"it is cut short at byte {os.path.getsize(path):,}; expected a list of all its parts at "
+                    "the end")
+        with zipfile.ZipFile(file) as parts:
+            for part in parts.infolist():
+                try:
+                    with parts.open(part) as content:
+                        while content.read(2**24):
+                            pass
+                except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError):
+                    return (f"of its bytes the {part.file_size:,} from {part.header_offset:,} are not those "
+                            f"that were written; expected the CRC-32 {part.CRC:08x}")
+
 def load(path: str) -> dict:
     """ a checkpoint of ours or nanoGPT's, on the CPU; raises ValueError where the file is anything else """
+    spoiled = damage(path)
+    if spoiled:
+        raise ValueError(f"{path} is damaged: {spoiled}; type --out_dir or --init_from with another")
     with open(path, 'rb') as file:
         try:
             checkpoint = torch.load(file, map_location='cpu', weights_only=True)
@@ -118,6 +176,40 @@ def load_model(source: str, dropout: float = 0.0, merge: bool = True) -> tuple[G
                  model_of(checkpoint, path, dropout))
         return model, checkpoint
     return pretrained.load(source, dropout)
+
+def resume(out_dir: str, dropout: float, say) -> tuple[GPT, dict]:
+    """ the model and the rest of a run's last.pt, or of its ckpt.pt where that one is damaged """
+    paths = [path for path in (os.path.join(out_dir, name) for name in ('last.pt', 'ckpt.pt'))
+             if os.path.isfile(path)]
+    if not paths:
+        raise FileNotFoundError(f"there is no checkpoint in {out_dir} to resume; type --out_dir with a run's "
+                                "folder, or --init_from=scratch to start one")
+    try:
+        return load_model(paths[0], dropout, merge=False)
+    except ValueError as error:
+        if len(paths) == 1:
+            raise
+        say(f"warning: {error}")
+    try:
+        say(f"going on from {paths[1]}, the best so far, instead")
+        return load_model(paths[1], dropout, merge=False)
+    except ValueError as error:
+        raise ValueError(f"{paths[0]} cannot be used, and neither can the other: {error}") from None
+
+def is_of(out_dir: str, launch: str | None) -> bool:
+    """ whether the run in out_dir was started by this very command in this job of torchrun's """
+    for name in ('last.pt', 'ckpt.pt') if launch else ():
+        with contextlib.suppress(Exception): # damaged, or not there
+            held = torch.load(os.path.join(out_dir, name), map_location='cpu', mmap=True, weights_only=True)
+            if held.get('launch') == launch:
+                return True
+    return False
+
+def config_of(source: str, scratch: GPTConfig) -> GPTConfig:
+    """ the shape of the model that `source` names, for GPT-2 without its weights; 'scratch' is given """
+    if source in GPT2_SHAPES:
+        return GPTConfig(**GPT2_SHAPES[source])
+    return scratch if source == 'scratch' else load_model(source)[0].config
 
 def find_tokenizer(loaded: dict, vocab_size: int) -> dict:
     """ the tokenizer's state for what load_model gave; nanoGPT's checkpoints only name their dataset """

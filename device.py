@@ -1,10 +1,9 @@
 """
-The machine: which device, number format and processes a run uses, and whether it compiles its model.
+The machine: which device and number format a run uses, whether it compiles its model, and the signals it gets.
 
 Each choice is an option that may be 'auto'.
 """
 import contextlib
-import gc
 import importlib.util
 import os
 import platform
@@ -59,40 +58,12 @@ def autocast(device: str, dtype: str, cache: bool = True):
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, DTYPES[dtype], cache_enabled=cache)
 
-def start_processes(backend: str, device: str) -> tuple[int, int, str]:
-    """ join the processes that torchrun started, if it did: (rank, world_size, this process's device) """
-    if 'RANK' not in os.environ:
-        return 0, 1, device
-    if device == 'cuda':
-        gpus, wanted = torch.cuda.device_count(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        if wanted > gpus:
-            raise ValueError(f"{wanted} processes share {gpus} GPUs; type --nproc_per_node={gpus}")
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    if backend == 'auto':
-        backend = 'nccl' if device.startswith('cuda') else 'gloo'
-    hook = sys.excepthook
-    try:
-        torch.distributed.init_process_group(backend)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"torch.distributed does not start with backend {backend!r} ({error}); type "
-                         "--backend=auto, nccl (CUDA) or gloo") from None
-    sys.excepthook = hook # torch has put one before it that loses what ours prints
-    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
-
-def stop_processes(world_size: int) -> None:
-    """ leave the others in order; gloo's threads abort a process whose Python ends before they do """
-    if world_size > 1:
-        gc.collect() # of whatever else holds the group
-        torch.distributed.destroy_process_group()
-
-def all_sum(values: list[float], world_size: int, device: str) -> list[float]:
-    """ each value, added up over all processes """
-    if world_size == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float32 if device == 'mps' else torch.float64, device=device)
-    torch.distributed.all_reduce(total)
-    return total.tolist()
+def fetch(x, y, device: str):
+    """ inputs and targets, numpy arrays (B, T), as tensors on the device """
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    if device.startswith('cuda'): # pinned memory is copied while the GPU computes
+        x, y = x.pin_memory(), y.pin_memory()
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 def compile_model(modules, choice, device: str, trial, dynamic: bool | None = None) -> bool:
     """ compile modules in place where `choice` (True, False or 'auto': on CUDA) says so, and tell if they are
@@ -126,22 +97,29 @@ def peak_flops(device: str, dtype: str) -> float | None:
         return None
     return next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf'\b{key}\b', name)), None)
 
-class StopSignal:
-    """ the number of the signal that asked for an end, SIGINT or SIGTERM, or 0; a second Ctrl-C leaves
-    at once """
+class Signals:
+    """ what signals ask of a run: an end (`end`, the number of SIGINT or SIGTERM, or 0), or a checkpoint
+    (`save`, by SIGUSR1); a second Ctrl-C leaves at once """
 
     def __init__(self, say):
-        self.number, self.time, self.say = 0, 0.0, say
-        signal.signal(signal.SIGINT, self.take)
-        signal.signal(signal.SIGTERM, self.take)
+        self.end, self.save, self.time, self.say = 0, False, 0.0, say
 
-    def take(self, number, frame):
-        if not self.number:
-            self.number, self.time = number, time.time()
-            self.say("stopping after this iteration; a second Ctrl-C leaves at once")
+    def listen(self):
+        signal.signal(signal.SIGINT, self.take_end)
+        signal.signal(signal.SIGTERM, self.take_end)
+        if hasattr(signal, 'SIGUSR1'): # Windows has none
+            signal.signal(signal.SIGUSR1, self.take_save)
+
+    def take_end(self, number, frame):
+        if not self.end:
+            self.end, self.time = number, time.time()
+            self.say("stopping; a second Ctrl-C leaves at once")
         elif number == signal.SIGINT and time.time() > self.time + 1:
             # torchrun passes on a signal that this process got as well: at once, it is the same one
             os._exit(130)
+
+    def take_save(self, number, frame):
+        self.save = True
 
 def describe_machine(device: str) -> str:
     """ processor or GPU, operating system and torch, in a line """

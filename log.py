@@ -4,10 +4,14 @@ samples.txt; report.md, the whole run on a page; and all of it to wandb, where t
 """
 import contextlib
 import csv
+import datetime
+import io
 import json
 import math
 import os
 import statistics
+import sys
+import time
 from dataclasses import dataclass
 
 from plot import plot_run
@@ -30,19 +34,24 @@ class Best:
         return cls(float(checkpoint.get('best_val_loss', math.inf)), checkpoint.get('best_iter', iter_num),
                    checkpoint.get('n_worse', 0), checkpoint.get('evaluated', -1))
 
-    def take(self, iter_num: int, val_loss: float) -> bool:
-        """ count an evaluation, once though a resumed run repeats it, and tell whether it is the best """
+    def after(self, iter_num: int, val_loss: float) -> tuple['Best', bool]:
+        """ the best with one more evaluation, counted once though a resumed run repeats it, and whether that
+        is the best """
         # the best again, after a resume: the run may have died between last.pt and ckpt.pt
         is_best = (val_loss < self.best_val_loss
                    or (val_loss, iter_num) == (self.best_val_loss, self.best_iter))
-        if is_best:
-            self.best_val_loss, self.best_iter = val_loss, iter_num
-        if iter_num > self.evaluated:
-            self.n_worse, self.evaluated = 0 if is_best else self.n_worse + 1, iter_num
-        return is_best
+        n_worse = (self.n_worse if iter_num <= self.evaluated else 0 if is_best else self.n_worse + 1)
+        loss, best_iter = (val_loss, iter_num) if is_best else (self.best_val_loss, self.best_iter)
+        return Best(loss, best_iter, n_worse, max(iter_num, self.evaluated)), is_best
+
+    def without(self, before: 'Best') -> 'Best':
+        """ the same count, and the best as it was before: the latest could not be saved """
+        return Best(before.best_val_loss, before.best_iter, self.n_worse, self.evaluated)
 
     def describe(self, out_dir: str, iter_num: int, patience: int) -> str:
         """ for the end of a run """
+        if self.best_val_loss == math.inf:
+            return f"no evaluation has a checkpoint yet; the latest is {out_dir}/last.pt"
         lines = [f"the best val loss, {self.best_val_loss:.4f}, of iteration {self.best_iter}, is that of "
                  f"{out_dir}/ckpt.pt; the latest is {out_dir}/last.pt"]
         if 0 < patience <= self.n_worse:
@@ -53,6 +62,37 @@ class Best:
                          "which ckpt.pt holds")
         return '\n'.join(lines)
 
+@dataclass
+class Clock:
+    """ how fast a run goes, and when it will end """
+    tokens: int # an iteration
+    flops: float # an iteration
+    peak: float | None # FLOP/s of all devices, where they are known
+    first: int # iteration of this start
+    last: int
+
+    def __post_init__(self):
+        self.start = time.time()
+
+    def lap(self, iter_num: int, dt: float) -> tuple[dict, str]:
+        """ cells of log.csv, and words, for an iteration that took dt seconds """
+        mfu = self.flops / dt / self.peak if self.peak else None
+        speed = self.tokens / dt
+        left = (time.time() - self.start) / (iter_num + 1 - self.first) * (self.last - iter_num - 1)
+        return ({'time_ms': round(dt * 1000, 3), 'tokens_per_sec': round(speed, 1), 'mfu': mfu},
+                f"time {dt * 1000:.2f}ms, {f'mfu {mfu:.2%}, ' if mfu else ''}{speed:,.0f} tok/s, "
+                f"eta {datetime.timedelta(seconds=round(left))}")
+
+    def passed(self) -> datetime.timedelta:
+        return datetime.timedelta(seconds=round(time.time() - self.start))
+
+@contextlib.contextmanager
+def replacing(path: str):
+    """ a text file that takes the place of `path` when it is whole """
+    with open(path + '.tmp', 'w', encoding='utf-8', newline='') as file:
+        yield file
+    os.replace(path + '.tmp', path)
+
 def start_log(out_dir: str, settings: dict, resume_at: int | None = None) -> None:
     """ make out_dir, its config.json, and log.csv with the rows of the iterations before `resume_at` """
     path = os.path.join(out_dir, 'log.csv')
@@ -61,16 +101,16 @@ def start_log(out_dir: str, settings: dict, resume_at: int | None = None) -> Non
         rows = []
         if resume_at is not None and os.path.exists(path):
             with open(path, newline='') as file:
-                rows = [row for row in csv.DictReader(file) if row['iter'] and int(row['iter']) < resume_at]
+                rows = [row for row in csv.DictReader(file) # without one that was cut short
+                        if None not in row.values() and int(row['iter']) < resume_at]
             if rows and list(rows[0]) != COLUMNS:
                 raise ValueError('other columns')
         keep_samples(os.path.join(out_dir, 'samples.txt'), resume_at or 0)
-        with open(path + '.tmp', 'w', newline='') as file:
+        with replacing(path) as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(path + '.tmp', path)
-        with open(os.path.join(out_dir, 'config.json'), 'w') as file:
+        with replacing(os.path.join(out_dir, 'config.json')) as file:
             json.dump(settings, file, indent=2)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} is no log of train.py ({error}); move it away and "
@@ -83,14 +123,33 @@ def keep_samples(path: str, resume_at: int) -> None:
     if os.path.exists(path):
         with open(path, encoding='utf-8', newline='') as file:
             parts = file.read().split(f'{RULE}iteration ')[1:]
-        with open(path, 'w', encoding='utf-8', newline='') as file:
+        with replacing(path) as file:
             file.writelines(f'{RULE}iteration {part}' for part in parts if int(part.split()[0]) < resume_at)
 
-def append_row(out_dir: str, row: dict) -> None:
+waiting = {} # {file: text that it did not take yet}
+
+def append(path: str, text: str) -> None:
+    """ add text to a file; where the disk does not take it, warn, and add it with what comes next """
+    text = waiting.pop(path, '') + text
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    try:
+        with open(path, 'a', encoding='utf-8', newline='') as file:
+            file.write(text)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        waiting[path] = text
+        print(f"warning: cannot write to {path} ({error.strerror}); its next lines bring these",
+              file=sys.stderr)
+
+def append_row(out_dir: str, row: dict, to_wandb: bool = False) -> None:
     """ add a row to log.csv, with empty cells for what was not measured; after an evaluation, draw it
     all anew """
-    with open(os.path.join(out_dir, 'log.csv'), 'a', newline='') as file:
-        csv.DictWriter(file, COLUMNS).writerow({k: repr(v) for k, v in row.items() if v is not None})
+    cells, row = io.StringIO(), {k: v for k, v in row.items() if v is not None}
+    csv.DictWriter(cells, COLUMNS).writerow({k: repr(v) for k, v in row.items()})
+    if to_wandb:
+        need_wandb().log(row)
+    append(os.path.join(out_dir, 'log.csv'), cells.getvalue())
     if 'val_loss' in row:
         try:
             write_report(out_dir)
@@ -100,8 +159,14 @@ def append_row(out_dir: str, row: dict) -> None:
 
 def append_sample(out_dir: str, iter_num: int, text: str) -> None:
     """ add a text that the model wrote to samples.txt """
-    with open(os.path.join(out_dir, 'samples.txt'), 'a', encoding='utf-8', newline='') as file:
-        file.write(f"{RULE}iteration {iter_num}\n{text}\n")
+    append(os.path.join(out_dir, 'samples.txt'), f"{RULE}iteration {iter_num}\n{text}\n")
+
+def is_logged(out_dir: str, iter_num: int) -> bool:
+    """ whether log.csv has this iteration's evaluation """
+    with contextlib.suppress(OSError, KeyError):
+        with open(os.path.join(out_dir, 'log.csv'), newline='') as file:
+            return any(row['iter'] == str(iter_num) and row['val_loss'] for row in csv.DictReader(file))
+    return False
 
 def write_report(out_dir: str) -> None:
     """ write report.md from the run's other files """
@@ -129,7 +194,7 @@ def write_report(out_dir: str) -> None:
         lines += ['What it wrote last:', '', *('    ' + line for line in last.splitlines()), '']
     lines += ['The configuration:', '',
               *(f'    {k} = {v!r}' for k, v in settings.items() if k != 'model_args'), '']
-    with open(os.path.join(out_dir, 'report.md'), 'w', encoding='utf-8') as file:
+    with replacing(os.path.join(out_dir, 'report.md')) as file:
         file.write('\n'.join(lines))
 
 def need_wandb():

@@ -7,6 +7,8 @@ import math
 
 import torch
 
+import parallel
+
 def get_lr(it: int, learning_rate: float, min_lr: float, warmup_iters: int, lr_decay_iters: int) -> float:
     """ the learning rate of iteration `it`: up in a line, down along a cosine, then min_lr
 
@@ -112,8 +114,9 @@ def weights(model, optimizer) -> dict:
     state = model.state_dict()
     if isinstance(optimizer, OffloadedAdamW):
         state.update({name: master.detach() for name, master in optimizer.names.items()})
-        state['lm_head.weight'] = state['transformer.wte.weight']
-    return state
+    del state['lm_head.weight'] # it is that of wte, and so it stays when shards are put together
+    state = parallel.whole(state)
+    return {**state, 'lm_head.weight': state['transformer.wte.weight']}
 
 def make_optimizer(name: str, model, learning_rate: float, muon_learning_rate: float, weight_decay: float,
                    betas: tuple[float, float], offload_to: tuple[str, torch.dtype] | None = None):
@@ -157,4 +160,7 @@ def load_optimizer(optimizer, state: dict) -> None:
                          "--optimizer it was trained with, or --init_from=ITS_FOLDER to start afresh from "
                          "its weights")
     for part, saved, groups in zip(parts, states, now):
-        part.load_state_dict({'state': saved['state'], 'param_groups': groups})
+        params = [p for group in part.param_groups for p in group['params']]
+        moments = {i: {key: parallel.spread(value, params[i]) for key, value in its.items()}
+                   for i, its in saved['state'].items()}
+        part.load_state_dict({'state': moments, 'param_groups': groups})

@@ -67,6 +67,7 @@ compile = 'auto' # auto (on CUDA), True, False
 plan = 'auto' # auto, device, recompute, offload: what lies where, to fit; docs/memory.md has them
 memory_gb = 0.0 # plan for a card of so many GiB, and use no more of it; 0 for what is free
 dry_run = False # print what each plan would take, and leave
+shard = False # share the weights, gradients and moments among the processes, where a model is too big for each
 backend = 'auto' # of torch.distributed: auto, nccl, gloo
 seed = 1337 # of the weights, of the order of the data and of dropout
 
@@ -77,9 +78,7 @@ config = configure(globals(), at_least_1=('batch_size', 'gradient_accumulation_s
 # -----------------------------------------------------------------------------
 # set-up
 
-import datetime
 import math
-import os
 import signal
 import sys
 import time
@@ -90,13 +89,15 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint as checkpoints
 import lora
 import memory
+import parallel
 from dataset import find_datasets, open_split, read_shared_state, read_template, split_batch
-from device import (DTYPES, StopSignal, all_sum, autocast, compile_model, describe_machine, free_memory,
-                    is_out_of_memory, memory_mb, memory_to_fill, peak_flops, pick_device, pick_dtype,
-                    start_processes, stop_processes)
-from log import Best, append_row, append_sample, epoch_times, need_wandb, start_log, start_wandb
-from model import GPT, GPT2_SHAPES, GPTConfig
+from device import (DTYPES, Signals, autocast, compile_model, describe_machine, fetch, free_memory,
+                    is_out_of_memory, memory_mb, memory_to_fill, peak_flops, pick_device, pick_dtype)
+from log import (Best, Clock, append_row, append_sample, epoch_times, is_logged, need_wandb, start_log,
+                 start_wandb)
+from model import GPT, GPTConfig
 from optim import get_lr, load_optimizer, make_optimizer, set_lr, weights
+from parallel import all_sum
 from tokenizer import check_match, count_ids, from_state
 
 if decay_lr and min_lr > learning_rate:
@@ -104,14 +105,14 @@ if decay_lr and min_lr > learning_rate:
                      f"--min_lr={learning_rate / 10:.3g}")
 
 device, dtype = pick_device(device), pick_dtype(dtype, pick_device(device))
-rank, world_size, device = start_processes(backend, device)
+rank, world_size, device = parallel.start_processes(backend, device)
 master = rank == 0
 if device.startswith('cuda'):
     torch.set_float32_matmul_precision('high') # TF32 for what is float32
 sys.stdout.reconfigure(line_buffering=True) # so that a line is seen at once in a file, too
 
 if wandb_log:
-    wandb = need_wandb() # here, so that its absence is told before anything is done
+    need_wandb() # here, so that its absence is told before anything is done
 
 def say(text):
     if master:
@@ -121,19 +122,20 @@ model = None
 def leave(status):
     global model
     model = None # DDP holds on to the processes' group
-    stop_processes(world_size)
+    parallel.stop_processes(world_size)
     sys.exit(status)
 
 sequences = batch_size * gradient_accumulation_steps # S: what an iteration trains on, on any machine
-if sequences % world_size:
-    low = sequences // world_size * world_size
-    raise ValueError(f"an iteration has {sequences} sequences (batch_size * gradient_accumulation_steps), "
-                     f"which {world_size} processes cannot share evenly; make it {low or world_size} or "
-                     f"{low + world_size}")
-share = sequences // world_size # of them, a process's
+share = parallel.share(sequences, world_size) # of them, a process's
+if shard and (world_size == 1 or lora_rank or optimizer == 'muon'):
+    raise ValueError("shard is for several processes, adamw and whole matrices; start train.py by torchrun, "
+                     "or type --shard=False")
 
-if master and not (eval_only or dry_run):
-    if init_from != 'resume' and not overwrite and checkpoints.find(out_dir):
+launch = parallel.launch()
+if init_from != 'resume' and checkpoints.find(out_dir) and not (eval_only or dry_run):
+    if checkpoints.is_of(out_dir, launch): # torchrun has lost a process, and started all of them again
+        init_from = 'resume'
+    elif not overwrite:
         raise FileExistsError(f"{out_dir} already holds a run; type --init_from=resume to go on with it, "
                               "--out_dir=ANOTHER to keep it, or --overwrite=True to lose it")
 
@@ -155,10 +157,9 @@ def shape_of(c):
 
 in_ram = device == 'cpu' and plan == 'auto' and not memory_gb # where offloading gains nothing
 plans = memory.PLANS[:2 if optimizer == 'muon' or world_size > 1 or in_ram or lora_rank or freeze else 3]
+scratch = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
 if dry_run: # which needs neither data nor, for GPT-2, weights
-    c = (GPTConfig(**GPT2_SHAPES[init_from]) if init_from in GPT2_SHAPES else
-         GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=bias) if init_from == 'scratch' else
-         checkpoints.load_model(out_dir if init_from == 'resume' else init_from)[0].config)
+    c = checkpoints.config_of(out_dir if init_from == 'resume' else init_from, scratch)
     say(memory.table(shape_of(c), share, batch_size, free, epoch_times(out_dir, config), plans,
                      free_memory('cpu') - 4 * shape_of(c).params))
     leave(0)
@@ -174,26 +175,15 @@ if num_epochs:
     warmup_iters = min(warmup_iters, max_iters // 10)
 lr_decay_iters = lr_decay_iters or max_iters
 
-def fetch(data, windows):
-    """ inputs and targets (B, T) of some windows, on the device """
-    x, y = map(torch.from_numpy, data.batch(windows))
-    if device.startswith('cuda'): # pinned memory is copied while the GPU computes
-        x, y = x.pin_memory(), y.pin_memory()
-    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-
 # -----------------------------------------------------------------------------
 # model
 
 loaded = {} # what a checkpoint holds beside the weights
 if init_from == 'scratch':
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
+    model = GPT(scratch)
 elif init_from == 'resume':
-    path = checkpoints.find(out_dir, ('last.pt', 'ckpt.pt'))
-    if path is None:
-        raise FileNotFoundError(f"there is no checkpoint in {out_dir} to resume; type --out_dir with a run's "
-                                "folder, or --init_from=scratch to start one")
-    model, loaded = checkpoints.load_model(path, dropout, merge=False)
+    model, loaded = checkpoints.resume(out_dir, dropout, say)
 else:
     model, loaded = checkpoints.load_model(init_from, dropout)
 check_match(loaded.get('tokenizer'), model.config.vocab_size, tokenizer, dataset)
@@ -228,7 +218,9 @@ shape = shape_of(model.config)
 plan, fits = memory.choose(plan, shape, share, batch_size, free, plans, free_memory('cpu'))
 micro_batch, n_micro_steps = split_batch(share, fits)
 model.recompute = plan != 'device'
-if plan != 'offload':
+if shard:
+    with_room(parallel.shard_model, model, world_size, device, again=False)
+elif plan != 'offload':
     with_room(model.to, device, again=False)
 raw_model = model # without DDP
 
@@ -248,20 +240,22 @@ if init_from == 'resume':
     if loaded.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(loaded['scaler'])
     config['init_from'] = loaded.get('config', {}).get('init_from', 'resume') # where it all began
+parallel.check_same(iter_num, world_size, device, out_dir)
 loaded = None # frees the moments, which the optimizer has copied
 
 # -----------------------------------------------------------------------------
 # compile and DDP
 
+keeps_casts = plan == 'device' and not shard # the weights' copies in half precision
 def one_step():
-    x, y = fetch(train_data, train_data.training_windows(0, micro_batch))
-    with autocast(device, dtype, cache=plan == 'device'):
+    x, y = fetch(*train_data.batch(train_data.training_windows(0, micro_batch)), device)
+    with autocast(device, dtype, cache=keeps_casts):
         model(x, y)[1].backward()
 
 # each block for itself, so that backward gives its gradients away as it goes, and memory is as planned
 is_compiled = with_room(compile_model, model.transformer.h, compile, device, one_step)
 opt.zero_grad(set_to_none=True)
-if world_size > 1:
+if world_size > 1 and not shard:
     model = DistributedDataParallel(raw_model, device_ids=[device] if device.startswith('cuda') else None,
                                     gradient_as_bucket_view=True) # no second copy of them
 
@@ -270,15 +264,18 @@ if world_size > 1:
 
 @torch.no_grad()
 def evaluate():
-    """ the mean loss of each split, over evenly spread windows that the processes share """
+    """ the mean loss of each split, over evenly spread windows that the processes share; None if told to
+    stop """
     losses = {}
     raw_model.eval()
     for name, data in (('train', train_data), ('val', val_data)):
         losses[name] = 0.0
         for weight, windows, n in data.evaluation_parts(eval_iters * batch_size or val_data.windows):
             total = torch.zeros((), device=device)
-            for batch in data.batches(windows[rank::world_size], micro_batch):
-                x, y = fetch(data, batch)
+            for batch in data.batches(windows, micro_batch * world_size):
+                if all_sum([float(signals.end > 0)], world_size, device)[0]:
+                    return None
+                x, y = fetch(*data.batch(batch[rank::world_size]), device)
                 with autocast(device, dtype):
                     total += raw_model(x, y, scale=1.0)[1]
             losses[name] += weight * all_sum([total.item()], world_size, device)[0] / n
@@ -288,22 +285,16 @@ def evaluate():
 # -----------------------------------------------------------------------------
 # logging
 
-def log(row):
-    append_row(out_dir, row)
-    if wandb_log:
-        wandb.log({k: v for k, v in row.items() if v is not None})
-
-def save(is_best):
-    """ write last.pt, and let ckpt.pt be the same file where it is the best """
-    last = os.path.join(out_dir, 'last.pt')
+signals, saver = Signals(say), checkpoints.Saver(out_dir, keep_checkpoints)
+def save(is_best=False, tells=False):
+    """ write last.pt, and let ckpt.pt be the same file where it is the best; tell whether that succeeded """
     state = checkpoints.adapter_state(raw_model, base) if lora_rank else {'model': weights(raw_model, opt)}
-    checkpoints.save({**state, 'optimizer': opt.state_dict(), 'model_args': checkpoints.model_args(raw_model),
-                      'iter_num': iter_num, **vars(best), 'config': config, 'tokenizer': tokenizer,
-                      'template': template, 'scaler': scaler.state_dict()}, last)
-    if is_best:
-        checkpoints.link(last, os.path.join(out_dir, 'ckpt.pt'))
-    if keep_checkpoints:
-        checkpoints.link(last, os.path.join(out_dir, f'iter_{iter_num:06d}.pt'))
+    moments = parallel.whole(opt.state_dict())
+    saved = master and saver({
+        **state, 'optimizer': moments, 'model_args': checkpoints.model_args(raw_model), 'iter_num': iter_num,
+        **vars(best), 'config': config, 'tokenizer': tokenizer, 'template': template,
+        'scaler': scaler.state_dict(), 'launch': launch}, is_best, tells)
+    return all_sum([float(saved)], world_size, device)[0] > 0
 
 def write_sample():
     """ add what the model writes now to samples.txt """
@@ -312,7 +303,8 @@ def write_sample():
     with autocast(device, dtype), torch.compiler.set_stance('force_eager'):
         made = raw_model.generate(prompt, sample_tokens, temperature=0.8, top_k=200, n_vocab=vocab_size)
     raw_model.train()
-    append_sample(out_dir, iter_num, coder.decode(made[0].tolist()))
+    if master:
+        append_sample(out_dir, iter_num, coder.decode(made[0].tolist()))
 
 if sample_interval:
     coder = from_state(tokenizer)
@@ -320,7 +312,8 @@ if sample_interval:
 n_trained = raw_model.num_params(trained=True)
 say(f"{raw_model.num_params():,} parameters"
     f"{f', {n_trained:,} of them to train' if lora_rank or freeze else ''}, on "
-    f"{f'{world_size} x ' if world_size > 1 else ''}{device} in {dtype}{', compiled' if is_compiled else ''}")
+    f"{f'{world_size} x ' if world_size > 1 else ''}{device} in {dtype}{', compiled' if is_compiled else ''}"
+    f"{', sharded' if shard else ''}")
 say(f"{train_data.n_tokens:,} tokens to train on, {val_data.n_tokens:,} to validate on")
 say(f"an iteration is {sequences} sequences of {block_size} tokens, {sequences * block_size:,} tokens; "
     f"{max_iters:,} iterations are {train_data.describe_epochs(max_iters * sequences)}")
@@ -329,7 +322,7 @@ if eval_only:
     losses = with_room(evaluate)
     say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
     leave(0)
-if iter_num >= max_iters and init_from == 'resume':
+if iter_num >= max_iters and init_from == 'resume' and is_logged(out_dir, iter_num):
     say(f"{out_dir} is trained to iteration {iter_num} already; type "
         f"--{'num_epochs' if num_epochs else 'max_iters'}=N with a larger N to go on")
     leave(0)
@@ -346,46 +339,50 @@ if master:
 # loop
 
 def accumulate(windows, n_targets):
-    """ make the gradients of an iteration, and return its loss, or this process's share of it """
+    """ make the gradients of an iteration, and return its loss, or this process's share of it; None if told
+    to stop """
     # a share of the mean over the targets of all processes, over which DDP takes another mean
     scale = scaler.scale(torch.tensor(world_size / n_targets, device=device))
     loss = torch.zeros((), device=device)
     mine = windows.reshape(world_size, n_micro_steps, micro_batch, 2)[rank]
     for micro_step in range(n_micro_steps):
-        x, y = fetch(train_data, mine[micro_step])
+        if signals.end and world_size == 1: # several would have to agree
+            return None
+        x, y = fetch(*train_data.batch(mine[micro_step]), device)
         if raw_model.draws: # seeded by the number of its first sequence, so that a resumed run draws the same
             step = (iter_num * world_size + rank) * n_micro_steps + micro_step
             torch.manual_seed(seed + step * micro_batch)
-        if world_size > 1: # the processes exchange gradients once, in the last backward
+        if model is not raw_model: # the processes exchange gradients once, in the last backward
             model.require_backward_grad_sync = micro_step == n_micro_steps - 1
-        with autocast(device, dtype, cache=plan == 'device'):
+        with autocast(device, dtype, cache=keeps_casts):
             _, micro_loss = model(x, y, scale=scale)
         micro_loss.backward()
         loss += micro_loss.detach() / (scale * n_targets)
     return loss
 
-stop = StopSignal(say)
-flops_per_iter = raw_model.flops_per_token(block_size) * sequences * block_size
-peak = peak_flops(device, dtype)
-start_time, start_iter = time.time(), iter_num
+signals.listen()
+clock = Clock(sequences * block_size, raw_model.flops_per_token(block_size) * sequences * block_size,
+              (peak_flops(device, dtype) or 0) * world_size, iter_num, max_iters)
 n_bad, ended = 0, False # iterations in a row that were not finite, and whether this was the last evaluation
 while True:
     # once in a while: evaluate and save
     row = {'iter': iter_num, 'epoch': round(iter_num * sequences / train_data.windows, 4)}
     if iter_num % eval_interval == 0 or iter_num == max_iters:
-        losses = with_room(evaluate)
+        losses, before = with_room(evaluate), best
+        if losses is None:
+            break
         row.update(train_loss=losses['train'], val_loss=losses['val'])
-        is_best = best.take(iter_num, losses['val'])
+        best, is_best = best.after(iter_num, losses['val'])
         say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
             f"{', the best so far' if is_best else ''}")
         ended = iter_num == max_iters or 0 < patience <= best.n_worse
-        if master and (is_best or always_save_checkpoint or ended):
-            save(is_best)
-    if master and sample_interval and iter_num % sample_interval == 0:
+        if is_best or always_save_checkpoint or ended:
+            best = best if save(is_best) else best.without(before)
+    if sample_interval and iter_num % sample_interval == 0 and (master or shard):
         write_sample()
     if ended:
         if master:
-            log(row)
+            append_row(out_dir, row, wandb_log)
         break
 
     # one step: accumulate, clip, update
@@ -395,11 +392,14 @@ while True:
     windows = train_data.training_windows(iter_num, sequences)
     n_targets = max(1, train_data.count(windows)) # 0 where a mask leaves none
     loss = with_room(accumulate, windows, n_targets)
+    if loss is None:
+        break
     if plan == 'offload':
         opt.collect()
     scaler.unscale_(opt)
-    grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
-    loss, n_stopping = all_sum([loss.item(), float(stop.number > 0)], world_size, device)
+    grad_norm = parallel.full(torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)).item()
+    loss, n_ending, n_saving = all_sum([loss.item(), float(signals.end > 0), float(signals.save)], world_size,
+                                       device)
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     # a scaled gradient that overflows is float16's everyday business
     overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
@@ -410,40 +410,39 @@ while True:
     if not finite:
         say(f"iter {iter_num}: loss {loss}, gradient norm {grad_norm}; no update")
     if n_bad == 5:
-        if master:
-            save(is_best=False)
+        save()
         raise ValueError(f"five iterations in a row were not finite, up to {iter_num}; {out_dir}/last.pt "
-                         "holds the run as it was before them; type --init_from=resume with a lower "
+                         "holds weights from before them; type --init_from=resume with a lower "
                          "--learning_rate or --dtype=float32")
     opt.zero_grad(set_to_none=True)
     dt = time.time() - t0
 
     # report: everything below is only bookkeeping
     if iter_num % log_interval == 0 or 'val_loss' in row:
-        mfu = flops_per_iter / dt / (peak * world_size) if peak else None
-        row.update(loss=loss, lr=lr, grad_norm=grad_norm, time_ms=round(dt * 1000, 3), mfu=mfu,
-                   tokens_per_sec=round(sequences * block_size / dt, 1),
-                   memory_mb=round(memory_mb(device), 1))
-        left = (time.time() - start_time) / (iter_num + 1 - start_iter) * (max_iters - iter_num - 1)
+        speed, text = clock.lap(iter_num, dt)
+        row.update(speed, loss=loss, lr=lr, grad_norm=grad_norm, memory_mb=round(memory_mb(device), 1))
         if master:
-            log(row)
-        say(f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, {f'mfu {mfu:.2%}, ' if mfu else ''}"
-            f"{row['tokens_per_sec']:,.0f} tok/s, epoch {row['epoch']:.2f}, "
-            f"eta {datetime.timedelta(seconds=round(left))}")
+            append_row(out_dir, row, wandb_log)
+        say(f"iter {iter_num}: loss {loss:.4f}, epoch {row['epoch']:.2f}, {text}")
     iter_num += 1
-    if n_stopping:
-        if master:
-            save(is_best=False)
+    if n_ending:
         break
+    if n_saving:
+        signals.save = False
+        save(tells=True)
 
 # -----------------------------------------------------------------------------
 # finish
 
-say(f"{'stopped' if stop.number else 'finished'} at iteration {iter_num} after "
-    f"{datetime.timedelta(seconds=round(time.time() - start_time))}")
+if not ended:
+    opt.zero_grad(set_to_none=True) # of an iteration that is begun again after a resume
+    save(tells=True)
+say(f"{'finished' if ended else 'stopped'} at iteration {iter_num} after {clock.passed()}")
 say(best.describe(out_dir, iter_num, patience))
 say(f"next: python sample.py --out_dir={out_dir}" + (
     ", or the same command as before with --init_from=resume" if iter_num < max_iters else ''))
 if master and wandb_log:
-    wandb.finish()
-leave(130 if stop.number == signal.SIGINT else 0)
+    need_wandb().finish()
+if master:
+    saver.check()
+leave(130 if signals.end == signal.SIGINT else 0)

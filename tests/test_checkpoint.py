@@ -126,5 +126,5 @@ def test_a_truncated_checkpoint_is_told(tmp_path):
     whole = (tmp_path / 'whole.pt').read_bytes()
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         (tmp_path / 'ckpt.pt').write_bytes(whole[:length])
-        with pytest.raises(ValueError, match='cut short, damaged or no checkpoint'):
+        with pytest.raises(ValueError, match='cut short'):
             checkpoints.load(str(tmp_path / 'ckpt.pt'))

@@ -1,0 +1,104 @@
+"""
+Several processes, as torchrun starts them: joining and leaving, adding up, and a model cut into shards.
+
+What a sharded run writes is what any run writes: `whole` puts a tensor together again, `spread` cuts it.
+"""
+import datetime
+import gc
+import os
+import socket
+import sys
+
+import torch
+import torch.distributed as dist
+
+def start_processes(backend: str, device: str) -> tuple[int, int, str]:
+    """ join the processes that torchrun started, if it did: (rank, world_size, this process's device) """
+    if 'RANK' not in os.environ:
+        return 0, 1, device
+    if device == 'cuda':
+        gpus, wanted = torch.cuda.device_count(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        if wanted > gpus:
+            raise ValueError(f"{wanted} processes share {gpus} GPUs; type --nproc_per_node={gpus}")
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if backend == 'auto':
+        backend = 'nccl' if device.startswith('cuda') else 'gloo'
+    hook = sys.excepthook
+    try: # the others wait as long as this while one saves to a slow disk
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"torch.distributed does not start with backend {backend!r} ({error}); type "
+                         "--backend=auto, nccl (CUDA) or gloo") from None
+    sys.excepthook = hook # torch has put one before it that loses what ours prints
+    return dist.get_rank(), dist.get_world_size(), device
+
+def stop_processes(world_size: int) -> None:
+    """ leave the others in order; gloo's threads abort a process whose Python ends before they do """
+    if world_size > 1:
+        gc.collect() # of whatever else holds the group
+        dist.destroy_process_group()
+
+def all_sum(values: list[float], world_size: int, device: str) -> list[float]:
+    """ each value, added up over all processes """
+    if world_size == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float32 if device == 'mps' else torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+def share(sequences: int, world_size: int) -> int:
+    """ how many sequences of an iteration are a process's; raises ValueError where that is not even """
+    if sequences % world_size:
+        low = sequences // world_size * world_size
+        raise ValueError(f"an iteration has {sequences} sequences (batch_size * gradient_accumulation_steps), "
+                         f"which {world_size} processes cannot share evenly; make it {low or world_size} or "
+                         f"{low + world_size}")
+    return sequences // world_size
+
+def check_same(iter_num: int, world_size: int, device: str, out_dir: str) -> None:
+    """ raise ValueError where the processes do not all start at this iteration """
+    if all_sum([iter_num], world_size, device)[0] != iter_num * world_size:
+        raise ValueError(f"the processes found different checkpoints in {out_dir}, this one iteration "
+                         f"{iter_num}; type --out_dir with a folder that all nodes share")
+
+def launch() -> str | None:
+    """ torchrun's job and this command, the same when torchrun or a scheduler starts it again; None without
+    torchrun """
+    job = os.environ.get('TORCHELASTIC_RUN_ID')
+    if job == 'none': # no --rdzv_id was given: the job is that of this agent
+        job = f'{socket.gethostname()}:{os.getppid()}'
+    return job and ' '.join([job, *sys.argv])
+
+def shard_model(model, world_size: int, device: str) -> None:
+    """ leave each process its share of every parameter (FSDP2), which goes to the device; a block is put
+    together when its turn comes, and the embeddings for the whole of an iteration """
+    mesh = dist.init_device_mesh(torch.device(device).type, (world_size,))
+    for block in model.transformer.h:
+        dist.fsdp.fully_shard(block, mesh=mesh)
+    dist.fsdp.fully_shard(model, mesh=mesh)
+
+def is_sharded(tensor) -> bool:
+    return isinstance(tensor, dist.tensor.DTensor)
+
+def full(tensor):
+    """ a tensor with the shares of all processes; all of them must ask for it """
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+def whole(state):
+    """ a state (nested dicts and lists) with its shards put together, in RAM, for the first process; the
+    others must ask for it too, and get None for these """
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [whole(value) for value in state]
+    if not is_sharded(state):
+        return state
+    tensor = full(state)
+    return tensor.cpu() if dist.get_rank() == 0 else None
+
+def spread(tensor, like):
+    """ this process's share of a whole tensor, cut as the parameter `like` is """
+    if not is_sharded(like) or tensor.shape != like.shape:
+        return tensor
+    return dist.tensor.distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
