@@ -60,8 +60,9 @@ def forks(tmp_path_factory):
     server = subprocess.Popen([sys.executable, os.path.join(ROOT, 'tests', 'forks.py')], stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE, encoding='utf-8')
     out, err = (tmp_path_factory.mktemp('printed') / name for name in ('out', 'err'))
-    def run(script, args, cwd, timeout):
-        job = {'script': script, 'args': args, 'cwd': str(cwd), 'timeout': timeout, 'stdout': str(out), 'stderr': str(err)}
+    def run(script, args, cwd, timeout, processes):
+        job = {'script': script, 'args': args, 'cwd': str(cwd), 'timeout': timeout, 'stdout': str(out), 'stderr': str(err),
+               'processes': processes}
         server.stdin.write(json.dumps(job) + '\n')
         server.stdin.flush()
         status = json.loads(server.stdout.readline())['status']
@@ -74,9 +75,9 @@ def forks(tmp_path_factory):
 def run(clone, tmp_path, forks):
     """ run a script of the clone as a user would: run('sample.py', '--top_k=0').out
 
-    In a fork, which takes a third of the time; in a Python of its own where `launch` or `env` asks for more.
+    In forks, which take a third of the time; in a Python of its own where `launch` or `env` asks for more.
     """
-    def run(script, *args, launch=(), env=None, out_dir='out', status=0, timeout=120):
+    def run(script, *args, launch=(), env=None, processes=1, out_dir='out', status=0, timeout=120):
         out_dir = tmp_path / out_dir
         if script in ('train.py', 'sample.py') and not any(str(a).startswith('--out_dir') for a in args):
             args = (*args, f'--out_dir={out_dir}')
@@ -86,7 +87,7 @@ def run(clone, tmp_path, forks):
                                   env={**os.environ, 'PYTHONIOENCODING': 'utf-8', **(env or {})})
             result = Result(done.returncode, done.stdout, done.stderr, out_dir)
         else:
-            result = Result(*forks(script, [*map(str, args)], clone, timeout), out_dir)
+            result = Result(*forks(script, [*map(str, args)], clone, timeout, processes), out_dir)
         assert status is None or result.status == status, f"{script} {args}\n{result.out}\n{result.err}"
         return result
     return run

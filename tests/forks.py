@@ -1,11 +1,13 @@
 """
 A process that has imported torch once and runs scripts in forks of itself, each in a second where a Python of its
-own takes three; it reads a line of JSON for each and answers with one.
+own takes three; it reads a line of JSON for each and answers with one. A job of several processes gets the
+environment that torchrun gives.
 """
 import json
 import os
 import runpy
 import signal
+import socket
 import sys
 import threading # so that a fork does not import it first, with the lock that it takes
 
@@ -13,7 +15,7 @@ def become(job):
     """ the script of a job, in this process """
     os.chdir(job['cwd'])
     for number, name in ((1, 'stdout'), (2, 'stderr')):
-        os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdout, sys.stderr = (open(n, 'w', encoding='utf-8', closefd=False) for n in (1, 2))
     sys.stderr.reconfigure(line_buffering=True)
@@ -36,18 +38,31 @@ def become(job):
     sys.stderr.flush()
     os._exit(status)
 
+def torchrun_s(n):
+    """ what torchrun tells each of n processes """
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    return [{'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(n), 'LOCAL_WORLD_SIZE': str(n),
+             'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)} for rank in range(n)]
+
 def serve():
     import matplotlib.pyplot, numpy.random, torch._dynamo, tqdm # noqa: what the scripts import, and take longest at
     for line in sys.stdin:
         job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            become(job)
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+        for name in ('stdout', 'stderr'):
+            open(job[name], 'w').close()
+        children, n = [], job['processes']
+        for environment in torchrun_s(n) if n > 1 else [{}]:
+            children.append(os.fork())
+            if children[-1] == 0:
+                os.environ.update(environment)
+                become(job)
+        signal.signal(signal.SIGALRM, lambda *_: [os.kill(child, signal.SIGKILL) for child in children])
         signal.alarm(job['timeout'])
-        _, status = os.waitpid(child, 0)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         signal.alarm(0)
-        print(json.dumps({'status': os.waitstatus_to_exitcode(status)}), flush=True)
+        print(json.dumps({'status': next(filter(None, statuses), 0)}), flush=True)
 
 if __name__ == '__main__':
     serve()

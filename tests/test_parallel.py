@@ -1,0 +1,86 @@
+"""
+One curve: the losses of a run do not depend on how many processes share it, how it is cut, or what is sharded.
+"""
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoint import load
+from conftest import Result, TINY
+
+LONG = ('--max_iters=50', '--eval_interval=25', '--eval_iters=0', '--warmup_iters=5')
+
+@pytest.fixture(scope='module')
+def masked(clone):
+    """ data/chars with a mask that keeps most tokens out of the loss, some windows whole """
+    folder = clone / 'data' / 'masked'
+    shutil.copytree(clone / 'data' / 'chars', folder)
+    rng = np.random.default_rng(0)
+    for split in ('train', 'val'):
+        n = os.path.getsize(folder / f'{split}.bin') // 2
+        counts = np.repeat(rng.random(n // 40 + 1) < 0.5, 40)[:n] & (rng.random(n) < 0.5)
+        counts.astype(np.uint8).tofile(folder / f'{split}_mask.bin')
+    return 'masked'
+
+@pytest.fixture(scope='module')
+def references(clone, masked, forks, tmp_path_factory):
+    """ {dataset: the columns of an uninterrupted run of one process, all 8 sequences at once} """
+    made = {}
+    for dataset in ('chars', masked):
+        out_dir = tmp_path_factory.mktemp('reference') / dataset
+        args = (f'--dataset={dataset}', *TINY, *LONG, '--batch_size=8', '--gradient_accumulation_steps=1', f'--out_dir={out_dir}')
+        status, out, err = forks('train.py', args, clone, 120, 1)
+        assert status == 0, err
+        made[dataset] = losses(Result(status, out, err, out_dir))
+    return made
+
+def losses(result):
+    return {name: [float(v) for v in result.column(name) if v] for name in ('loss', 'train_loss', 'val_loss')}
+
+SPLITS = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1)] # processes, micro-batch
+
+@pytest.mark.parametrize('dataset', ['chars', 'masked'])
+@pytest.mark.parametrize('processes, micro_batch', SPLITS)
+def test_any_split_is_the_same_run(train, references, dataset, processes, micro_batch):
+    result = train(f'--dataset={dataset}', *LONG, f'--batch_size={micro_batch}',
+                   f'--gradient_accumulation_steps={8 // micro_batch}', processes=processes)
+    got, wanted = losses(result), references[dataset]
+    assert len(got['loss']) == 50 and got['loss'] == pytest.approx(wanted['loss'], abs=1e-5)
+    for name in ('train_loss', 'val_loss'): # after 50 updates that differ in their last bits
+        assert got[name] == pytest.approx(wanted[name], abs=1e-5)
+        assert got[name][0] == pytest.approx(wanted[name][0], abs=1e-6) # of the same weights
+    assert f'{micro_batch} sequences at a time' in result.out
+
+@pytest.mark.parametrize('options', [(), ('--plan=recompute', '--freeze=wte,h.0', '--bias=True'), ('--dtype=bfloat16',)])
+def test_a_sharded_run_has_the_losses_of_one_that_is_not(train, options):
+    whole = train(*LONG, *options, processes=2)
+    shards = train(*LONG, *options, '--shard=True', '--sample_interval=25', processes=2, out_dir='shards')
+    assert 'sharded' in shards.out
+    tolerance = 1e-2 if '--dtype=bfloat16' in options else 1e-4
+    for name, values in losses(whole).items():
+        assert losses(shards)[name] == pytest.approx(values, abs=tolerance), name
+    assert (shards.out_dir / 'samples.txt').read_text(encoding='utf-8').count('iteration') == 3
+
+def test_a_sharded_run_s_checkpoint_is_any_run_s(train):
+    options = ('--max_iters=8', '--lr_decay_iters=8', '--eval_interval=4')
+    whole = train(*options)
+    train(*options, '--shard=True', '--max_iters=4', processes=2, out_dir='shards')
+    a, b = (load(folder / 'last.pt') for folder in (train(*options, '--max_iters=4', out_dir='four').out_dir,
+                                                    whole.out_dir.parent / 'shards'))
+    assert a.keys() == b.keys() and list(a['model']) == list(b['model'])
+    assert all(type(t) is torch.Tensor for t in b['model'].values()) # no shards
+    assert [list(s) for s in a['optimizer']['state'].values()] == [list(s) for s in b['optimizer']['state'].values()]
+    for name, tensor in a['model'].items():
+        assert torch.allclose(tensor, b['model'][name], atol=1e-6), name
+    shutil.copytree(whole.out_dir.parent / 'shards', whole.out_dir.parent / 'again')
+    one = train(*options, '--init_from=resume', out_dir='shards') # by one process
+    four = train(*options, '--init_from=resume', '--shard=True', processes=4, out_dir='again')
+    for result in (one, four):
+        assert losses(result)['loss'] == pytest.approx(losses(whole)['loss'], abs=1e-5)
+
+@pytest.mark.parametrize('options, processes', [((), 1), (('--optimizer=muon',), 2)])
+def test_what_cannot_be_sharded_is_told(train, options, processes):
+    assert 'start train.py by torchrun' in train('--shard=True', *options, processes=processes, status=2).err
