@@ -6,6 +6,7 @@ $ python plot.py out-quickstart
 $ python plot.py out-first out-second
 """
 import csv
+import gc
 import os
 import sys
 
@@ -13,8 +14,14 @@ COLOURS = '#d62728', '#1f77b4', '#2ca02c', '#9467bd', '#ff7f0e', '#17becf'
 
 def read_log(out_dir: str) -> dict:
     """ (iterations, values) of each loss column, leaving out empty cells """
-    with open(os.path.join(out_dir, 'log.csv'), newline='') as file:
-        rows = list(csv.DictReader(file))
+    with open(os.path.join(out_dir, 'log.csv'), encoding='utf-8', newline='') as file:
+        lines = [line for line in file if line.endswith('\n')] # the last may be half written
+    try:
+        rows = list(csv.DictReader(lines))
+    except csv.Error as error:
+        raise ValueError(error) from None
+    if not rows:
+        raise ValueError('it has no rows yet')
     columns = {}
     for key in ('loss', 'train_loss', 'val_loss'):
         given = [row for row in rows if row[key]]
@@ -52,10 +59,9 @@ def plot_runs(out_dirs: list[str]) -> str:
 
 def picture(draw, path: str) -> str:
     """ let `draw` fill the axes of a loss by iteration, and write them to `path` """
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=100)
+    from matplotlib.figure import Figure # pyplot would keep it, and want a screen
+    figure = Figure(figsize=(8, 5), dpi=100)
+    axes = figure.subplots()
     try:
         draw(axes)
         axes.set(xlabel='iteration', ylabel='loss, nats a token')
@@ -63,13 +69,19 @@ def picture(draw, path: str) -> str:
         axes.legend()
         figure.tight_layout()
         figure.savefig(path + '.tmp', format='png')
+        os.replace(path + '.tmp', path)
     finally:
-        plt.close(figure)
-    os.replace(path + '.tmp', path)
+        if os.path.exists(path + '.tmp'):
+            os.remove(path + '.tmp')
+        del figure, axes
+        gc.collect() # they refer to each other, and a long run would gather many
     return path
 
 if __name__ == '__main__':
     out_dirs = sys.argv[1:]
+    if '--help' in out_dirs or '-h' in out_dirs:
+        print(__doc__.strip())
+        sys.exit(0)
     without = [out_dir for out_dir in out_dirs if not os.path.isfile(os.path.join(out_dir, 'log.csv'))]
     if without or not out_dirs:
         found = f"there is no log.csv in {without[0]}" if without else "no run's folder given"
@@ -79,8 +91,8 @@ if __name__ == '__main__':
     try:
         print(plot_run(out_dirs[0]) if len(out_dirs) == 1 else plot_runs(out_dirs))
     except (KeyError, ValueError) as error:
-        print(f"error: a log.csv in {', '.join(out_dirs)} is none of train.py ({error}); give another folder",
-              file=sys.stderr)
+        print(f"error: a log.csv in {', '.join(out_dirs)} cannot be drawn ({error}); expected one of train.py; "
+              "give another folder", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         print(f"error: cannot write the picture ({error}); go to a folder that can be written",

@@ -1,0 +1,262 @@
+"""
+Faults put in on purpose: full disks, damaged checkpoints, losses that are no number, signals at a bad moment.
+"""
+import contextlib
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+from checkpoint import Saver, load, resume, save
+from conftest import TINY
+from log import append
+
+ENDLESS = ('--max_iters=1000000', '--eval_interval=20', '--eval_iters=1', '--decay_lr=False', '--log_interval=10')
+
+@contextlib.contextmanager
+def started(clone, out_dir, *options, script='train.py'):
+    """ a run in a process of its own, with its lines as they come """
+    process = subprocess.Popen([sys.executable, '-u', script, '--dataset=chars', *TINY, f'--out_dir={out_dir}', *options],
+                               cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8')
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+def wait_for(process, *texts):
+    """ read on to a line that has one of the texts, and return it """
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if any(text in line for text in texts):
+            return line
+    raise AssertionError(''.join(lines))
+
+def limit_files(process, size):
+    """ let no file of the process grow beyond `size` bytes, as a full disk does """
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+# -----------------------------------------------------------------------------
+# disks
+
+@pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason="limits another process's files, as Linux can")
+def test_a_run_outlives_a_disk_that_is_full_for_a_while(clone, tmp_path):
+    out = tmp_path / 'out'
+    with started(clone, out, *ENDLESS) as run:
+        wait_for(run, 'iter 10:')
+        before = (out / 'last.pt').read_bytes()
+        limit_files(run, 10000)
+        assert 'what it held before is whole; the run goes on' in wait_for(run, 'warning: iter')
+        assert (out / 'last.pt').read_bytes() == before and not (out / 'last.pt.tmp').exists()
+        wait_for(run, 'warning: iter') # it tries again
+        limit_files(run, resource.RLIM_INFINITY)
+        at = int(wait_for(run, 'step ').split()[1].rstrip(':'))
+        wait_for(run, f'step {at + 20}') # so that the save of the first has ended
+        run.send_signal(signal.SIGTERM)
+        end = wait_for(run, 'stopped at iteration')
+        rest = run.communicate(timeout=60)[0]
+    assert run.returncode == 0 and 'error' not in rest
+    last, best = load(out / 'last.pt'), load(out / 'ckpt.pt')
+    assert last['iter_num'] == int(end.split()[3]) >= at + 20
+    assert last['best_iter'] == best['iter_num'] # of what was saved, it is the best
+
+@pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason="limits another process's files, as Linux can")
+def test_a_run_that_could_save_nothing_ends_with_an_error(clone, tmp_path):
+    with started(clone, tmp_path / 'out', '--max_iters=200', '--eval_interval=100') as run:
+        limit_files(run, 10000)
+        out = run.communicate(timeout=60)[0]
+    lines = out.splitlines()
+    assert run.returncode == 2 and 'iter 199:' in out and out.count('warning: iter') == 3
+    assert lines[-1].startswith('error: cannot save') and 'nothing of this run was saved' in lines[-1]
+    assert 'Traceback' not in out and not list((tmp_path / 'out').glob('*.pt*'))
+
+def test_a_small_disk_that_fills_up_loses_no_line_of_the_log(tmp_path):
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    if os.system(f'mount -t tmpfs -o size=64k tmpfs {disk} 2>/dev/null'):
+        pytest.skip('only root may mount a small disk')
+    try:
+        path = str(disk / 'log.csv')
+        append(path, 'first\n')
+        (disk / 'other').write_bytes(b'x' * 60000)
+        for i in range(3):
+            append(path, f'{i}' * 8000 + '\n')
+        assert not Saver(str(disk), False)({'iter_num': 1, 'model': torch.zeros(100000)}, is_best=True)
+        assert not list(disk.glob('*.pt*'))
+        (disk / 'other').unlink()
+        append(path, 'last\n')
+        assert [line[:1] for line in open(path)] == list('f012l')
+    finally:
+        os.system(f'umount {disk}')
+
+def test_the_best_that_could_not_be_saved_is_not_the_best(tmp_path):
+    from log import Best
+    saved, is_best = Best().after(0, 3.0)
+    missed, is_best = saved.after(10, 2.0)
+    now = missed.without(saved)
+    assert is_best and (now.best_val_loss, now.best_iter, now.n_worse) == (3.0, 0, 0)
+    assert now.after(20, 2.5)[1] and not missed.after(20, 2.5)[1]
+
+# -----------------------------------------------------------------------------
+# damaged checkpoints
+
+def spoil(path, how):
+    content = bytearray(path.read_bytes())
+    if how == 'cut':
+        content = content[:len(content) * 2 // 3]
+    elif how == 'empty':
+        content = b''
+    else: # a byte of a tensor
+        content[len(content) // 2] ^= 1
+    path.unlink() # ckpt.pt may be the same file
+    path.write_bytes(content)
+
+@pytest.mark.parametrize('how', ['cut', 'empty', 'a byte'])
+def test_a_damaged_last_pt_falls_back_to_the_best(train, how):
+    options = ('--max_iters=8', '--lr_decay_iters=8', '--eval_interval=3')
+    whole = train(*options)
+    half = train(*options, '--max_iters=6', out_dir='half')
+    spoil(half.out_dir / 'last.pt', how)
+    best = load(half.out_dir / 'ckpt.pt')['iter_num']
+    resumed = train(*options, '--init_from=resume', out_dir='half')
+    assert resumed.out.count('warning: ') == 1 and f'resuming at iteration {best}' in resumed.out
+    assert 'going on from' in resumed.out and resumed.column('loss') == whole.column('loss')
+
+def test_two_damaged_checkpoints_are_told_with_what_was_expected(train):
+    half = train('--max_iters=4')
+    for name in ('last.pt', 'ckpt.pt'):
+        spoil(half.out_dir / name, 'a byte')
+    before = {path.name: path.read_bytes() for path in half.out_dir.iterdir()}
+    error = train('--init_from=resume', status=2).err.splitlines()[-1]
+    assert error.startswith('error: ') and 'ckpt.pt is damaged: of its bytes the' in error and 'expected the CRC-32' in error
+    assert {path.name: path.read_bytes() for path in half.out_dir.iterdir()} == before
+
+def test_no_flipped_byte_of_a_tensor_goes_unnoticed(tmp_path):
+    path, rng = tmp_path / 'last.pt', random.Random(0)
+    save({'model': {'w': torch.randn(50, 50)}, 'model_args': {}, 'x': torch.randn(500)}, str(path))
+    content, noticed = path.read_bytes(), 0
+    whole = load(str(path))
+    for _ in range(200):
+        at = rng.randrange(len(content))
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1:])
+        try:
+            other = load(str(path)) # a byte between the tensors may change nothing
+            assert torch.equal(other['model']['w'], whole['model']['w']) and torch.equal(other['x'], whole['x'])
+        except ValueError:
+            noticed += 1
+    assert noticed > 150
+
+# -----------------------------------------------------------------------------
+# losses and gradients that are no number
+
+INJECT = """
+    import math, os, runpy, sys
+    import torch
+    from model import GPT
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * math.nan
+
+    forward, calls = GPT.forward, [0]
+    def wrong(self, *args, **kwargs):
+        logits, loss = forward(self, *args, **kwargs)
+        if loss is not None and self.training: # two a micro-batch
+            number, calls[0] = calls[0] // 2, calls[0] + 1
+            loss = loss * math.nan if number in LOSSES else Poison.apply(loss) if number in GRADIENTS else loss
+        return logits, loss
+    GPT.forward = wrong
+    runpy.run_path('train.py', run_name='__main__')
+"""
+
+@pytest.fixture
+def inject(clone, run, tmp_path):
+    """ train with iterations whose loss, or gradient, is no number """
+    def inject(losses, gradients, *options, **kwargs):
+        name = f'inject_{os.getpid()}.py'
+        (clone / name).write_text(textwrap.dedent(INJECT).replace('LOSSES', repr(losses)).replace('GRADIENTS', repr(gradients)))
+        return run(name, '--dataset=chars', *TINY, '--keep_checkpoints=True', *options, f"--out_dir={tmp_path / 'out'}", **kwargs)
+    return inject
+
+def tensors(value):
+    if isinstance(value, dict):
+        return [t for inner in value.values() for t in tensors(inner)]
+    return [value] if isinstance(value, torch.Tensor) else []
+
+def all_finite(out_dir):
+    paths = list(out_dir.glob('*.pt'))
+    return paths and all(t.isfinite().all() for path in paths for t in tensors(load(path)))
+
+@pytest.mark.parametrize('options', [(), ('--dtype=float16',), ('--optimizer=muon',)])
+def test_what_is_no_number_makes_no_update_and_is_in_no_checkpoint(inject, options):
+    done = inject([3, 4, 5, 6], [1, 8, 9], *options, '--max_iters=12', '--eval_interval=1')
+    assert done.out.count('no update') == 7 and all_finite(done.out_dir)
+    weights = [load(done.out_dir / f'iter_{i:06d}.pt')['model']['transformer.wte.weight'] for i in range(13)]
+    same = [i for i in range(12) if torch.equal(weights[i], weights[i + 1])]
+    assert same == [1, 3, 4, 5, 6, 8, 9]
+
+@pytest.mark.parametrize('losses, gradients', [([2, 3, 4, 5, 6], []), ([2, 4, 6], [3, 5])])
+def test_the_fifth_in_a_row_that_is_no_number_ends_the_run(inject, losses, gradients):
+    done = inject(losses, gradients, '--max_iters=12', status=2)
+    assert done.err.splitlines()[-1].startswith('error: five iterations in a row were not finite, up to 6;')
+    assert all_finite(done.out_dir) and load(done.out_dir / 'last.pt')['iter_num'] == 6
+    assert inject([], [], '--init_from=resume', '--max_iters=12').column('iter') == [str(i) for i in range(13)]
+
+# -----------------------------------------------------------------------------
+# signals
+
+def test_sigusr1_saves_and_goes_on(clone, tmp_path):
+    with started(clone, tmp_path / 'out', *ENDLESS, '--eval_interval=1000000') as run:
+        wait_for(run, 'iter 10:')
+        run.send_signal(signal.SIGUSR1)
+        line = wait_for(run, 'saved')
+        assert load(tmp_path / 'out' / 'last.pt')['iter_num'] == int(line.split()[1].rstrip(':')) >= 10
+        wait_for(run, 'iter ')
+        assert run.poll() is None
+
+@pytest.mark.parametrize('options, at', [(('--gradient_accumulation_steps=30000',), 'step 0:'),
+                                         (('--eval_interval=30', '--eval_iters=0', '--batch_size=1'), 'iter 20:')])
+def test_an_end_waits_for_no_long_iteration_or_evaluation(clone, tmp_path, options, at):
+    with started(clone, tmp_path / 'out', *ENDLESS, *options) as run:
+        wait_for(run, at)
+        time.sleep(0.3)
+        run.send_signal(signal.SIGTERM)
+        begun = time.time()
+        out = run.communicate(timeout=60)[0]
+    assert run.returncode == 0 and time.time() - begun < 10
+    assert 'saved' in out and '--init_from=resume' in out
+    assert load(tmp_path / 'out' / 'last.pt')['iter_num'] == int(out.split('stopped at iteration ')[1].split()[0])
+
+def test_a_second_ctrl_c_leaves_at_once(clone, tmp_path):
+    slow = clone / f'slow_{os.getpid()}.py' # saves for a minute
+    slow.write_text("import runpy, time, checkpoint\nsave = checkpoint.save\n"
+                    "checkpoint.save = lambda c, path: (save(c, path), time.sleep(60 * (c['iter_num'] > 0)))\n"
+                    "runpy.run_path('train.py', run_name='__main__')\n")
+    with started(clone, tmp_path / 'out', *ENDLESS, '--eval_interval=1000000', script=slow.name) as run:
+        wait_for(run, 'iter 10:')
+        run.send_signal(signal.SIGINT)
+        wait_for(run, 'a second Ctrl-C leaves at once')
+        time.sleep(1.2)
+        run.send_signal(signal.SIGINT)
+        out = run.communicate(timeout=10)[0]
+    assert run.returncode == 130 and 'Traceback' not in out and load(tmp_path / 'out' / 'last.pt')
+
+# -----------------------------------------------------------------------------
+# long runs
+
+def test_two_thousand_iterations_leave_memory_flat(train):
+    result = train('--max_iters=2000', '--eval_interval=250', '--log_interval=50', '--sample_interval=500')
+    most = {int(i): float(mb) for i, mb in zip(result.column('iter'), result.column('memory_mb')) if mb}
+    assert most[1950] <= 1.02 * most[500] # after two pictures
