@@ -31,13 +31,15 @@ class Shape:
     lora: bool = False # these are matrices in half precision, with LoRA's beside them
     head: bool = True # the tied matrix is trained
     muon: bool = False # one moment of the blocks' matrices, not AdamW's two
+    shards: int = 1 # the processes that share weights, gradients and moments
 
 def shape_of(model, block_size: int, dropout: float, half: bool, lora: bool = False,
-             muon: bool = False) -> Shape:
+             muon: bool = False, shards: int = 1) -> Shape:
     """ that of a run of `model`, a GPT on any device, whose parameters that learn require gradients """
     c, n_params = model.config, model.num_params()
     return Shape(n_params, c.n_layer, c.n_head, c.n_embd, c.vocab_size, block_size, dropout, half,
-                 n_params - model.num_params(trained=True), lora, model.lm_head.weight.requires_grad, muon)
+                 n_params - model.num_params(trained=True), lora, model.lm_head.weight.requires_grad, muon,
+                 shards)
 
 def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     """ the most bytes on the device in an iteration of micro-batches of B sequences
@@ -59,6 +61,10 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
         state = 12 * trained + (item if s.lora else 4) * s.frozen - 4 * matrices * (s.muon and not s.frozen)
         gathered, made = grads if accumulates else 0, grads
     backward = head + (casts + 4 * matrices * (not s.lora)) // s.n_layer
+    if s.shards > 1: # and, put together, the embeddings, two blocks, and a block's gradient on its way
+        state, gathered, made = (size // s.shards for size in (state, gathered, made))
+        state += 4 * (s.params - matrices) + 8 * matrices // s.n_layer
+        backward += 4 * matrices // s.n_layer
     end = 2 * head + made - gathered # the embedding's gradient beside the head's
     kept = 4 * (s.n_layer + 3) * width if plan != 'device' else s.n_layer * block + casts + 8 * width
     again = block if plan != 'device' else 0 # the block whose turn it is

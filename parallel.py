@@ -25,8 +25,14 @@ def start_processes(backend: str, device: str) -> tuple[int, int, str]:
     if backend == 'auto':
         backend = 'nccl' if device.startswith('cuda') else 'gloo'
     hook = sys.excepthook
-    try: # the others wait as long as this while one saves to a slow disk
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
+    try:
+        store, rank, world_size = next(dist.rendezvous('env://'))
+        if os.environ.get('GROUP_WORLD_SIZE') == '1': # a node's torchrun keeps its store when it restarts them,
+            # with the addresses of processes that have ended
+            store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        # the others wait as long as this while one saves to a slow disk
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+                                timeout=datetime.timedelta(hours=1))
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"torch.distributed does not start with backend {backend!r} ({error}); type "
                          "--backend=auto, nccl (CUDA) or gloo") from None
@@ -73,13 +79,14 @@ def launch() -> str | None:
 def shard_model(model, world_size: int, device: str) -> None:
     """ leave each process its share of every parameter (FSDP2), which goes to the device; a block is put
     together when its turn comes, and the embeddings for the whole of an iteration """
+    from torch.distributed.fsdp import fully_shard # here, since few runs need it
     mesh = dist.init_device_mesh(torch.device(device).type, (world_size,))
     for block in model.transformer.h:
-        dist.fsdp.fully_shard(block, mesh=mesh)
-    dist.fsdp.fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 def is_sharded(tensor) -> bool:
-    return isinstance(tensor, dist.tensor.DTensor)
+    return hasattr(tensor, 'full_tensor') # of DTensor
 
 def full(tensor):
     """ a tensor with the shares of all processes; all of them must ask for it """
@@ -101,4 +108,5 @@ def spread(tensor, like):
     """ this process's share of a whole tensor, cut as the parameter `like` is """
     if not is_sharded(like) or tensor.shape != like.shape:
         return tensor
-    return dist.tensor.distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)

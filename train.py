@@ -153,7 +153,8 @@ def shape_of(c):
         gpt = GPT(c)
         lora.restrict(gpt, config)
     half = dtype != 'float32' or device == 'cpu' and memory_gb > 0 # a card has half precision
-    return memory.shape_of(gpt, block_size, dropout, half, lora_rank > 0, optimizer == 'muon')
+    return memory.shape_of(gpt, block_size, dropout, half, lora_rank > 0, optimizer == 'muon',
+                           world_size if shard else 1)
 
 in_ram = device == 'cpu' and plan == 'auto' and not memory_gb # where offloading gains nothing
 plans = memory.PLANS[:2 if optimizer == 'muon' or world_size > 1 or in_ram or lora_rank or freeze else 3]

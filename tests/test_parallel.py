@@ -3,6 +3,7 @@ One curve: the losses of a run do not depend on how many processes share it, how
 """
 import os
 import shutil
+import textwrap
 
 import numpy as np
 import pytest
@@ -84,3 +85,44 @@ def test_a_sharded_run_s_checkpoint_is_any_run_s(train):
 @pytest.mark.parametrize('options, processes', [((), 1), (('--optimizer=muon',), 2)])
 def test_what_cannot_be_sharded_is_told(train, options, processes):
     assert 'start train.py by torchrun' in train('--shard=True', *options, processes=processes, status=2).err
+
+TRACK = """
+    import sys
+    import torch, torch.distributed as dist
+    from torch.distributed._tools.mem_tracker import MemTracker
+    from torch.nn import functional as F
+    import memory, model, parallel
+    from optim import make_optimizer
+
+    # attention as a GPU has it
+    model.attend = lambda q, k, v, dropout: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    rank, world_size, device = parallel.start_processes('gloo', 'cpu')
+    for plan in ('device', 'recompute'):
+        gpt = model.GPT(model.GPTConfig(512, 8192, 8, 8, 512))
+        gpt.recompute = plan != 'device'
+        shape = memory.shape_of(gpt, 512, 0.0, True, shards=world_size)
+        parallel.shard_model(gpt, world_size, device)
+        opt = make_optimizer('adamw', gpt, 1e-3, 0.0, 0.1, (0.9, 0.95))
+        tracker, idx = MemTracker(), torch.zeros(2, 512, dtype=torch.int64)
+        tracker.track_external(gpt, opt)
+        with tracker:
+            for _ in range(2): # the moments come with the first
+                with torch.autocast('cpu', torch.bfloat16, cache_enabled=False):
+                    loss = gpt(idx, idx, scale=1.0)[1]
+                loss.backward()
+                opt.step()
+                opt.zero_grad()
+                tracker.reset_mod_stats()
+        most = next(iter(tracker.get_tracker_snapshot('peak').values()))['Total']
+        if rank == 0:
+            print(plan, most, memory.peak(plan, shape, 2, accumulates=False))
+        del gpt, opt, tracker, loss
+    parallel.stop_processes(world_size)
+"""
+
+def test_the_predicted_peak_of_a_sharded_run_is_within_a_tenth_of_a_real_iteration_s(clone, run):
+    (clone / 'track.py').write_text(textwrap.dedent(TRACK))
+    for line in run('track.py', processes=2).out.splitlines():
+        plan, measured, predicted = line.split()
+        print(f'{plan}: {int(measured) / 2**20:.0f} MiB, {int(predicted) / int(measured) - 1:+.1%} predicted')
+        assert abs(int(predicted) / int(measured) - 1) < 0.1, line
