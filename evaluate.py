@@ -76,7 +76,8 @@ def lambada(item):
 def hellaswag(item):
     context = item['ctx'] if 'ctx' in item else f"{item['ctx_a']} {item['ctx_b']}"
     endings, label = item['endings'], int(item['label'])
-    if not context.strip() or len(endings) != 4 or not all(endings) or label not in range(4):
+    if not (context.strip() and isinstance(endings, list) and len(endings) == 4 and all(endings)
+            and label in range(4)):
         raise ValueError("no context, not four endings, or a label beyond them")
     return context.rstrip(), [' ' + ending for ending in endings], label
 
@@ -86,7 +87,7 @@ def read_items(parse):
         if line.strip() and (len(items) < limit or not limit):
             try:
                 items.append((n, *parse(json_module.loads(line))))
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
+            except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
                 why = f'no {error}' if isinstance(error, KeyError) else getattr(error, 'msg', error)
                 raise ValueError(f"{file}, line {n}: {why}; expected {PUBLISHED[task]}; mend it") from None
     if not items:
@@ -152,6 +153,8 @@ def load_base(origin):
     if base or origin in ('scratch', 'resume'):
         return load(base) if base not in ('', 'none') else None
     try:
+        if checkpoints.find(origin) and os.path.samefile(*map(checkpoints.find, (origin, first.name))):
+            raise ValueError(f"what {first.name} was trained from lay in the same place")
         return load(origin)
     except (OSError, ValueError, ImportError) as error:
         print(f"no base beside it: {' '.join(str(error).split())}", file=sys.stderr)

@@ -32,14 +32,15 @@ class Shape:
     head: bool = True # the tied matrix is trained
     muon: bool = False # one moment of the blocks' matrices, not AdamW's two
     shards: int = 1 # the processes that share weights, gradients and moments
+    buckets: bool = False # gradients lie in DDP's buckets, which stay
 
 def shape_of(model, block_size: int, dropout: float, half: bool, lora: bool = False,
-             muon: bool = False, shards: int = 1) -> Shape:
+             muon: bool = False, processes: int = 1, shard: bool = False) -> Shape:
     """ that of a run of `model`, a GPT on any device, whose parameters that learn require gradients """
     c, n_params = model.config, model.num_params()
     return Shape(n_params, c.n_layer, c.n_head, c.n_embd, c.vocab_size, block_size, dropout, half,
                  n_params - model.num_params(trained=True), lora, model.lm_head.weight.requires_grad, muon,
-                 shards)
+                 processes if shard else 1, processes > 1 and not shard)
 
 def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     """ the most bytes on the device in an iteration of micro-batches of B sequences
@@ -59,7 +60,7 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
         state, gathered, made = item * matrices + 4 * (s.params - matrices), 0, 0
     else:
         state = 12 * trained + (item if s.lora else 4) * s.frozen - 4 * matrices * (s.muon and not s.frozen)
-        gathered, made = grads if accumulates else 0, grads
+        gathered, made = grads if accumulates or s.buckets else 0, grads
     backward = head + (casts + 4 * matrices * (not s.lora)) // s.n_layer
     if s.shards > 1: # and, put together, the embeddings, two blocks, and a block's gradient on its way
         state, gathered, made = (size // s.shards for size in (state, gathered, made))

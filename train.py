@@ -46,7 +46,7 @@ lora_alpha = 32.0 # their product counts lora_alpha / lora_rank times
 lora_dropout = 0.0 # of what enters them
 lora_targets = 'attn.c_attn,attn.c_proj,mlp.c_fc,mlp.c_proj' # which of a block's matrices
 # optimizer
-optimizer = 'adamw' # adamw, or muon (from scratch), which leaves all but the blocks' matrices to AdamW
+optimizer = 'adamw' # adamw, or muon for the blocks' matrices of a model that it trained from scratch
 learning_rate = 6e-4 # of AdamW, the peak
 muon_learning_rate = 0.02 # of Muon, the peak
 max_iters = 600000 # iterations of training, at the most
@@ -67,7 +67,7 @@ compile = 'auto' # auto (on CUDA), True, False
 plan = 'auto' # auto, device, recompute, offload: what lies where, to fit; docs/memory.md has them
 memory_gb = 0.0 # plan for a card of so many GiB, and use no more of it; 0 for what is free
 dry_run = False # print what each plan would take, and leave
-shard = False # share the weights, gradients and moments among the processes, where a model is too big for each
+shard = False # share weights, gradients and moments among the processes, for a model too big for each
 backend = 'auto' # of torch.distributed: auto, nccl, gloo
 seed = 1337 # of the weights, of the order of the data and of dropout
 
@@ -154,7 +154,7 @@ def shape_of(c):
         lora.restrict(gpt, config)
     half = dtype != 'float32' or device == 'cpu' and memory_gb > 0 # a card has half precision
     return memory.shape_of(gpt, block_size, dropout, half, lora_rank > 0, optimizer == 'muon',
-                           world_size if shard else 1)
+                           world_size, shard)
 
 in_ram = device == 'cpu' and plan == 'auto' and not memory_gb # where offloading gains nothing
 plans = memory.PLANS[:2 if optimizer == 'muon' or world_size > 1 or in_ram or lora_rank or freeze else 3]
@@ -439,11 +439,11 @@ if not ended:
     opt.zero_grad(set_to_none=True) # of an iteration that is begun again after a resume
     save(tells=True)
 say(f"{'finished' if ended else 'stopped'} at iteration {iter_num} after {clock.passed()}")
-say(best.describe(out_dir, iter_num, patience))
-say(f"next: python sample.py --out_dir={out_dir}" + (
-    ", or the same command as before with --init_from=resume" if iter_num < max_iters else ''))
-if master and wandb_log:
-    need_wandb().finish()
 if master:
     saver.check()
+say(best.describe(out_dir, iter_num, patience))
+say(f"next: python sample.py --out_dir={out_dir}" + (
+    '' if ended else ", or the same command as before with --init_from=resume"))
+if master and wandb_log:
+    need_wandb().finish()
 leave(130 if signals.end == signal.SIGINT else 0)

@@ -100,7 +100,7 @@ TRACK = """
     for plan in ('device', 'recompute'):
         gpt = model.GPT(model.GPTConfig(512, 8192, 8, 8, 512))
         gpt.recompute = plan != 'device'
-        shape = memory.shape_of(gpt, 512, 0.0, True, shards=world_size)
+        shape = memory.shape_of(gpt, 512, 0.0, True, processes=world_size, shard=True)
         parallel.shard_model(gpt, world_size, device)
         opt = make_optimizer('adamw', gpt, 1e-3, 0.0, 0.1, (0.9, 0.95))
         tracker, idx = MemTracker(), torch.zeros(2, 512, dtype=torch.int64)
