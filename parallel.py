@@ -27,9 +27,12 @@ def start_processes(backend: str, device: str) -> tuple[int, int, str]:
     hook = sys.excepthook
     try:
         store, rank, world_size = next(dist.rendezvous('env://'))
-        if os.environ.get('GROUP_WORLD_SIZE') == '1': # a node's torchrun keeps its store when it restarts them,
-            # with the addresses of processes that have ended
+        if os.environ.get('GROUP_WORLD_SIZE', '1') == '1': # a node's torchrun keeps its store when it restarts
+            # them, with the addresses of processes that have ended
             store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        elif rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+            print("warning: a node that is lost cannot return; to let it, end this run and type export "
+                  "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each node before torchrun", file=sys.stderr)
         # the others wait as long as this while one saves to a slow disk
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
                                 timeout=datetime.timedelta(hours=1))
