@@ -21,6 +21,9 @@ from model import GPT, GPT2_SHAPES, GPTConfig
 from tokenizer import BPETokenizer, check_match
 
 VERSION = 1 # of the format; rises when an older reader would go wrong
+KINDS = {'model': dict, 'model_args': dict, 'optimizer': dict, 'config': dict, 'tokenizer': dict,
+         'scaler': dict, 'lora': dict, 'template': str, 'version': int, 'iter_num': int,
+         'best_val_loss': (int, float, torch.Tensor)} # of what a checkpoint holds
 
 def save(checkpoint: dict, path: str) -> None:
     """ write `path` so that it holds the old checkpoint or the new one, whenever the machine stops """
@@ -124,16 +127,32 @@ def load(path: str) -> dict:
     if missing:
         raise ValueError(f"{path} has no {' and no '.join(missing)}; expected a checkpoint of train.py or "
                          "nanoGPT; type --out_dir or --init_from with another")
+    wrong = [key for key, kind in KINDS.items()
+             if checkpoint.get(key) is not None and not isinstance(checkpoint[key], kind)]
+    if wrong:
+        raise ValueError(f"the {wrong[0]} of {path} is of type {type(checkpoint[wrong[0]]).__name__}; "
+                         "expected a checkpoint of train.py or nanoGPT; type --out_dir or --init_from with "
+                         "another")
     if checkpoint.get('version', VERSION) > VERSION:
         raise ValueError(f"{path} is of format {checkpoint['version']}, this program reads up to {VERSION}; "
                          "use a newer fitGPT")
     return checkpoint
 
+def take_weights(checkpoint: dict) -> dict:
+    """ the tensors of a checkpoint by name; raises TypeError where one is no tensor of numbers """
+    weights = checkpoint.pop('model')
+    for name, tensor in weights.items():
+        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+                and tensor.layout == torch.strided and tensor.device.type == 'cpu'):
+            raise TypeError(f'{name} is no tensor of numbers')
+    return weights
+
 def model_of(checkpoint: dict, path: str, dropout: float = 0.0) -> GPT:
     """ the model in a checkpoint, which gives its weights away """
-    weights = {name.removeprefix('_orig_mod.'): tensor for name, tensor in checkpoint.pop('model').items()
-               if not name.endswith('.attn.bias')} # the causal mask, which old nanoGPT stored
     try:
+        weights = {name.removeprefix('_orig_mod.'): tensor
+                   for name, tensor in take_weights(checkpoint).items()
+                   if not name.endswith('.attn.bias')} # the causal mask, which old nanoGPT stored
         return GPT.from_weights(GPTConfig(**{**checkpoint['model_args'], 'dropout': dropout}), weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not fit together: {error}; expected nanoGPT's names and shapes; "
@@ -157,8 +176,8 @@ def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> G
                          "that one back there")
     try:
         lora.add(model, **checkpoint['lora'])
-        lora.load(model, checkpoint.pop('model'))
-    except (RuntimeError, TypeError) as error:
+        lora.load(model, take_weights(checkpoint))
+    except (RuntimeError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{path} does not fit together: {error}; type --out_dir with another") from None
     if merge:
         lora.merge(model)
@@ -209,13 +228,14 @@ def is_of(out_dir: str, launch: str | None) -> bool:
 
 def config_of(source: str, scratch: GPTConfig) -> GPTConfig:
     """ the shape of the model that `source` names, for GPT-2 without its weights; 'scratch' is given """
-    if source in GPT2_SHAPES:
-        return GPTConfig(**GPT2_SHAPES[source])
+    name = source.partition('@')[0] # without a revision
+    if name in GPT2_SHAPES:
+        return GPTConfig(**GPT2_SHAPES[name])
     return scratch if source == 'scratch' else load_model(source)[0].config
 
 def find_tokenizer(loaded: dict, vocab_size: int) -> dict:
     """ the tokenizer's state for what load_model gave; nanoGPT's checkpoints only name their dataset """
-    trained_on = loaded.get('config', {}).get('dataset', '')
+    trained_on = str(loaded.get('config', {}).get('dataset', ''))
     state = loaded.get('tokenizer') or read_tokenizer_state(find_dataset(trained_on))
     if 'tokenizer' not in loaded and state['name'] == 'gpt2' and vocab_size < BPETokenizer.n_vocab:
         raise FileNotFoundError(f"the checkpoint has {vocab_size} ids and does not say which characters they "

@@ -53,8 +53,8 @@ def read_argument(arg: str, current: dict, defaults: dict) -> dict:
         raise ValueError(f"{arg!r} is neither a config file (*.py) nor an option; options are typed "
                          "--key=value")
     names = run_file(arg, dict(current)) # so that a config may compute from what is set so far
-    settings = {k: v for k, v in names.items()
-                if not k.startswith('_') and not inspect.ismodule(v) and not callable(v)}
+    settings = {k: v for k, v in names.items() if not k.startswith('_') and not inspect.ismodule(v)
+                and (k in defaults or not callable(v))}
     for key in settings:
         check_key(key, defaults, where=arg)
     return {key: match_type(key, value, defaults[key]) for key, value in settings.items()}
@@ -72,9 +72,9 @@ def run_file(path: str, names: dict) -> dict:
         raise ValueError(f"{path} is not text in UTF-8; a config file is a few lines of Python") from None
     try:
         exec(compile(source, path, 'exec'), names)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        line = error.lineno if isinstance(error, SyntaxError) else frames[-1] if frames else 0
+        line = error.lineno or 1 if isinstance(error, SyntaxError) else frames[-1] if frames else 0
         raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}; mend that line") from None
     return names
 
@@ -91,11 +91,13 @@ def check_key(key: str, defaults: dict, where: str) -> None:
         raise ValueError(f"unknown option {key!r} in {where}; {hint}")
 
 def check_range(key: str, value, least: int) -> None:
-    """ raise ValueError for a number below `least`, or for a seed that not all generators take """
+    """ raise ValueError for a number below `least`, or for a whole one that not all libraries take """
+    limit = 32 if key == 'seed' else 31
+    if type(value) is int and abs(value) >= 2**limit: # perhaps with more digits than Python prints
+        raise ValueError(f"{key} is {'above' if value > 0 else 'below'} all that is reasonable; type "
+                         f"--{key}=N with N below 2**{limit}")
     if type(value) in (int, float) and value < least:
         raise ValueError(f"{key} is {value}; type --{key}=N with N at least {least}")
-    if key == 'seed' and value >= 2**32:
-        raise ValueError(f"seed is {value}; type --seed=N with N below 2**32")
 
 def parse(key: str, text: str, default):
     """ the value of --key=text; text for a text option is never evaluated, so --start=5 is '5' """
@@ -110,7 +112,7 @@ def parse(key: str, text: str, default):
 def match_type(key: str, value, default):
     """ `value` in the type of `default`; an 'auto' option takes text or True and False; else ValueError """
     if type(default) is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 2**1023 else math.inf
     if type(value) is float and not math.isfinite(value):
         raise ValueError(f"{key} is {value}; type a finite number, such as --{key}={default}")
     if default == 'auto' and type(value) in (bool, str):
@@ -181,13 +183,20 @@ def report(kind, error, trace) -> None:
     frames = traceback.extract_tb(trace)
     raised_in = os.path.abspath(frames[-1].filename) if frames else ''
     ours = raised_in.startswith(ROOT + os.sep) and 'site-packages' not in raised_in
-    if not (ours and issubclass(kind, (ValueError, OSError, ImportError))):
+    device = sys.modules.get('device') # ours, which knows what torch says
+    full = issubclass(kind, MemoryError) or device and device.is_out_of_memory(error)
+    if not (full or ours and issubclass(kind, (ValueError, OSError, ImportError))):
         sys.__excepthook__(kind, error, trace)
         sys.exit(1)
     if os.environ.get('LOCAL_RANK', '0') != '0':
         time.sleep(1) # torchrun ends this process first, if the error is not its own alone
     hint = '; run pip install -r requirements.txt' if kind is ModuleNotFoundError else ''
-    print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr, flush=True)
+    text = str(error)
+    if full:
+        text = f"out of memory ({text}); take a smaller model, or type options with less"
+    elif isinstance(error, OSError) and error.filename is not None: # the system's own words
+        text = f"cannot use {error.filename} ({error.strerror}); type another path, or mend that one"
+    print(f"error: {' '.join(text.split())}{hint}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 if __name__ == '__main__':

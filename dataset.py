@@ -24,6 +24,8 @@ import tempfile
 
 import numpy as np
 
+from tokenizer import are_characters
+
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
 
 # -----------------------------------------------------------------------------
@@ -187,14 +189,16 @@ def find_datasets(dataset: str) -> dict[str, float]:
     """ {folder: weight} of what the option names: 'novel', or 'novel:0.7,letters:0.3' """
     folders = {}
     for part in dataset.split(','):
-        name, weight = re.fullmatch(r'\s*(.*?)(?::([0-9.eE+-]+))?\s*', part).groups()
+        name, weight = re.fullmatch(r'\s*(.*?)(?::([0-9.eE+-]+))?\s*', part, re.DOTALL).groups()
+        folder = find_dataset(name)
         try:
-            folders[find_dataset(name)] = float(weight or 1)
+            weight = float(weight or 1)
         except ValueError:
-            folders[find_dataset(name)] = 0.0
-        if not (name and 0 < folders[find_dataset(name)] < math.inf):
+            weight = 0.0
+        if not (name and 0 < weight < math.inf and folder not in folders):
             raise ValueError(f"dataset is {dataset!r}; type --dataset=NAME, or --dataset=A:0.7,B:0.3 with "
-                             "weights above 0")
+                             "weights above 0, and each of them once")
+        folders[folder] = weight
     return folders
 
 def open_split(folders: dict[str, float], *args, seed: int = 0) -> Split:
@@ -259,7 +263,10 @@ def read_tokenizer_state(folder: str) -> dict:
     try:
         with open(path, 'rb') as file:
             meta = PlainUnpickler(file).load()
-        return {'name': 'char', 'chars': [meta['itos'][i] for i in range(meta['vocab_size'])]}
+        chars = [meta['itos'][i] for i in range(meta['vocab_size'])]
+        if not are_characters(chars):
+            raise ValueError('an id is no character, or no other than an earlier one')
+        return {'name': 'char', 'chars': chars}
     except Exception as error: # a broken pickle may raise anything
         raise ValueError(f"cannot use {shorten(path)} ({error}); expected a plain dict with vocab_size, stoi "
                          "and itos; prepare the dataset again") from None
@@ -279,7 +286,10 @@ def read_template(folders) -> str | None:
     for folder in folders:
         path = os.path.join(folder, 'template.txt')
         if os.path.exists(path):
-            return read_text(path)
+            text = read_text(path)
+            if '{instruction}' not in text:
+                raise ValueError(f"{shorten(path)} has no {{instruction}}; prepare the dataset again")
+            return text
     return None
 
 # -----------------------------------------------------------------------------
@@ -310,7 +320,7 @@ def publish(folder: str):
 def write_dataset(folder: str, text: str, tokenizer, val_fraction: float = 0.1) -> None:
     """ write a text that memory holds as a dataset; the last val_fraction of its characters is val """
     cut = int(len(text) * (1 - val_fraction))
-    if not 0 < cut < len(text):
+    if not 1 < cut < len(text) - 1: # a target has a token before it
         raise ValueError(f"{len(text)} characters are too few to keep {val_fraction} of them to validate on; "
                          "add text")
     print(f"{len(text):,} characters, a vocabulary of {tokenizer.n_vocab:,}")
@@ -334,7 +344,7 @@ def claim(name: str, own: str, val_fraction: float) -> str:
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}; type a share between 0 and 1, such as "
                          "--val_fraction=0.1")
-    if not name or os.path.basename(name) != name or name.startswith('.'):
+    if not name or os.path.basename(name) != name or name[0] in '. ' or set(',:') & set(name):
         raise ValueError(f"name is {name!r}; type a plain name for the folder in data/, such as --name=novel")
     if name != own and os.path.exists(os.path.join(DATA, name, 'prepare.py')):
         raise ValueError(f"data/{name} is a dataset of the project's own; type another --name")

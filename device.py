@@ -1,5 +1,5 @@
 """
-The machine: which device and number format a run uses, whether it compiles its model, and the signals it gets.
+The machine: which device and number format a run uses, whether it compiles its model, the signals it gets.
 
 Each choice is an option that may be 'auto'.
 """
@@ -109,6 +109,10 @@ class Signals:
         signal.signal(signal.SIGTERM, self.take_end)
         if hasattr(signal, 'SIGUSR1'): # Windows has none
             signal.signal(signal.SIGUSR1, self.take_save)
+
+    def asked(self) -> list[float]:
+        """ [an end, a checkpoint], each 0 or 1 """
+        return [float(self.end > 0), float(self.save)]
 
     def take_end(self, number, frame):
         if not self.end:

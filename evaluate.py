@@ -8,7 +8,7 @@ $ python evaluate.py --out_dir=out-novel --task=lambada --file=lambada_test.json
 # options
 
 # which models
-init_from = 'resume' # resume (out_dir's), gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a model's path
+init_from = 'resume' # resume (out_dir's), gpt2, gpt2-medium, -large, -xl, a hub id (or id@revision), a path
 out_dir = 'out' # a run's folder, whose ckpt.pt is read, or a checkpoint such as out/last.pt
 base = '' # a model to put beside it, such as gpt2 or out-first; '' for the one it was trained from; or none
 # on what

@@ -8,7 +8,7 @@ $ python export.py --out_dir=out-novel --to=novel-hf
 # options
 
 # which model
-init_from = 'resume' # resume (out_dir's), gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a model's path
+init_from = 'resume' # resume (out_dir's), gpt2, gpt2-medium, -large, -xl, a hub id (or id@revision), a path
 out_dir = 'out' # a run's folder, whose ckpt.pt is read, or a checkpoint such as out/last.pt
 # what to write
 to = '' # the folder to write, or with --weights_only=True the file
@@ -33,7 +33,7 @@ if weights_only and adapter:
 if not to:
     raise ValueError("there is no place to write to; type --to=FOLDER, or --weights_only=True --to=FILE.pt")
 path = os.path.abspath(to)
-if os.path.exists(path) and os.path.isdir(path) == weights_only:
+if weights_only and to.endswith(os.sep) or os.path.exists(path) and os.path.isdir(path) == weights_only:
     raise FileExistsError(f"{to} is a {'folder' if weights_only else 'file'}; type --to with the name of a "
                           f"{'file' if weights_only else 'folder'}")
 there = os.listdir(path) if os.path.isdir(path) else [to] if os.path.exists(path) else []
@@ -57,8 +57,17 @@ import checkpoint as checkpoints
 import pretrained
 from device import DTYPES
 from instruct import render
-from tokenizer import BPETokenizer, count_ids
+from tokenizer import BPETokenizer, count_ids, from_state
 
+def is_exported(file):
+    """ whether it is a checkpoint without an optimizer, as --weights_only=True writes it """
+    try:
+        return 'optimizer' not in checkpoints.load(file)
+    except ValueError:
+        return False
+
+if weights_only and there and not is_exported(path):
+    raise FileExistsError(f"{to} is a file that no export wrote; type --to with another name")
 source = out_dir if init_from == 'resume' else init_from
 if init_from == 'resume' and checkpoints.find(out_dir) is None:
     raise FileNotFoundError(f"there is no checkpoint in {out_dir}; type --out_dir with a run's folder, or "
@@ -77,10 +86,11 @@ def put(write):
         os.replace(path + '.tmp', path)
         remove(path + '.old')
     except (OSError, RuntimeError, SafetensorError) as error: # the last two where the disk is full
-        remove(path + '.tmp')
         why = str(error).strip().splitlines()[0]
         raise OSError(f"cannot write {to} ({why}); no part of it was left there; type --to with a place "
                       "that has room and may be written to") from None
+    finally:
+        remove(path + '.tmp')
     written = [os.path.join(to, name) for name in sorted(os.listdir(path))] if os.path.isdir(path) else [to]
     for name in written:
         print(f"wrote {name}, {os.path.getsize(name):,} bytes")
@@ -149,9 +159,8 @@ def make_model(model, state):
     theirs.tie_weights()
     return theirs.to(DTYPES[dtype])
 
-def write_hugging_face(folder, model, loaded):
+def write_hugging_face(folder, model, state, template):
     """ all that AutoModelForCausalLM and AutoTokenizer read, and the template of instructions beside """
-    state, template = checkpoints.find_tokenizer(loaded, model.config.vocab_size), loaded.get('template')
     tokenizer = make_tokenizer(state, model.config.block_size)
     if template is not None:
         tokenizer.chat_template = make_chat_template(template)
@@ -176,12 +185,12 @@ def write_weights(file, model, loaded):
     torch.save({'model': model.to(DTYPES[dtype]).state_dict(), 'model_args': checkpoints.model_args(model),
                 **{key: loaded[key] for key in kept if key in loaded}, 'version': checkpoints.VERSION}, file)
 
-def write_adapter(folder, loaded):
+def write_adapter(folder, loaded, base, revision):
     """ PEFT's adapter; its matrices are (out, in) like ours, and those of transformers' GPT-2 (in, out) """
     from safetensors.torch import save_file
     lora, tensors = loaded['lora'], loaded['model']
     targets = sorted({'.'.join(name.split('.')[-3:-1]) for name in tensors}) # such as attn.c_attn
-    settings = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': loaded['base'],
+    settings = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base, **revision,
                 'r': lora['rank'], 'lora_alpha': lora['alpha'], 'lora_dropout': lora['dropout'],
                 'target_modules': targets, 'fan_in_fan_out': True, 'bias': 'none', 'inference_mode': True}
     os.makedirs(folder)
@@ -198,19 +207,31 @@ if adapter:
     loaded = checkpoints.load(found) if found else {}
     if not {'lora', 'base'} <= loaded.keys():
         raise ValueError(f"{source} holds no adapter; type --out_dir with a run that had --lora_rank")
-    put(lambda folder: write_adapter(folder, loaded))
-    base = loaded['base']
+    try:
+        base, revision = pretrained.split_revision(loaded['base'])
+        revision = {'revision': revision} if revision else {}
+        put(lambda folder: write_adapter(folder, loaded, base, revision))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the adapter in {source} is not whole ({error}); type --out_dir with "
+                         "another") from None
     if checkpoints.find(base) or pretrained.find_tensorflow(base):
         print("its base is a checkpoint, which transformers do not read; next: python export.py "
               f"--init_from={base} --to=FOLDER")
         base = 'FOLDER'
+    named = ''.join(f', {key}={value!r}' for key, value in revision.items())
     print("in transformers:\n"
           "    from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
-          f"    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {to!r})")
+          f"    model = AutoModelForCausalLM.from_pretrained({base!r}{named})\n"
+          f"    model = PeftModel.from_pretrained(model, {to!r})")
 else:
     model, loaded = checkpoints.load_model(source)
     loaded.pop('optimizer', None)
-    put(lambda target: (write_weights if weights_only else write_hugging_face)(target, model, loaded))
+    if weights_only:
+        put(lambda file: write_weights(file, model, loaded))
+    else:
+        state, template = checkpoints.find_tokenizer(loaded, model.config.vocab_size), loaded.get('template')
+        from_state(state) # raises where it is no vocabulary
+        put(lambda folder: write_hugging_face(folder, model, state, template))
     print(f"next: python sample.py --init_from={to}")
     if not weights_only:
         print("in transformers:\n"

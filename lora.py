@@ -22,12 +22,15 @@ def freeze_parts(model, names: str) -> None:
     """
     for name in names.split(','):
         span = re.fullmatch(r'\s*h\.(\d+)-(\d+)\s*', name)
-        paths = [f'h.{i}' for i in range(int(span[1]), int(span[2]) + 1)] if span else [name.strip()]
+        last = min(int(span[2]), len(model.transformer.h)) if span else 0 # one beyond is one too many
+        paths = [f'h.{i}' for i in range(int(span[1]), last + 1)] if span else [name.strip()]
         try:
             if not all(paths) or not paths:
                 raise AttributeError
             for path in paths:
-                model.transformer.get_submodule(path).requires_grad_(False)
+                part = model.transformer.get_submodule(path).requires_grad_(False)
+                if not list(part.parameters()): # such as drop
+                    raise AttributeError
         except AttributeError:
             raise ValueError(f"there is no {name!r} to freeze; type --freeze with some of wte, wpe, ln_f, "
                              "h.0, h.0-1, h.0.mlp; the last block is "

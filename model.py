@@ -259,24 +259,27 @@ class GPT(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, source: str, dropout: float = 0.0) -> 'GPT':
+    def from_pretrained(cls, source: str, dropout: float = 0.0, revision: str = 'main') -> 'GPT':
         """ GPT-2 from Hugging Face: one of the four names, a hub id, or a local directory """
         from transformers import AutoConfig, GPT2LMHeadModel
-        c = AutoConfig.from_pretrained(source)
+        c = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         if (c.model_type != 'gpt2' or c.activation_function not in ('gelu_new', 'gelu_pytorch_tanh')
                 or not c.scale_attn_weights or c.scale_attn_by_inverse_layer_idx or not c.tie_word_embeddings
                 or c.n_inner not in (None, 4 * c.n_embd) or c.layer_norm_epsilon != 1e-5):
             raise ValueError(f"{source} is a {c.model_type} that computes otherwise than GPT-2; expected "
                              "tanh GELU, scaled attention, 4 * n_embd in the MLP and tied embeddings; "
                              "take another model")
-        theirs, info = GPT2LMHeadModel.from_pretrained(source, output_loading_info=True)
+        config = GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout, bias=True)
+        check_shape(config)
+        theirs, info = GPT2LMHeadModel.from_pretrained(
+            source, revision=revision, weights_only=True, output_loading_info=True,
+            attn_implementation='eager') # or config.json could name code on the hub
         if info['missing_keys']:
             raise ValueError(f"{source} lacks the weights {sorted(info['missing_keys'])[:3]} and maybe more; "
                              "expected a whole GPT-2; fetch or save it again")
         conv1d = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight') # (in, out) in theirs, (out, in) in ours
         weights = {name: tensor.t().contiguous() if name.endswith(conv1d) else tensor
                    for name, tensor in theirs.state_dict().items()}
-        config = GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout, bias=True)
         return cls.from_weights(config, weights)
 
 def check_shape(config: GPTConfig) -> None:
@@ -284,6 +287,8 @@ def check_shape(config: GPTConfig) -> None:
     for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; type --{name}=N with N at least 1")
+    if config.n_layer > 1000: # making so many takes long
+        raise ValueError(f"n_layer is {config.n_layer:,}; type --n_layer=N with N at most 1000")
     if config.n_embd % config.n_head:
         near = [n for n in range(1, config.n_embd + 1) if config.n_embd % n == 0]
         near = min(near, key=lambda n: abs(n - config.n_head))

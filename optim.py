@@ -153,8 +153,11 @@ def load_optimizer(optimizer, state: dict) -> None:
     parts = optimizer.both if isinstance(optimizer, Pair) else [optimizer]
     states = state.get('pair', [state])
     now = [part.state_dict()['param_groups'] for part in parts]
-    same = [[len(g['params']) for g in groups] for groups in now] == [
-        [len(g['params']) for g in saved['param_groups']] for saved in states]
+    try:
+        same = [[len(g['params']) for g in groups] for groups in now] == [
+            [len(g['params']) for g in saved['param_groups']] for saved in states]
+    except (KeyError, TypeError): # it is no optimizer's
+        same = False
     if not same:
         raise ValueError("the checkpoint is of another optimizer or of other trained parameters; type the "
                          "--optimizer it was trained with, or --init_from=ITS_FOLDER to start afresh from "

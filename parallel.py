@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 def start_processes(backend: str, device: str) -> tuple[int, int, str]:
     """ join the processes that torchrun started, if it did: (rank, world_size, this process's device) """
+    if backend not in ('auto', 'nccl', 'gloo'):
+        raise ValueError(f"there is no backend {backend!r}; type --backend=auto, nccl (CUDA) or gloo")
     if 'RANK' not in os.environ:
         return 0, 1, device
     if device == 'cuda':
@@ -27,8 +29,8 @@ def start_processes(backend: str, device: str) -> tuple[int, int, str]:
     hook = sys.excepthook
     try:
         store, rank, world_size = next(dist.rendezvous('env://'))
-        if os.environ.get('GROUP_WORLD_SIZE', '1') == '1': # a node's torchrun keeps its store when it restarts
-            # them, with the addresses of processes that have ended
+        if os.environ.get('GROUP_WORLD_SIZE', '1') == '1': # a node's torchrun keeps its store in a restart,
+            # with the addresses of processes that have ended
             store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         elif rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
             print("warning: a node that is lost cannot return; to let it, end this run and type export "
@@ -60,10 +62,16 @@ def share(sequences: int, world_size: int) -> int:
     """ how many sequences of an iteration are a process's; raises ValueError where that is not even """
     if sequences % world_size:
         low = sequences // world_size * world_size
-        raise ValueError(f"an iteration has {sequences} sequences (batch_size * gradient_accumulation_steps), "
-                         f"which {world_size} processes cannot share evenly; make it {low or world_size} or "
-                         f"{low + world_size}")
+        raise ValueError(f"an iteration has {sequences} sequences (batch_size * "
+                         f"gradient_accumulation_steps), which {world_size} processes cannot share evenly; "
+                         f"make it {low or world_size} or {low + world_size}")
     return sequences // world_size
+
+def check_shard(shard: bool, world_size: int, config: dict) -> None:
+    """ raise ValueError for what shard_model cannot do """
+    if shard and (world_size == 1 or config['lora_rank'] or config['optimizer'] == 'muon'):
+        raise ValueError("shard is for several processes, adamw and whole matrices; start train.py by "
+                         "torchrun, or type --shard=False")
 
 def check_same(iter_num: int, world_size: int, device: str, out_dir: str) -> None:
     """ raise ValueError where the processes do not all start at this iteration """

@@ -91,8 +91,8 @@ if __name__ == '__main__':
     try:
         print(plot_run(out_dirs[0]) if len(out_dirs) == 1 else plot_runs(out_dirs))
     except (KeyError, ValueError) as error:
-        print(f"error: a log.csv in {', '.join(out_dirs)} cannot be drawn ({error}); expected one of train.py; "
-              "give another folder", file=sys.stderr)
+        print(f"error: a log.csv in {', '.join(out_dirs)} cannot be drawn ({error}); expected one of "
+              "train.py; give another folder", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         print(f"error: cannot write the picture ({error}); go to a folder that can be written",

@@ -16,8 +16,8 @@ from model import GPT, GPT2_SHAPES, GPTConfig
 def load(source: str, dropout: float = 0.0) -> tuple[GPT, dict]:
     """ the model that `source` names, and {'tokenizer': its state}, with 'template' where it has one
 
-    source is a Hugging Face directory, a GPT-2 name, a hub id, or a TensorFlow checkpoint: its folder, its
-    prefix or its .index file.
+    source is a Hugging Face directory, a GPT-2 name or a hub id, where name@REVISION takes that commit, tag
+    or branch, or a TensorFlow checkpoint: its folder, its prefix or its .index file.
     """
     prefix = find_tensorflow(source)
     if prefix:
@@ -25,14 +25,16 @@ def load(source: str, dropout: float = 0.0) -> tuple[GPT, dict]:
     if os.path.isdir(source) and not os.path.exists(os.path.join(source, 'config.json')):
         raise FileNotFoundError(f"{source} holds neither ckpt.pt nor last.pt nor a Hugging Face model nor "
                                 "TensorFlow's; type a folder that train.py wrote")
-    on_hub = source in GPT2_SHAPES or re.fullmatch(r'[\w.-]+/[\w.-]+', source)
+    name, revision = split_revision(source)
+    on_hub = name in GPT2_SHAPES or re.fullmatch(r'[\w.-]+/[\w.-]+', name)
     if not os.path.isdir(source) and not on_hub:
         raise FileNotFoundError(f"there is no model {source!r}; expected a checkpoint, a folder, a hub id or "
                                 f"one of {', '.join(GPT2_SHAPES)}")
     print(f"loading {source} ...", file=sys.stderr)
+    os.environ.setdefault('DISABLE_SAFETENSORS_CONVERSION', '1') # which transformers asks a service for
     try:
-        beside = {'tokenizer': read_tokenizer(source)}
-        model = GPT.from_pretrained(source, dropout)
+        beside = {'tokenizer': read_tokenizer(name, revision)}
+        model = GPT.from_pretrained(name, dropout, revision or 'main')
     except Exception as error: # whatever transformers, safetensors and the network raise
         why = str(error).strip().split('\n')[0]
         raise OSError(f"cannot load {source} from Hugging Face's format or hub ({type(error).__name__}: "
@@ -44,11 +46,16 @@ def load(source: str, dropout: float = 0.0) -> tuple[GPT, dict]:
 # -----------------------------------------------------------------------------
 # Hugging Face
 
-def read_tokenizer(source: str) -> dict:
+def split_revision(source: str) -> tuple[str, str | None]:
+    """ 'gpt2@607a30d' -> ('gpt2', '607a30d'); a path that is there keeps its @ """
+    parts = re.fullmatch(r'([\w.-]+(?:/[\w.-]+)?)@([\w./-]+)', source)
+    return parts.groups() if parts and not os.path.exists(source) else (source, None)
+
+def read_tokenizer(source: str, revision: str | None = None) -> dict:
     """ the state of a model's tokenizer, GPT-2's if it brings none; raises ValueError for an unknown one """
     from transformers.utils import cached_file
     for name in ('vocab.json', 'tokenizer.json'):
-        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        path = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         if path:
             with open(path, encoding='utf-8') as file:
                 vocab = json.load(file)

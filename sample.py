@@ -48,6 +48,9 @@ from tokenizer import from_state
 
 if not 0 < top_p <= 1:
     raise ValueError(f"top_p is {top_p}; type --top_p=P with 0 < P <= 1")
+if input and not instruction:
+    raise ValueError(f"input is {input!r}, but there is no instruction that it is for; type "
+                     "--instruction=TEXT, too, or --start=TEXT instead")
 
 sys.stdout.reconfigure(errors='replace') # for what the terminal's encoding lacks
 device, dtype = pick_device(device), pick_dtype(dtype, pick_device(device))
@@ -76,6 +79,9 @@ if instruction:
     if not loaded.get('template'):
         raise ValueError("the model was not trained on instructions; type --start=TEXT, or train it on data "
                          "of data/instruct/prepare.py")
+    if input.strip() and '{input}' not in loaded['template']:
+        raise ValueError("the model's template has no {input}, so the input would be lost; type it in "
+                         "--instruction, and no --input")
     start = render(loaded['template'], instruction, input)
 prompt = tokenizer.encode(start, allow_special=not instruction)
 shown = '' if instruction else start # what is printed in front of a sample
@@ -112,6 +118,16 @@ class Sample:
         print(self.text[self.printed:upto], end='', flush=True)
         self.printed = upto
 
+def finite(tokens):
+    """ the same tokens; raises ValueError where the model gives no probabilities to draw them by """
+    try:
+        yield from tokens
+    except RuntimeError as error:
+        if 'probability tensor' not in str(error):
+            raise
+        raise ValueError(f"the model's probabilities are not finite in {dtype}; type --dtype=float32, or "
+                         "take another checkpoint") from None
+
 samples = [Sample() for _ in range(num_samples)]
 idx = torch.tensor([prompt] * num_samples, device=device)
 compile_model([model], compile, device, trial=lambda: list(model.stream(idx, 2)), dynamic=True)
@@ -120,7 +136,7 @@ if stream:
     print(shown, end='', flush=True)
 begin = time.time()
 tokens = model.stream(idx, max_new_tokens, temperature, top_k, top_p, tokenizer.n_vocab)
-progress = tqdm(tokens, total=max_new_tokens, unit='tok', delay=1, leave=False, disable=stream)
+progress = tqdm(finite(tokens), total=max_new_tokens, unit='tok', delay=1, leave=False, disable=stream)
 for n, token in enumerate(progress, 1):
     for sample, t in zip(samples, token.tolist()):
         sample.add(t, last=n == max_new_tokens)

@@ -80,14 +80,19 @@ class CharTokenizer:
     def decode(self, ids) -> str:
         return ''.join(self.chars[i] for i in ids)
 
+def are_characters(chars) -> bool:
+    """ whether this is a vocabulary of characters: a list of them, none twice """
+    return (isinstance(chars, list) and all(isinstance(char, str) and len(char) == 1 for char in chars)
+            and len(set(chars)) == len(chars) > 0)
+
 def from_state(state: dict) -> BPETokenizer | CharTokenizer:
     """ the tokenizer that a checkpoint or a dataset describes """
     if state.get('name') == 'gpt2':
         return BPETokenizer()
-    if state.get('name') == 'char' and isinstance(state.get('chars'), list):
+    if state.get('name') == 'char' and are_characters(state.get('chars')):
         return CharTokenizer(state['chars'])
     raise ValueError(f"there is no tokenizer {state.get('name')!r} with its vocabulary; expected 'gpt2', or "
-                     "'char' with its chars")
+                     "'char' with its chars, each of them once")
 
 def count_ids(state: dict) -> int:
     """ how many ids a tokenizer has, without making it """

@@ -10,7 +10,7 @@ $ torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
 # options; the defaults train a GPT-2 (124M) on OpenWebText, as nanoGPT's do
 
 # what to start from, and where to write
-init_from = 'scratch' # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a model's path
+init_from = 'scratch' # scratch, resume, gpt2, gpt2-medium, -large, -xl, a hub id (or id@revision), or a path
 out_dir = 'out' # for ckpt.pt (best), last.pt (latest), config.json, log.csv, loss.png and report.md
 overwrite = False # start anew in an out_dir that already holds a run
 # evaluation
@@ -127,9 +127,7 @@ def leave(status):
 
 sequences = batch_size * gradient_accumulation_steps # S: what an iteration trains on, on any machine
 share = parallel.share(sequences, world_size) # of them, a process's
-if shard and (world_size == 1 or lora_rank or optimizer == 'muon'):
-    raise ValueError("shard is for several processes, adamw and whole matrices; start train.py by torchrun, "
-                     "or type --shard=False")
+parallel.check_shard(shard, world_size, config)
 
 launch = parallel.launch()
 if init_from != 'resume' and checkpoints.find(out_dir) and not (eval_only or dry_run):
@@ -170,6 +168,9 @@ if dry_run: # which needs neither data nor, for GPT-2, weights
 
 train_data = open_split(folders, 'train', block_size, vocab_size, seed=seed)
 val_data = open_split(folders, 'val', block_size, vocab_size)
+n_evaluated = eval_iters * batch_size or val_data.windows # windows of each split
+for data in (train_data, val_data):
+    list(data.evaluation_parts(n_evaluated)) # raises where a mask leaves none
 template = read_template(folders)
 if num_epochs:
     max_iters = min(max_iters, max(1, round(num_epochs * train_data.windows / sequences)))
@@ -271,10 +272,10 @@ def evaluate():
     raw_model.eval()
     for name, data in (('train', train_data), ('val', val_data)):
         losses[name] = 0.0
-        for weight, windows, n in data.evaluation_parts(eval_iters * batch_size or val_data.windows):
+        for weight, windows, n in data.evaluation_parts(n_evaluated):
             total = torch.zeros((), device=device)
             for batch in data.batches(windows, micro_batch * world_size):
-                if all_sum([float(signals.end > 0)], world_size, device)[0]:
+                if all_sum(signals.asked(), world_size, device)[0]:
                     return None
                 x, y = fetch(*data.batch(batch[rank::world_size]), device)
                 with autocast(device, dtype):
@@ -399,8 +400,7 @@ while True:
         opt.collect()
     scaler.unscale_(opt)
     grad_norm = parallel.full(torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)).item()
-    loss, n_ending, n_saving = all_sum([loss.item(), float(signals.end > 0), float(signals.save)], world_size,
-                                       device)
+    loss, n_ending, n_saving = all_sum([loss.item(), *signals.asked()], world_size, device)
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     # a scaled gradient that overflows is float16's everyday business
     overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1

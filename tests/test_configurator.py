@@ -1,13 +1,15 @@
 import ast
+import contextlib
+import io
 import os
 import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configurator import ROOT, parse, read_argument
+from configurator import ROOT, configure, read_argument, report
 
 DEFAULTS = {'batch_size': 12, 'learning_rate': 6e-4, 'compile': 'auto', 'decay_lr': True, 'start': '\n'}
 
@@ -35,13 +37,51 @@ def test_a_bad_argument_is_told(arg, message):
         read(arg)
     assert message in str(error.value)
 
-@given(st.text())
-def test_no_text_breaks_an_option_of_text_or_number(text):
-    assert parse('start', text, '\n') == text
+OPTIONS = {'size': 1, 'rate': 0.5, 'flag': True, 'mode': 'auto', 'text': '\n', 'seed': 0} # one of each kind
+ANY_TEXT = st.text(st.characters(exclude_categories=())) # a command line may hold halves of surrogate pairs, too
+TYPED = st.one_of(ANY_TEXT, st.integers().map(repr), st.floats().map(repr), st.booleans().map(repr),
+                  st.integers(2**31 - 2, 2**32 + 2).map(hex), st.integers(300, 400).map('1e{}'.format),
+                  st.integers(4000, 5000).map(lambda n: '9' * n), st.text('0123456789+-_.eEjxbo()[]{}:,\'"# \n\\', max_size=9))
+RIGHT = {'size': st.integers(0, 2**31 - 1), 'rate': st.floats(0, allow_infinity=False), 'flag': st.booleans(),
+         'mode': st.sampled_from(['auto', 'offload', True, False]), 'text': ANY_TEXT, 'seed': st.integers(0, 2**32 - 1)}
+
+def call_with(*argv):
+    """ the settings, or the status and what is printed, as of a script with OPTIONS """
+    printed, hook = io.StringIO(), sys.excepthook
     try:
-        assert type(parse('batch_size', text, 12)) is int
-    except ValueError as error:
-        assert 'batch_size is' in str(error)
+        with contextlib.redirect_stderr(printed):
+            return configure(dict(OPTIONS), list(argv))
+    except Exception as error:
+        with contextlib.redirect_stderr(printed), pytest.raises(SystemExit) as left:
+            report(type(error), error, error.__traceback__)
+        return left.value.code, printed.getvalue()
+    finally:
+        sys.excepthook = hook
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(list(OPTIONS)), TYPED)
+def test_whatever_is_typed_is_of_the_right_type_or_refused_in_one_line(key, typed):
+    got = call_with(f'--{key}={typed}')
+    if isinstance(got, dict):
+        assert got == {**OPTIONS, key: got[key]}
+        assert type(got[key]) in ((str, bool) if key == 'mode' else (type(OPTIONS[key]),))
+        limits = {'size': 2**31, 'seed': 2**32, 'rate': float('inf')}
+        assert key not in limits or 0 <= got[key] < limits[key]
+        assert key != 'text' or got[key] == typed
+    else:
+        status, printed = got
+        assert key != 'text' and status == 2 and printed.startswith(f'error: {key} is ') and printed.count('\n') == 1
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(list(RIGHT)).flatmap(lambda key: st.tuples(st.just(key), RIGHT[key], st.booleans())),
+                max_size=6))
+def test_right_values_arrive_unchanged_and_the_last_of_an_option_counts(tmp_path_factory, given):
+    folder, argv = tmp_path_factory.mktemp('configs'), []
+    for n, (key, value, in_a_file) in enumerate(given):
+        argv.append(str(folder / f'{n}.py') if in_a_file else f'--{key}={value}')
+        if in_a_file:
+            (folder / f'{n}.py').write_text(f'{key} = {value!r}', encoding='utf-8')
+    assert call_with(*argv) == {**OPTIONS, **{key: value for key, value, _ in given}}
 
 def test_a_config_computes_and_may_import_and_define(tmp_path):
     path = tmp_path / 'c.py'

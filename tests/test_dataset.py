@@ -1,4 +1,5 @@
 import hashlib
+import math
 import os
 import pickle
 import threading
@@ -18,14 +19,34 @@ def make_split(folder, n, block_size, **options):
     return Split(str(folder), 'train', block_size, vocab_size=2**16, **options)
 
 @settings(max_examples=60, deadline=None)
-@given(n=st.integers(3, 300), block_size=st.integers(1, 40), seed=st.integers(0, 5), epoch=st.integers(0, 3))
-def test_every_token_is_a_target_once_an_epoch(tmp_path_factory, n, block_size, seed, epoch):
-    block_size = min(block_size, n - 1)
+@given(n=st.integers(2, 150), block_size=st.integers(1, 40), seed=st.integers(0, 2**32 - 1),
+       split=st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 4)), epoch=st.integers(0, 10**6))
+def test_every_token_is_a_target_once_an_epoch_whoever_reads_it(tmp_path_factory, n, block_size, seed, split, epoch):
+    """ the iterations that make up some epochs, each shared by processes in micro-batches as train.py shares it """
+    data = make_split(tmp_path_factory.mktemp('d'), n, min(block_size, n - 1), seed=seed)
+    sequences = math.prod(split) # so many epochs are as many iterations as an epoch has windows
+    epochs = [[] for _ in range(sequences)]
+    for i in range(data.windows):
+        windows = data.training_windows(epoch * data.windows + i, sequences)
+        number = np.arange(i * sequences, (i + 1) * sequences).reshape(split) # of a window, in all of them
+        shares = windows.reshape(*split, 2)
+        for rank, step in np.ndindex(*split[:2]):
+            x, y = data.batch(shares[rank][step])
+            assert np.all(x[y >= 0] == y[y >= 0] - 1) # each is predicted from the one before it
+            for k, targets in zip(number[rank][step], y):
+                epochs[k // data.windows] += targets[targets >= 0].tolist()
+    assert all(sorted(targets) == list(range(1, n)) for targets in epochs) # the first has nothing before it
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(50, 400), block_size=st.integers(1, 9), world_size=st.integers(1, 6), each=st.integers(1, 4),
+       seed=st.integers(0, 9))
+def test_the_shares_of_an_iteration_are_disjoint_and_together_the_whole(tmp_path_factory, n, block_size, world_size, each, seed):
     data = make_split(tmp_path_factory.mktemp('d'), n, block_size, seed=seed)
-    windows = data.training_windows(epoch, data.windows) # an iteration that takes a whole epoch
-    x, y = data.batch(windows)
-    assert sorted(y[y >= 0]) == list(range(1, n)) # the first has nothing before it
-    assert np.all(x[y >= 0] == y[y >= 0] - 1) # and each is predicted from the one before it
+    sequences = min(world_size * each, data.windows // world_size * world_size)
+    windows = data.training_windows(0, sequences) # no more than an epoch has
+    shares = [set(map(tuple, share)) for share in windows.reshape(world_size, -1, 2)]
+    assert sum(map(len, shares)) == len(set.union(*shares)) == sequences
+    assert set.union(*shares) == set(map(tuple, data.nth(np.arange(sequences))))
 
 def test_windows_depend_on_seed_and_iteration_alone(tmp_path):
     data = make_split(tmp_path, 1000, 10, seed=3)

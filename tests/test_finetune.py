@@ -76,9 +76,8 @@ def test_lora_keeps_the_adapter_alone_and_resumes_and_samples_and_merges(train, 
     train(f'--init_from={base}', *options, '--max_iters=4', '--lr_decay_iters=8', out_dir='half')
     half = train('--init_from=resume', *options, '--max_iters=8', '--lr_decay_iters=8', out_dir='half')
     assert half.column('loss') == whole.column('loss') and half.column('val_loss') == whole.column('val_loss')
-    losses = [float(v) for v in whole.column('val_loss') if v]
-    assert losses[-1] < losses[0]
     kept = load(whole.out_dir / 'last.pt')
+    assert all(t.abs().max() > 1e-3 for name, t in kept['model'].items() if name.endswith('lora_B')) # 0 at first
     assert kept['base'] == str(base / 'ckpt.pt') and all('.lora_' in name for name in kept['model'])
     model, _ = load_model(str(whole.out_dir / 'last.pt'))
     was = load(base / 'ckpt.pt')['model']
