@@ -53,8 +53,8 @@ import torch.nn.functional as F
 
 import memory
 from dataset import Split, find_dataset, read_tokenizer_state, split_batch
-from device import (DTYPES, autocast, compile_model, fetch, free_memory, is_out_of_memory, memory_mb, memory_to_fill,
-                    peak_flops, pick_device, pick_dtype)
+from device import (DTYPES, autocast, compile_model, fetch, free_memory, is_out_of_memory, memory_mb,
+                    memory_to_fill, peak_flops, pick_device, pick_dtype)
 from model import GPT, GPT2_SHAPES, GPTConfig
 from optim import make_optimizer
 from tokenizer import count_ids

@@ -74,14 +74,14 @@ class Clock:
     def __post_init__(self):
         self.start = time.time()
 
-    def lap(self, iter_num: int, dt: float) -> tuple[dict, str]:
+    def lap(self, iter_num: int, epoch: float, dt: float) -> tuple[dict, str]:
         """ cells of log.csv, and words, for an iteration that took dt seconds """
         mfu = self.flops / dt / self.peak if self.peak else None
         speed = self.tokens / dt
         left = (time.time() - self.start) / (iter_num + 1 - self.first) * (self.last - iter_num - 1)
         return ({'time_ms': round(dt * 1000, 3), 'tokens_per_sec': round(speed, 1), 'mfu': mfu},
                 f"time {dt * 1000:.2f}ms, {f'mfu {mfu:.2%}, ' if mfu else ''}{speed:,.0f} tok/s, "
-                f"eta {datetime.timedelta(seconds=round(left))}")
+                f"epoch {epoch:.2f}, eta {datetime.timedelta(seconds=round(left))}")
 
     def passed(self) -> datetime.timedelta:
         return datetime.timedelta(seconds=round(time.time() - self.start))

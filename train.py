@@ -420,11 +420,11 @@ while True:
 
     # report: everything below is only bookkeeping
     if iter_num % log_interval == 0 or 'val_loss' in row:
-        speed, text = clock.lap(iter_num, dt)
+        speed, text = clock.lap(iter_num, row['epoch'], dt)
         row.update(speed, loss=loss, lr=lr, grad_norm=grad_norm, memory_mb=round(memory_mb(device), 1))
         if master:
             append_row(out_dir, row, wandb_log)
-        say(f"iter {iter_num}: loss {loss:.4f}, epoch {row['epoch']:.2f}, {text}")
+        say(f"iter {iter_num}: loss {loss:.4f}, {text}")
     iter_num += 1
     if n_ending:
         break
