@@ -1,5 +1,5 @@
 """
-Where text comes from: files, folders, pipes, rows of .jsonl and .csv, datasets of the Hugging Face hub.
+Where text comes from: files, folders, pipes, rows of .jsonl, .json, .csv, datasets of the Hugging Face hub.
 
 >>> for place, blocks in Documents('texts'): # a folder
 ...     print(place, ''.join(blocks)[:20])
@@ -7,7 +7,7 @@ texts/a.txt First Citizen: Befor
 texts/b.jsonl, line 1 Once upon a time
 
 A document is its place, for messages, and an iterator of blocks of text, to be used up before the next one.
-Files are in UTF-8 and read a block or a line at a time, so their size does not matter.
+Files are in UTF-8 and read a block or a line at a time, so their size does not matter, but for .json.
 """
 import codecs
 import csv
@@ -18,7 +18,7 @@ import os
 import re
 import sys
 
-from dataset import bad_utf8, shorten
+from dataset import bad_utf8, read_text, shorten
 
 BLOCK = 2**20 # bytes or characters at a time
 csv.field_size_limit(2**31 - 1) # Python's own limit is 128 KiB
@@ -61,16 +61,27 @@ class Documents:
     def read(self, progress):
         """ all documents; `progress` is called with the number of bytes at each step """
         if self.name == '-':
-            yield 'the pipe', read_blocks(sys.stdin.buffer, 'the pipe', progress)
+            yield 'the pipe', self.plain(read_blocks(sys.stdin.buffer, 'the pipe', progress), 'the pipe')
         elif not self.paths:
             yield from map(self.text_of, hub_rows(self.name, self.subset, progress))
         for path in self.paths:
-            rows = {'.jsonl': json_rows, '.csv': csv_rows}.get(os.path.splitext(path)[1].lower())
+            rows = {'.jsonl': json_rows, '.json': json_items, '.csv': csv_rows}.get(
+                os.path.splitext(path)[1].lower())
             if rows:
                 yield from map(self.text_of, rows(path, progress))
             else:
                 with open(path, 'rb') as file:
-                    yield shorten(path), read_blocks(file, path, progress)
+                    yield shorten(path), self.plain(read_blocks(file, path, progress), shorten(path))
+
+    def plain(self, blocks, place):
+        """ the same blocks, with a warning where they begin with a row rather than with text """
+        for block in itertools.islice(blocks, 1):
+            if self.text_field in first_object(block):
+                print(f"warning: {place} begins with a JSON object that has {self.text_field!r}, but is read "
+                      "as plain text, braces and all; for its rows save it under a name that ends in .jsonl, "
+                      "or in .json for one list, and type --input=FILE.jsonl", file=sys.stderr)
+            yield block
+        yield from blocks
 
     def text_of(self, row):
         """ the document of a row, (place, dict); raises ValueError where it has no such text """
@@ -115,7 +126,7 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
 
 def check_hub_id(name: str) -> None:
     """ raise FileNotFoundError for what is neither a path nor can be read from the hub """
-    is_file = name.endswith(('.txt', '.md', '.jsonl', '.csv'))
+    is_file = name.endswith(('.txt', '.md', '.jsonl', '.json', '.csv'))
     is_id = not is_file and re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', name)
     if not is_id or importlib.util.find_spec('datasets') is None:
         hub = ", or run pip install datasets if it is a dataset of the Hugging Face hub" if is_id else ""
@@ -172,6 +183,31 @@ def json_rows(path: str, progress=lambda n: None):
         if not isinstance(row, dict):
             raise ValueError(f'{place} is no JSON object; expected one a line, such as {{"text": "..."}}')
         yield place, row
+
+def json_items(path: str, progress=lambda n: None):
+    """ the place and the dict of each item of a .json file, one list of objects, which memory holds whole """
+    name = shorten(path)
+    try:
+        items = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not one JSON value ({error}); rename it to end in .jsonl if each of its "
+                         "lines is one, or in .txt to take it as plain text") from None
+    except RecursionError:
+        items = None
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ValueError(f'{name} is no list of objects, such as [{{"text": "..."}}]; mend it, or rename it '
+                         "to end in .txt to take it as plain text")
+    for number, item in enumerate(items, 1):
+        yield f'{name}, item {number}', item
+    progress(os.path.getsize(path))
+
+def first_object(text: str) -> dict:
+    """ the JSON object that a text, or a list in it, begins with; {} where there is none """
+    try:
+        value, _ = json.JSONDecoder().raw_decode(text.lstrip().removeprefix('[').lstrip())
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 def csv_rows(path: str, progress=lambda n: None):
     """ the place and the fields, as a dict, of each row of a .csv file under its header """

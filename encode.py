@@ -7,11 +7,13 @@ not grow with the text. GPT-2's ids are those of each document encoded as a whol
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
 import signal
 import threading
+import unicodedata
 
 import numpy as np
 
@@ -21,7 +23,7 @@ END = '<|endoftext|>'
 def write_tokens(path: str, documents, tokenizer, workers: int = 0, allow_special: bool = False) -> int:
     """ write GPT-2's ids of all documents, each closed by end-of-text; return how many there are """
     workers = workers or os.cpu_count()
-    jobs = cut_jobs(documents, tokenizer.pieces)
+    jobs = cut_jobs(documents, tokenizer)
     first = list(itertools.islice(jobs, 4)) # if that is all, processes would take longer to start
     alone = workers == 1 or len(first) < 4
     jobs = itertools.chain(first, jobs)
@@ -32,11 +34,11 @@ def write_tokens(path: str, documents, tokenizer, workers: int = 0, allow_specia
             file.write(ids)
         return file.tell() // 2
 
-def cut_jobs(documents, pieces):
+def cut_jobs(documents, tokenizer):
     """ lists of pieces of text, with None where a document ends, of JOB characters or a few more """
     job, size = [], 0
     for _, blocks in documents:
-        for piece in itertools.chain(pieces(blocks), [None]):
+        for piece in itertools.chain(cut_text(blocks, tokenizer), [None]):
             job.append(piece)
             size += len(END if piece is None else piece)
             if size >= JOB:
@@ -44,6 +46,41 @@ def cut_jobs(documents, pieces):
                 job, size = [], 0
     if job:
         yield job
+
+def cut_text(blocks, tokenizer):
+    """ blocks of one text in pieces whose ids, joined, are the whole text's: cut in front of white space,
+    and, in a block that has none, once where the kind of character changes """
+    def numbered():
+        """ (n, block), n counting the cuts before it that are not for tokenizer.pieces to find """
+        n = 0
+        for block in blocks:
+            cut = 0 if tokenizer.boundary.search(block) else find_change(block)
+            if cut:
+                yield n, block[:cut]
+                n += 1
+            yield n, block[cut:]
+    for _, part in itertools.groupby(numbered(), key=lambda pair: pair[0]):
+        yield from tokenizer.pieces(block for _, block in part)
+
+def find_change(text: str) -> int:
+    """ where letters, numbers and other characters first meet, 0 if nowhere: 'ab,c' -> 2
+
+    None of GPT-2's words but a contraction ('s, 'll) goes over such a place, and none looks back over one or,
+    white space aside, ahead: so a cut there changes nothing.
+    """
+    kinds = map(kind, text)
+    return next((i for i, (a, b) in enumerate(itertools.pairwise(kinds), 1) if a and b and a != b), 0)
+
+@functools.lru_cache(2**16)
+def kind(char: str) -> str:
+    """ letter, number or other, as GPT-2's words tell them apart; '' for one that no cut may be next to
+
+    These are white space, an apostrophe, the bar of <|endoftext|>, and what Unicode has changed or added
+    since its version 3.2, where tiktoken's tables may be older or newer than Python's.
+    """
+    now, then = unicodedata.category(char)[0], unicodedata.ucd_3_2_0.category(char)[0]
+    kinds = [{'L': 'letter', 'N': 'number', 'Z': '', 'C': ''}.get(c, 'other') for c in (now, then)]
+    return kinds[0] if kinds[0] == kinds[1] and char not in "'|" else ''
 
 def encode_job(job: list[str | None], tokenizer, allow_special: bool) -> bytes:
     """ the ids of a job, as they stand in the file """

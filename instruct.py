@@ -70,9 +70,14 @@ def encode(turns: list[tuple[str, str, str]], template: str, tokenizer) -> tuple
     """ the ids of an item, each answer closed by end-of-text, and a mask: 1 for these, 0 for the prompts
 
     Prompt and answer are encoded each for itself, so a model is later asked with the very ids it learned.
+    Raises ValueError, to be put behind the item's place, for an input that the template has no place for.
     """
     ids, mask = [], []
     for instruction, input, answer in turns:
+        if input.strip() and '{input}' not in template:
+            raise ValueError("has an input, but the template has no {input}, so it would be lost; type "
+                             "--template with {input} in it, such as '{instruction}\\n\\n{input}\\n\\n', or "
+                             "take the inputs out")
         prompt = tokenizer.encode(render(template, instruction, input))
         reply = [*tokenizer.encode(answer), tokenizer.eot]
         ids += prompt + reply

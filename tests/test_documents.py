@@ -27,7 +27,7 @@ def test_bad_utf8_is_told_with_its_byte(tmp_path, monkeypatch, size, data, byte)
     with pytest.raises(UnicodeDecodeError) as reference:
         data.decode('utf-8')
     assert reference.value.start == byte
-    for name in ('a.txt', 'a.jsonl', 'a.csv'):
+    for name in ('a.txt', 'a.jsonl', 'a.json', 'a.csv'):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=f'{name} is not UTF-8 at byte {byte};'):
             texts(str(tmp_path / name))
@@ -56,6 +56,10 @@ def test_csv_is_read_as_it_is_quoted(tmp_path):
 BROKEN = [('a.jsonl', '{"text": "a"}\n{"text": "b"', 'line 2 is not JSON'), ('a.jsonl', '[1]', 'line 1 is no JSON object'),
           ('a.jsonl', '\n{"body": "a", "n": 1}', "line 2 has no field 'text', but body, n; type --text_field"),
           ('a.jsonl', '{"text": null}', 'line 1 has None as its text'), ('a.jsonl', '[' * 10**5, 'line 1 is not JSON'),
+          ('a.json', '{"text": "a"}\n{"text": "b"}', 'a.json is not one JSON value .* to end in .jsonl if'),
+          ('a.json', '{"text": "a"}', 'a.json is no list of objects'), ('a.json', '["a"]', 'a.json is no list of objects'),
+          ('a.json', '[' * 10**5, 'a.json is no list of objects'), ('a.json', '[]', 'there is no text'),
+          ('a.json', '[{"text": "a"}, {"body": "b"}]', "item 2 has no field 'text', but body; type --text_field"),
           ('a.csv', 'id,body\n1,a\n', "line 2 has no field 'text', but id, body"),
           ('a.csv', 'text,n\na,1\nb, c,2\n', 'line 3 has 3 fields, but the header has 2'),
           ('a.csv', 'text\na\n"b\nc', 'line 3 is not CSV'), ('a.csv', 'text\n', 'there is no text')]
@@ -65,6 +69,25 @@ def test_a_broken_row_is_told_with_its_line(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         texts(str(tmp_path / name))
+
+def test_a_list_in_json_is_read_as_rows(tmp_path):
+    (tmp_path / 'a.json').write_text(json.dumps([{'body': 'one'}, {'body': 'two\nlines', 'n': 1}], indent=2))
+    assert texts(str(tmp_path / 'a.json'), 'body') == ['one', 'two\nlines']
+
+@pytest.mark.parametrize('size', [40, 2**20])
+@pytest.mark.parametrize('text, warned', [
+    ('{"text": "a"}\n{"text": "b"}\n', True), (' [\n  {"text": "a"},\n {"text": "b"}]', True), ('{"body": "a"}\n', False),
+    ('{text} is a word.', False), ('["text"]', False), ('{"text": "never ends', False), ('"text" is a word.', False),
+    ('[' * 10**5, False), ('{"a":' * 10**5, False)], ids=lambda value: repr(value)[:20])
+def test_rows_that_are_read_as_plain_text_are_told(tmp_path, monkeypatch, capsys, text, warned, size):
+    monkeypatch.setattr(documents, 'BLOCK', size)
+    (tmp_path / 'a.txt').write_text(text)
+    monkeypatch.setattr(sys, 'stdin', open(tmp_path / 'a.txt'))
+    for name, place in (('-', 'the pipe'), (str(tmp_path / 'a.txt'), 'a.txt')):
+        assert texts(name) == [text] # all the same
+        told = capsys.readouterr().err
+        assert ('type --input=FILE.jsonl' in told and f'{place} begins with a JSON object' in told) == warned
+        assert told.count('\n') == warned
 
 def test_half_a_surrogate_pair_is_replaced_as_tiktoken_replaces_it(tmp_path):
     (tmp_path / 'a.jsonl').write_text(r'{"text": "a\ud83db \ud83d\ude42"}')

@@ -3,6 +3,7 @@ import multiprocessing
 
 import numpy as np
 import pytest
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +33,34 @@ def test_ids_equal_tiktoken_s_of_each_whole_document(tmp_path_factory, texts, si
         patch.setattr(encode, 'JOB', job)
         ids = written(tmp_path_factory.getbasetemp(), texts, size, workers=1)
     assert ids == [i for text in texts for i in [*BPE.encoding.encode_ordinary(text), 50256]]
+
+PARTS = ["a", "'", "s", "'s", "'re", "'ll", "l", "|", "<|endoftext|>", "<|", "|>", "1", "²", "Ⅷ", "三", "東京", "。", "，", "é",
+         "e\u0301", "\u0301", "ไทย", "ี้", "🙂", "👩\u200d💻", "_", "'\u0301", "\u0378", "\ua7cb", "\U00010d40", " ", "\u3000", "\n"]
+
+@settings(max_examples=600, deadline=None)
+@given(st.lists(st.lists(st.sampled_from(PARTS), min_size=1, max_size=30).map(''.join), min_size=1, max_size=3),
+       st.integers(2, 9), st.integers(1, 20), st.booleans())
+def test_ids_equal_tiktoken_s_where_cuts_are_between_kinds_of_characters(tmp_path_factory, texts, size, job, allow):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, 'JOB', job)
+        ids = written(tmp_path_factory.getbasetemp(), texts, size, workers=1, allow_special=allow)
+    assert ids == [i for text in texts for i in [*BPE.encode(text, allow_special=allow), 50256]]
+
+def test_text_without_white_space_is_not_held_but_for_a_run_of_one_kind():
+    text = ('漢字仮名交じり文' * 20 + '。') * 50
+    pieces = list(encode.cut_text(cut(text, 400), BPE))
+    assert ''.join(pieces) == text and max(map(len, pieces)) <= 2 * 400
+    assert [len(piece) for piece in encode.cut_text(cut('漢' * 2000, 400), BPE)] == [2000]
+
+def test_a_character_is_of_the_kind_that_tiktoken_sees_in_it():
+    every = ''.join(map(chr, [*range(0xd800), *range(0xe000, 0x30000)]))
+    kinds = [encode.kind(char) for char in every]
+    for kind, pattern in (('letter', r'\p{L}'), ('number', r'\p{N}'), ('other', r'[^\s\p{L}\p{N}]')):
+        bytes_only = tiktoken.Encoding('x', pat_str=pattern, mergeable_ranks={bytes([i]): i for i in range(256)},
+                                       special_tokens={}) # it leaves out what the pattern does not match
+        found = {*bytes(bytes_only.encode_ordinary(every)).decode()}
+        mine = {char for char, k in zip(every, kinds) if k == kind}
+        assert mine <= found and len(mine) > 500
 
 def test_end_of_text_is_a_token_where_it_is_allowed(tmp_path):
     text = 'one <|endoftext|> two<|endoftext|>'

@@ -5,8 +5,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from instruct import TEMPLATE, encode, read_turns, render
+from model import GPT, GPTConfig
 from tokenizer import BPETokenizer
 
 BPE = BPETokenizer()
@@ -95,12 +97,29 @@ def test_a_template_may_be_given_as_text_or_as_a_file(run, clone, tmp_path):
         assert (folder / 'template.txt').read_bytes() == text.encode()
         assert BPE.decode(read(folder, 'train')[0]).startswith('Frage: Add one to {input}.\n\n1\n\nAntwort: Two.')
 
+def test_a_template_without_a_place_for_inputs_does_where_there_are_none(run, clone, tmp_path):
+    items = [*ITEMS[1:], {'instruction': 'Wait.', 'input': ' ', 'output': 'Yes.'}]
+    prepare(run, tmp_path, '--name=plain', '--template=Q: {instruction}\\nA: ', items=items)
+    assert BPE.decode(read(clone / 'data' / 'plain', 'val')[0]) == 'Q: Wait.\nA: Yes.<|endoftext|>'
+
+@pytest.mark.parametrize('options, message', [
+    (('--input=foo',), "input is 'foo', but there is no instruction that it is for; type --instruction=TEXT"),
+    (('--instruction=Say hi.', '--input=foo'), "the model's template has no {input}, so the input would be lost; type")])
+def test_an_input_that_a_sample_would_lose_is_refused(run, tmp_path, options, message):
+    model = GPT(GPTConfig(16, 50257, 1, 1, 4))
+    torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__, 'tokenizer': BPE.state,
+                'template': 'Q: {instruction}\nA: '}, tmp_path / 'ckpt.pt')
+    done = run('sample.py', f"--out_dir={tmp_path / 'ckpt.pt'}", '--device=cpu', *options, status=2)
+    assert message in done.err.splitlines()[-1] and 'Traceback' not in done.err
+
 def test_items_longer_than_the_model_reads_are_told(run, tmp_path):
     done = prepare(run, tmp_path, '--name=long', items=[*ITEMS, {'instruction': 'Count.', 'output': ' a' * 1024}])
     assert 'warning: 1 items are longer than the 1,024 tokens' in done.out
 
 WRONG = [(ITEMS, ('--template=Hello',), 'no {instruction}'), (ITEMS, ('--template=FILE:none.txt',), 'there is no none.txt'),
          (ITEMS, ('--val_fraction=1.0',), 'between 0 and 1'), (ITEMS[:1], (), 'has 1 item(s); expected two'),
+         (ITEMS[1:] + ITEMS[:1], ('--template=Q: {instruction}\\nA: ',),
+          'items.jsonl, line 3 has an input, but the template has no {input}'),
          ([*ITEMS, {'instruction': 'a'}], (), 'items.jsonl, line 4 has the fields instruction; expected')]
 
 @pytest.mark.parametrize('items, options, message', WRONG, ids=[message for _, _, message in WRONG])

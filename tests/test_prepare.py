@@ -4,17 +4,28 @@ data/*/prepare.py as a user runs them.
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import CHARS, TEXT
 from tokenizer import BPETokenizer
 
 BPE = BPETokenizer()
+
+@pytest.fixture(scope='module')
+def wide(tmp_path_factory):
+    """ a tiny GPT-2 with random weights that reads 1024 tokens at once, as transformers saves it """
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp('models') / 'wide'
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8)).save_pretrained(folder)
+    return folder
 
 def read(folder, split):
     return np.fromfile(folder / f'{split}.bin', dtype='<u2')
@@ -103,6 +114,41 @@ def test_it_tells_the_epochs_of_a_default_run_and_warns_of_little_text(run, clon
     (tmp_path / 'a.txt').write_text('a' + ' a' * 998)
     done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=much')
     assert 'warning: that is little' in done.out and '--patience' in done.out
+
+@pytest.mark.parametrize('n, told', [
+    # 43 windows of 1024, 4 an iteration: 10.75 iterations an epoch, 107.5 in ten, and 5 in half of one
+    (48_760, ('43,884 tokens to train on', 'makes 19.3 epochs of them, in 13 iterations of 65,536 tokens',
+              'at most 10.0 epochs of them, in 108 iterations of 4,096 tokens, and ends after 4',
+              '--dataset=sized --lora_rank=8 --learning_rate=3e-4 --batch_size=4 --gradient_accumulation_steps=1 '
+              '--num_epochs=10 --eval_interval=5 --patience=4\n')),
+    (10_250, ('1,025 to validate on', 'in 25 iterations of 4,096 tokens', '--dataset=sized --lora_rank=8')),
+    # a sequence of 1024 and the token after it are one more than there are; 18 windows of 512
+    (10_240, ('1,024 to validate on', 'gpt2_small.py with --block_size=512 makes 21.3 epochs', 'warning: 1,024 tokens to validate',
+              'at most 10.0 epochs of them, in 45 iterations of 2,048 tokens', '--dataset=sized --block_size=512 --lora_rank=8')),
+    (21, ('2 to validate on', 'warning: 2 tokens to validate on say little', '--block_size=1 '))])
+def test_little_text_is_given_a_run_that_fits_it(run, tmp_path, n, told):
+    (tmp_path / 'a.txt').write_text('a' + ' a' * (n - 2))
+    done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=sized')
+    assert [text for text in told if text not in done.out] == [], done.out
+
+def test_the_command_for_little_text_runs_as_told_and_ends_where_patience_says(run, tmp_path, wide):
+    (tmp_path / 'a.txt').write_text('a b c d ' * 90 + 'every word is another now ' * 10)
+    told = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=short').out
+    command = told.rpartition('next: python train.py ')[2].split()
+    made = run('train.py', *command, f'--init_from={wide}', '--device=cpu', '--dtype=float32')
+    epochs, iters = re.search(r'at most ([\d.]+) epochs of them, in (\d+) iterations of', told).groups()
+    assert f'{iters} iterations are {epochs} epochs' in made.out
+    assert '4 evaluations in a row were no better than that of iteration 0, so it ended' in made.out
+    evaluated = [int(i) for i, loss in zip(made.column('iter'), made.column('val_loss')) if loss]
+    assert len(evaluated) == 5 and evaluated[-1] < int(iters)
+
+def test_little_text_in_characters_is_given_a_run_that_fits_it(run, tmp_path):
+    (tmp_path / 'a.txt').write_text(TEXT[:999])
+    told = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=short_chars', '--tokenizer=char').out
+    command = told.rpartition('next: python train.py ')[2].split()
+    assert command[2:] == ['--out_dir=out-short_chars', '--block_size=64', '--eval_interval=50', '--patience=4']
+    made = run('train.py', *command, f"--out_dir={tmp_path / 'out'}", '--max_iters=2', '--device=cpu')
+    assert 'finished at iteration 2' in made.out
 
 def test_characters_of_another_dataset_keep_their_ids(run, clone, tmp_path):
     (tmp_path / 'a.txt').write_text(TEXT[:500])

@@ -1,13 +1,13 @@
 """
 Makes a dataset of your own text, of any size. Each document is closed by end-of-text, or by a newline where
-the tokens are characters. A document is a text file, a line of .jsonl, a row of .csv or of a dataset of the
-Hugging Face hub, or all that comes through a pipe; a folder may hold many of them.
+the tokens are characters. A document is a text file, a line of .jsonl, an item of a list in .json, a row of
+.csv or of a dataset of the Hugging Face hub, or all that comes through a pipe; a folder may hold many.
 
 $ python data/custom/prepare.py --input=novel.txt --name=novel
 $ python train.py config/finetune/gpt2_small.py --dataset=novel
 """
 # options
-input = '' # a file or a folder (*.txt, *.md, *.jsonl, *.csv), a dataset id of the hub, or - for a pipe
+input = '' # a file, a folder (its *.txt, *.md, *.jsonl, *.csv), a dataset id of the hub, or - for a pipe
 name = 'custom' # the dataset is written to data/NAME
 text_field = 'text' # which field of a row is the text
 subset = '' # which one of a dataset of the hub that has several
@@ -25,6 +25,8 @@ sys.path.insert(0, os.path.join(_folder, '..', '..')) # for the project's module
 
 from configurator import ROOT, configure, run_file
 
+_little = 100_000 # tokens to train on
+
 def known_characters():
     """ those of the dataset that `tokenizer` names """
     from dataset import find_dataset, read_tokenizer_state
@@ -37,22 +39,54 @@ def known_characters():
                          "type --tokenizer with another")
     return chars
 
-def tell_run(config, n_train):
-    """ what a run with `config` makes of so many tokens, by train.py's defaults and arithmetic """
+def options_of(config):
+    """ train.py's options as `config` sets them """
     with open(os.path.join(ROOT, 'train.py'), encoding='utf-8') as file:
         options = {}
         exec(file.read().partition('from configurator')[0], options)
-    options = run_file(os.path.join(ROOT, config), options)
+    return run_file(os.path.join(ROOT, config), options)
+
+def fit_block(options, n_train, n_val):
+    """ {'block_size': N} where the config's sequences are too long for so few tokens """
+    block_size = options['block_size']
+    while block_size > 1 and (block_size >= n_val or 8 * block_size > n_train):
+        block_size //= 2
+    return {'block_size': block_size} if block_size < options['block_size'] else {}
+
+def little_run(options, n_train):
+    """ what suits little text: an iteration of few sequences, and two evaluations an epoch """
+    if options['init_from'] == 'scratch': # which wants all of its iterations
+        return {'eval_interval': 50, 'patience': 4}
+    return {'lora_rank': 8, 'learning_rate': '3e-4', 'batch_size': 4, 'gradient_accumulation_steps': 1,
+            'num_epochs': 10, 'eval_interval': max(1, n_train // (2 * 4 * options['block_size'])),
+            'patience': 4}
+
+def count_epochs(options, n_train):
+    """ what a run makes of so many tokens, in words, by train.py's arithmetic """
     windows = -(-(n_train - 1) // options['block_size'])
     sequences = options['batch_size'] * options['gradient_accumulation_steps']
     iters = options['max_iters']
     if options['num_epochs']:
         iters = min(iters, max(1, round(options['num_epochs'] * windows / sequences)))
-    print(f"a default run of {config} makes {iters * sequences / windows:,.1f} epochs of them, in {iters:,} "
-          f"iterations of {sequences * options['block_size']:,} tokens")
-    if n_train < 100_000:
-        print("warning: that is little, and a model soon knows it by heart; type --num_epochs=3 or so, and "
-              "--patience=2 to end where the validation loss rises")
+    return (f"{iters * sequences / windows:,.1f} epochs of them, in {iters:,} iterations of "
+            f"{sequences * options['block_size']:,} tokens")
+
+def tell_run(config, n_train, n_val):
+    """ say what a run with `config` makes of so many tokens; return what else to type, to suit them """
+    options = options_of(config)
+    fitting = fit_block(options, n_train, n_val)
+    options |= fitting
+    with_block = f" with --block_size={options['block_size']}" if fitting else ''
+    print(f"a default run of {config}{with_block} makes {count_epochs(options, n_train)}")
+    if fitting:
+        print(f"warning: {n_val:,} tokens to validate on say little of how good a model is, and make "
+              "sequences short; add text, or type a larger --val_fraction")
+    if n_train < _little:
+        fitting |= little_run(options, n_train)
+        print("warning: that is little, and a model soon knows it by heart; the command below makes at most "
+              f"{count_epochs(options | fitting, n_train)}, and ends after {fitting['patience']} evaluations "
+              "without a better one")
+    return ''.join(f' --{key}={value}' for key, value in fitting.items())
 
 def main():
     from dataset import claim, publish, shorten, split_off, write_meta
@@ -72,7 +106,7 @@ def main():
             chars, n = write_characters(path, documents, chars)
             write_meta(place, chars)
         n_val = int(n * val_fraction)
-        if not 0 < n_val < n:
+        if not 1 < n_val < n - 1: # a target has a token before it
             raise ValueError(f"{n} tokens are too few to keep {val_fraction} of them to validate on; add "
                              "text")
         split_off(place, '.bin', 2 * (n - n_val))
@@ -80,8 +114,8 @@ def main():
           f"vocabulary of {len(chars) if chars else BPETokenizer.n_vocab:,}")
     print(f"{shorten(folder)}: {n - n_val:,} tokens to train on, {n_val:,} to validate on")
     config = f"config/{'train_shakespeare_char_cpu' if chars else 'finetune/gpt2_small'}.py"
-    tell_run(config, n - n_val)
-    print(f"next: python train.py {config} --dataset={name}" + (f" --out_dir=out-{name}" if chars else ''))
+    more = tell_run(config, n - n_val, n_val)
+    print(f"next: python train.py {config} --dataset={name}{f' --out_dir=out-{name}' if chars else ''}{more}")
 
 if __name__ == '__main__': # and not in the processes that encode, which read this file too
     configure(globals())
