@@ -5,6 +5,7 @@ The file is nanoGPT's dict (model, optimizer, model_args, iter_num, best_val_los
 tokenizer, scaler and version beside it. It is a zip, which keeps a checksum of each tensor.
 """
 import contextlib
+import glob
 import os
 import struct
 import sys
@@ -56,33 +57,44 @@ class Saver:
 
     def __init__(self, out_dir: str, keeps_all: bool):
         self.out_dir, self.keeps_all = out_dir, keeps_all
-        self.n_saved, self.error = 0, None # how many succeeded, and why the latest failed, if it did
+        self.saved, self.error = None, None # the iteration that is in last.pt, and why the latest failed
+
+    def clear(self, anew: bool) -> None:
+        """ take away what a killed save left, and for a run `anew` the checkpoints of the one before """
+        patterns = ['*.pt.tmp'] + ['last.pt', 'ckpt.pt', 'iter_*.pt'] * anew
+        for pattern in patterns:
+            for path in glob.glob(os.path.join(glob.escape(self.out_dir), pattern)):
+                os.remove(path)
 
     def __call__(self, checkpoint: dict, is_best: bool, tells: bool = False) -> bool:
         """ write last.pt, and let ckpt.pt be the same file where it is the best; tell if it succeeded """
         last, started, iter_num = os.path.join(self.out_dir, 'last.pt'), time.time(), checkpoint['iter_num']
         try:
+            if not all(tensor.isfinite().all() for tensor in checkpoint['model'].values()):
+                raise ValueError(f"the weights are not finite; {last} keeps earlier ones")
             save(checkpoint, last)
             if is_best:
                 link(last, os.path.join(self.out_dir, 'ckpt.pt'))
-            if self.keeps_all:
+            if self.keeps_all and not tells: # an evaluation's
                 link(last, os.path.join(self.out_dir, f'iter_{iter_num:06d}.pt'))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self.error = error
-            print(f"warning: iter {iter_num}: {error}; the run goes on, and tries again at its next save",
-                  file=sys.stderr)
+            print(f"warning: iter {iter_num}: {error}; the next save is another try", file=sys.stderr)
             return False
-        self.n_saved, self.error = self.n_saved + 1, None
+        self.saved, self.error = iter_num, None
         if tells:
             print(f"iter {iter_num}: saved {last}, {os.path.getsize(last) / 1e6:,.1f} MB in "
                   f"{time.time() - started:.1f} s")
         return True
 
     def check(self) -> None:
-        """ at the end of a run: raise OSError where nothing of it was saved """
-        if not self.n_saved:
+        """ at the end of a run: raise OSError where no save succeeded, warn where the latest did not """
+        if self.saved is None and self.error:
             raise OSError(f"{self.error}; nothing of this run was saved; make room on the disk, or type "
                           "--out_dir=ANOTHER")
+        if self.error:
+            print(f"warning: the last save failed; {os.path.join(self.out_dir, 'last.pt')} is of iteration "
+                  f"{self.saved}", file=sys.stderr)
 
 def find(source: str, names=('ckpt.pt', 'last.pt')) -> str | None:
     """ `source` if it is a file, or the first of `names` in the folder `source`; None where there is none """

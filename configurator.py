@@ -189,7 +189,7 @@ def report(kind, error, trace) -> None:
         sys.__excepthook__(kind, error, trace)
         sys.exit(1)
     if os.environ.get('LOCAL_RANK', '0') != '0':
-        time.sleep(1) # torchrun ends this process first, if the error is not its own alone
+        time.sleep(3) # torchrun ends this process first, if the error is not its own alone
     hint = '; run pip install -r requirements.txt' if kind is ModuleNotFoundError else ''
     text = str(error)
     if full:

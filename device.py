@@ -103,12 +103,13 @@ class Signals:
 
     def __init__(self, say):
         self.end, self.save, self.time, self.say = 0, False, 0.0, say
-
-    def listen(self):
-        signal.signal(signal.SIGINT, self.take_end)
-        signal.signal(signal.SIGTERM, self.take_end)
         if hasattr(signal, 'SIGUSR1'): # Windows has none
             signal.signal(signal.SIGUSR1, self.take_save)
+
+    def listen(self):
+        """ from now on an end waits until it is asked for; before, there is nothing to save """
+        signal.signal(signal.SIGINT, self.take_end)
+        signal.signal(signal.SIGTERM, self.take_end)
 
     def asked(self) -> list[float]:
         """ [an end, a checkpoint], each 0 or 1 """
@@ -118,7 +119,7 @@ class Signals:
         if not self.end:
             self.end, self.time = number, time.time()
             self.say("stopping; a second Ctrl-C leaves at once")
-        elif number == signal.SIGINT and time.time() > self.time + 1:
+        elif number == signal.SIGINT and (time.time() > self.time + 1 or 'RANK' not in os.environ):
             # torchrun passes on a signal that this process got as well: at once, it is the same one
             os._exit(130)
 

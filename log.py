@@ -38,8 +38,8 @@ class Best:
         """ the best with one more evaluation, counted once though a resumed run repeats it, and whether that
         is the best """
         # the best again, after a resume: the run may have died between last.pt and ckpt.pt
-        is_best = (val_loss < self.best_val_loss
-                   or (val_loss, iter_num) == (self.best_val_loss, self.best_iter))
+        is_best = val_loss < self.best_val_loss or (iter_num == self.best_iter
+                                                    and self.best_val_loss < math.inf)
         n_worse = (self.n_worse if iter_num <= self.evaluated else 0 if is_best else self.n_worse + 1)
         loss, best_iter = (val_loss, iter_num) if is_best else (self.best_val_loss, self.best_iter)
         return Best(loss, best_iter, n_worse, max(iter_num, self.evaluated)), is_best
@@ -85,6 +85,28 @@ class Clock:
 
     def passed(self) -> datetime.timedelta:
         return datetime.timedelta(seconds=round(time.time() - self.start))
+
+class Steady:
+    """ a stream that shows each line at once, and that a closed pipe or a full disk does not end """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()
+        return len(text)
+
+    def flush(self):
+        self.write('')
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+def steady_output() -> None:
+    """ let print outlive its terminal, `| tee` and the disk under `> train.log` """
+    sys.stdout, sys.stderr = Steady(sys.stdout), Steady(sys.stderr)
 
 @contextlib.contextmanager
 def replacing(path: str):
@@ -141,6 +163,13 @@ def append(path: str, text: str) -> None:
         waiting[path] = text
         print(f"warning: cannot write to {path} ({error.strerror}); its next lines bring these",
               file=sys.stderr)
+
+def finish_log(to_wandb: bool) -> None:
+    """ try once more what no file took, and let wandb send the rest """
+    for path in list(waiting):
+        append(path, '')
+    if to_wandb:
+        need_wandb().finish()
 
 def append_row(out_dir: str, row: dict, to_wandb: bool = False) -> None:
     """ add a row to log.csv, with empty cells for what was not measured; after an evaluation, draw it

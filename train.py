@@ -93,8 +93,8 @@ import parallel
 from dataset import find_datasets, open_split, read_shared_state, read_template, split_batch
 from device import (DTYPES, Signals, autocast, compile_model, describe_machine, fetch, free_memory,
                     is_out_of_memory, memory_mb, memory_to_fill, peak_flops, pick_device, pick_dtype)
-from log import (Best, Clock, append_row, append_sample, epoch_times, is_logged, need_wandb, start_log,
-                 start_wandb)
+from log import (Best, Clock, append_row, append_sample, epoch_times, finish_log, is_logged, need_wandb,
+                 start_log, start_wandb, steady_output)
 from model import GPT, GPTConfig
 from optim import get_lr, load_optimizer, make_optimizer, set_lr, weights
 from parallel import all_sum
@@ -109,7 +109,7 @@ rank, world_size, device = parallel.start_processes(backend, device)
 master = rank == 0
 if device.startswith('cuda'):
     torch.set_float32_matmul_precision('high') # TF32 for what is float32
-sys.stdout.reconfigure(line_buffering=True) # so that a line is seen at once in a file, too
+steady_output() # a line is seen at once in a file, too, and a full disk under it ends no run
 
 if wandb_log:
     need_wandb() # here, so that its absence is told before anything is done
@@ -129,9 +129,10 @@ sequences = batch_size * gradient_accumulation_steps # S: what an iteration trai
 share = parallel.share(sequences, world_size) # of them, a process's
 parallel.check_shard(shard, world_size, config)
 
-launch = parallel.launch()
+signals, launch = Signals(say), parallel.launch()
+restarted = all_sum([float(checkpoints.is_of(out_dir, launch))], world_size, device)[0] # for any process
 if init_from != 'resume' and checkpoints.find(out_dir) and not (eval_only or dry_run):
-    if checkpoints.is_of(out_dir, launch): # torchrun has lost a process, and started all of them again
+    if restarted: # torchrun has lost a process, and started all of them again
         init_from = 'resume'
     elif not overwrite:
         raise FileExistsError(f"{out_dir} already holds a run; type --init_from=resume to go on with it, "
@@ -171,7 +172,6 @@ val_data = open_split(folders, 'val', block_size, vocab_size)
 n_evaluated = eval_iters * batch_size or val_data.windows # windows of each split
 for data in (train_data, val_data):
     list(data.evaluation_parts(n_evaluated)) # raises where a mask leaves none
-template = read_template(folders)
 if num_epochs:
     max_iters = min(max_iters, max(1, round(num_epochs * train_data.windows / sequences)))
     warmup_iters = min(warmup_iters, max_iters // 10)
@@ -192,7 +192,7 @@ check_match(loaded.get('tokenizer'), model.config.vocab_size, tokenizer, dataset
 if block_size > model.config.block_size:
     raise ValueError(f"block_size is {block_size}, but the model has {model.config.block_size} positions; "
                      f"type --block_size={model.config.block_size} or less")
-template = template or loaded.get('template')
+template = read_template(folders) or loaded.get('template')
 if init_from != 'resume' and lora_rank: # a resumed run has its adapter, and knows its base
     loaded.update(checkpoints.describe_base(init_from, model, out_dir))
 base = {key: loaded.get(key) for key in ('base', 'base_fingerprint')}
@@ -233,9 +233,9 @@ opt = make_optimizer(optimizer, model, learning_rate, muon_learning_rate, weight
                      offload_to=(device, DTYPES[dtype]) if plan == 'offload' else None)
 params = [p for group in opt.param_groups for p in group['params']]
 scaler = torch.amp.GradScaler(params[0].device.type, enabled=dtype == 'float16')
-iter_num, best = 0, Best()
+iter_num, best, n_bad = 0, Best(), 0 # n_bad iterations in a row were not finite
 if init_from == 'resume':
-    iter_num, best = loaded.get('iter_num', 0), Best.of(loaded)
+    iter_num, best, n_bad = loaded.get('iter_num', 0), Best.of(loaded), loaded.get('n_bad', 0)
     say(f"resuming at iteration {iter_num}{checkpoints.tell_changes(loaded.get('config', {}), config)}")
     if 'optimizer' in loaded:
         load_optimizer(opt, loaded['optimizer'])
@@ -273,21 +273,21 @@ def evaluate():
     for name, data in (('train', train_data), ('val', val_data)):
         losses[name] = 0.0
         for weight, windows, n in data.evaluation_parts(n_evaluated):
-            total = torch.zeros((), device=device)
+            total = 0.0
             for batch in data.batches(windows, micro_batch * world_size):
                 if all_sum(signals.asked(), world_size, device)[0]:
                     return None
                 x, y = fetch(*data.batch(batch[rank::world_size]), device)
                 with autocast(device, dtype):
-                    total += raw_model(x, y, scale=1.0)[1]
-            losses[name] += weight * all_sum([total.item()], world_size, device)[0] / n
+                    total += raw_model(x, y, scale=1.0)[1].item()
+            losses[name] += weight * all_sum([total], world_size, device)[0] / n
     raw_model.train()
     return losses
 
 # -----------------------------------------------------------------------------
 # logging
 
-signals, saver = Signals(say), checkpoints.Saver(out_dir, keep_checkpoints)
+saver = checkpoints.Saver(out_dir, keep_checkpoints)
 def save(is_best=False, tells=False):
     """ write last.pt, and let ckpt.pt be the same file where it is the best; tell whether that succeeded """
     state = checkpoints.adapter_state(raw_model, base) if lora_rank else {'model': weights(raw_model, opt)}
@@ -295,7 +295,7 @@ def save(is_best=False, tells=False):
     saved = master and saver({
         **state, 'optimizer': moments, 'model_args': checkpoints.model_args(raw_model), 'iter_num': iter_num,
         **vars(best), 'config': config, 'tokenizer': tokenizer, 'template': template,
-        'scaler': scaler.state_dict(), 'launch': launch}, is_best, tells)
+        'scaler': scaler.state_dict(), 'n_bad': n_bad, 'launch': launch}, is_best, tells)
     return all_sum([float(saved)], world_size, device)[0] > 0
 
 def write_sample():
@@ -329,6 +329,7 @@ if iter_num >= max_iters and init_from == 'resume' and is_logged(out_dir, iter_n
         f"--{'num_epochs' if num_epochs else 'max_iters'}=N with a larger N to go on")
     leave(0)
 if master:
+    saver.clear(anew=init_from != 'resume')
     wandb_id = start_wandb(config, init_from == 'resume')
     start_log(out_dir, {**config, 'wandb_id': wandb_id, 'device': device, 'dtype': dtype, 'plan': plan,
                         'max_iters': max_iters, 'warmup_iters': warmup_iters,
@@ -365,11 +366,11 @@ def accumulate(windows, n_targets):
 signals.listen()
 clock = Clock(sequences * block_size, raw_model.flops_per_token(block_size) * sequences * block_size,
               (peak_flops(device, dtype) or 0) * world_size, iter_num, max_iters)
-n_bad, ended = 0, False # iterations in a row that were not finite, and whether this was the last evaluation
+ended = False # whether this was the last evaluation
 while True:
     # once in a while: evaluate and save
     row = {'iter': iter_num, 'epoch': round(iter_num * sequences / train_data.windows, 4)}
-    if iter_num % eval_interval == 0 or iter_num == max_iters:
+    if iter_num % eval_interval == 0 or iter_num >= max_iters:
         losses, before = with_room(evaluate), best
         if losses is None:
             break
@@ -377,7 +378,7 @@ while True:
         best, is_best = best.after(iter_num, losses['val'])
         say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
             f"{', the best so far' if is_best else ''}")
-        ended = iter_num == max_iters or 0 < patience <= best.n_worse
+        ended = iter_num >= max_iters or 0 < patience <= best.n_worse
         if is_best or always_save_checkpoint or ended:
             best = best if save(is_best) else best.without(before)
     if sample_interval and iter_num % sample_interval == 0 and (master or shard):
@@ -410,11 +411,11 @@ while True:
         scaler.update()
     if not finite:
         say(f"iter {iter_num}: loss {loss}, gradient norm {grad_norm}; no update")
-    if n_bad == 5:
+    if n_bad >= 5:
         save()
-        raise ValueError(f"five iterations in a row were not finite, up to {iter_num}; {out_dir}/last.pt "
-                         "holds weights from before them; type --init_from=resume with a lower "
-                         "--learning_rate or --dtype=float32")
+        raise ValueError(f"five iterations in a row were not finite, up to {iter_num}; nothing of them is in "
+                         f"a checkpoint of {out_dir}; type --init_from=resume with a lower --learning_rate "
+                         "or --dtype=float32")
     opt.zero_grad(set_to_none=True)
     dt = time.time() - t0
 
@@ -440,10 +441,9 @@ if not ended:
     save(tells=True)
 say(f"{'finished' if ended else 'stopped'} at iteration {iter_num} after {clock.passed()}")
 if master:
+    finish_log(wandb_log)
     saver.check()
 say(best.describe(out_dir, iter_num, patience))
 say(f"next: python sample.py --out_dir={out_dir}" + (
     '' if ended else ", or the same command as before with --init_from=resume"))
-if master and wandb_log:
-    need_wandb().finish()
 leave(130 if signals.end == signal.SIGINT else 0)

@@ -155,11 +155,14 @@ def apart(a, b):
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
         return max(map(apart, a, b), default=0.0)
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape:
-        return 0.0 if torch.equal(a, b) else (a.double() - b.double()).abs().max().item()
+        return 0.0 if torch.equal(a, b) else number((a.double() - b.double()).abs().max().item())
     try:
-        return 0.0 if a == b else abs(float(a) - float(b))
+        return 0.0 if a == b else number(abs(float(a) - float(b)))
     except (TypeError, ValueError):
         return float('inf')
+
+def number(distance):
+    return distance if distance == distance else float('inf')
 
 def state_of(path):
     """ of a checkpoint what a run goes on from: not its command, nor the learning rate, which is set anew """

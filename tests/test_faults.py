@@ -29,7 +29,8 @@ def started(clone, out_dir, *options, script='train.py'):
         yield process
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 def wait_for(process, *texts):
     """ read on to a line that has one of the texts, and return it """
@@ -54,7 +55,7 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(clone, tmp_path):
         wait_for(run, 'iter 10:')
         before = (out / 'last.pt').read_bytes()
         limit_files(run, 10000)
-        assert 'what it held before is whole; the run goes on' in wait_for(run, 'warning: iter')
+        assert 'what it held before is whole; the next save is another' in wait_for(run, 'warning: iter')
         assert (out / 'last.pt').read_bytes() == before and not (out / 'last.pt.tmp').exists()
         wait_for(run, 'warning: iter') # it tries again
         limit_files(run, resource.RLIM_INFINITY)
@@ -89,7 +90,7 @@ def test_a_small_disk_that_fills_up_loses_no_line_of_the_log(tmp_path):
         (disk / 'other').write_bytes(b'x' * 60000)
         for i in range(3):
             append(path, f'{i}' * 8000 + '\n')
-        assert not Saver(str(disk), False)({'iter_num': 1, 'model': torch.zeros(100000)}, is_best=True)
+        assert not Saver(str(disk), False)({'iter_num': 1, 'model': {'w': torch.zeros(100000)}}, is_best=True)
         assert not list(disk.glob('*.pt*'))
         (disk / 'other').unlink()
         append(path, 'last\n')
@@ -104,6 +105,31 @@ def test_the_best_that_could_not_be_saved_is_not_the_best(tmp_path):
     now = missed.without(saved)
     assert is_best and (now.best_val_loss, now.best_iter, now.n_worse) == (3.0, 0, 0)
     assert now.after(20, 2.5)[1] and not missed.after(20, 2.5)[1]
+
+def test_the_best_is_the_best_again_after_a_resume_that_rounds_otherwise():
+    from log import Best
+    best = Best(2.0, 10, 0, 10) # killed before ckpt.pt was linked
+    again, is_best = best.after(10, 2.0000001)
+    assert is_best and again.best_iter == 10 and again.n_worse == 0
+    assert not Best().after(0, float('nan'))[1]
+
+def test_a_full_disk_under_the_terminal_s_output_ends_no_run(clone, tmp_path):
+    """ as under `> train.log` or `| tee`; /dev/full takes nothing """
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run([sys.executable, 'train.py', '--dataset=chars', *TINY, f"--out_dir={tmp_path / 'out'}"], cwd=clone,
+                              stdout=full, stderr=subprocess.PIPE, encoding='utf-8')
+    assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
+    assert load(tmp_path / 'out' / 'last.pt')['iter_num'] == 6
+
+def test_a_run_whose_reader_is_gone_saves_on_ctrl_c(clone, tmp_path):
+    """ as in `train.py | tee log`, where Ctrl-C ends tee first """
+    with started(clone, tmp_path / 'out', *ENDLESS, '--eval_interval=1000000') as run:
+        wait_for(run, 'iter 10:')
+        run.stdout.close()
+        time.sleep(0.5)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(timeout=60) == 130
+    assert load(tmp_path / 'out' / 'last.pt')['iter_num'] > 10
 
 # -----------------------------------------------------------------------------
 # damaged checkpoints
@@ -252,6 +278,21 @@ def test_a_second_ctrl_c_leaves_at_once(clone, tmp_path):
         run.send_signal(signal.SIGINT)
         out = run.communicate(timeout=10)[0]
     assert run.returncode == 130 and 'Traceback' not in out and load(tmp_path / 'out' / 'last.pt')
+
+def test_a_new_run_in_an_old_one_s_place_leaves_none_of_its_checkpoints(train):
+    old = train('--keep_checkpoints=True')
+    (old.out_dir / 'last.pt.tmp').write_bytes(b'of a save that was killed')
+    train('--overwrite=True', '--max_iters=2', '--learning_rate=1', '--min_lr=1')
+    assert {p.name: load(p)['iter_num'] for p in old.out_dir.glob('*.pt*')} == {'last.pt': 2, 'ckpt.pt': 0}
+
+def test_a_resume_with_fewer_iterations_than_were_made_ends(clone, train, tmp_path):
+    with started(clone, tmp_path / 'out', *ENDLESS, '--eval_interval=1000000') as run:
+        wait_for(run, 'iter 10:')
+        run.send_signal(signal.SIGTERM)
+        run.communicate(timeout=60)
+    at = load(tmp_path / 'out' / 'last.pt')['iter_num']
+    done = train('--max_iters=5', '--decay_lr=False', '--init_from=resume')
+    assert f'step {at}:' in done.out and f'finished at iteration {at}' in done.out
 
 # -----------------------------------------------------------------------------
 # long runs

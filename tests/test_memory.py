@@ -53,7 +53,8 @@ def shape(name, **changes):
 @pytest.mark.parametrize('plan', memory.PLANS)
 @pytest.mark.parametrize('name', GPT2_SHAPES)
 def test_the_predicted_peak_is_within_a_tenth_of_a_real_iteration_s(name, plan, monkeypatch):
-    for B, n_micro_steps in ((1, 2), (1 if plan == 'recompute' else 4, 1)):
+    more = [(1 if plan == 'recompute' else 4, 1)] if name in ('gpt2', 'gpt2-medium') else [] # the others take long
+    for B, n_micro_steps in [(1, 2), *more]:
         measured = measure(name, plan, B, n_micro_steps, monkeypatch)
         predicted = memory.peak(plan, shape(name), B, accumulates=n_micro_steps > 1)
         print(f'{name} {plan} {B} x {n_micro_steps}: {measured / memory.GiB:.2f} GiB, '
@@ -61,7 +62,7 @@ def test_the_predicted_peak_is_within_a_tenth_of_a_real_iteration_s(name, plan, 
         assert abs(predicted / measured - 1) < 0.1, (B, predicted / memory.GiB, measured / memory.GiB)
 
 @pytest.mark.parametrize('plan', ['device', 'recompute'])
-@pytest.mark.parametrize('name', GPT2_SHAPES)
+@pytest.mark.parametrize('name', ['gpt2', 'gpt2-xl'])
 def test_the_predicted_peak_of_lora_is_within_a_tenth_of_a_real_iteration_s(name, plan, monkeypatch):
     measured = measure(name, plan, 1, 2, monkeypatch, rank=16)
     with torch.device('meta'):

@@ -18,14 +18,14 @@ LONG = ('--max_iters=50', '--eval_interval=25', '--eval_iters=0', '--warmup_iter
 @pytest.fixture(scope='module')
 def masked(clone):
     """ data/chars with a mask that keeps most tokens out of the loss, some windows whole """
-    folder = clone / 'data' / 'masked'
+    folder = clone / 'data' / 'half'
     shutil.copytree(clone / 'data' / 'chars', folder)
     rng = np.random.default_rng(0)
     for split in ('train', 'val'):
         n = os.path.getsize(folder / f'{split}.bin') // 2
         counts = np.repeat(rng.random(n // 40 + 1) < 0.5, 40)[:n] & (rng.random(n) < 0.5)
         counts.astype(np.uint8).tofile(folder / f'{split}_mask.bin')
-    return 'masked'
+    return folder.name
 
 @pytest.fixture(scope='module')
 def references(clone, masked, forks, tmp_path_factory):
@@ -42,10 +42,10 @@ def references(clone, masked, forks, tmp_path_factory):
 def losses(result):
     return {name: [float(v) for v in result.column(name) if v] for name in ('loss', 'train_loss', 'val_loss')}
 
-SPLITS = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1)] # processes, micro-batch
+SPLITS = [('chars', 1, 1), ('chars', 1, 2), ('chars', 1, 4), ('chars', 2, 1), ('chars', 2, 2), ('chars', 2, 4),
+          ('chars', 4, 1), ('chars', 4, 2), ('half', 1, 1), ('half', 2, 2), ('half', 4, 1)]
 
-@pytest.mark.parametrize('dataset', ['chars', 'masked'])
-@pytest.mark.parametrize('processes, micro_batch', SPLITS)
+@pytest.mark.parametrize('dataset, processes, micro_batch', SPLITS)
 def test_any_split_is_the_same_run(train, references, dataset, processes, micro_batch):
     result = train(f'--dataset={dataset}', *LONG, f'--batch_size={micro_batch}',
                    f'--gradient_accumulation_steps={8 // micro_batch}', processes=processes)
@@ -56,14 +56,13 @@ def test_any_split_is_the_same_run(train, references, dataset, processes, micro_
         assert got[name][0] == pytest.approx(wanted[name][0], abs=1e-6) # of the same weights
     assert f'{micro_batch} sequences at a time' in result.out
 
-@pytest.mark.parametrize('options', [(), ('--plan=recompute', '--freeze=wte,h.0', '--bias=True'), ('--dtype=bfloat16',)])
+@pytest.mark.parametrize('options', [(), ('--plan=recompute', '--freeze=wte,h.0', '--bias=True')])
 def test_a_sharded_run_has_the_losses_of_one_that_is_not(train, options):
     whole = train(*LONG, *options, processes=2)
     shards = train(*LONG, *options, '--shard=True', '--sample_interval=25', processes=2, out_dir='shards')
     assert 'sharded' in shards.out
-    tolerance = 1e-2 if '--dtype=bfloat16' in options else 1e-4
     for name, values in losses(whole).items():
-        assert losses(shards)[name] == pytest.approx(values, abs=tolerance), name
+        assert losses(shards)[name] == pytest.approx(values, abs=1e-4), name
     assert (shards.out_dir / 'samples.txt').read_text(encoding='utf-8').count('iteration') == 3
 
 def test_a_sharded_run_s_checkpoint_is_any_run_s(train):
@@ -99,7 +98,7 @@ TRACK = """
     model.attend = lambda q, k, v, dropout: F.scaled_dot_product_attention(q, k, v, is_causal=True)
     rank, world_size, device = parallel.start_processes('gloo', 'cpu')
     for plan in ('device', 'recompute'):
-        gpt = model.GPT(model.GPTConfig(512, 8192, 8, 8, 512))
+        gpt = model.GPT(model.GPTConfig(512, 8192, 4, 8, 512))
         gpt.recompute = plan != 'device'
         shape = memory.shape_of(gpt, 512, 0.0, True, processes=world_size, shard=True)
         parallel.shard_model(gpt, world_size, device)

@@ -94,12 +94,12 @@ def test_a_smaller_micro_batch_gives_the_same_losses(train):
 
 def test_two_processes_give_one_process_s_losses(train):
     one = train()
-    two = train(launch=TORCHRUN, out_dir='two')
+    two = train(processes=2, out_dir='two')
     assert [float(x) for x in two.column('loss')[:-1]] == pytest.approx([float(x) for x in one.column('loss')[:-1]], abs=1e-5)
     for name in ('train_loss', 'val_loss'):
         assert float(two.column(name)[-1]) == pytest.approx(float(one.column(name)[-1]), abs=1e-5)
     assert two.out.count('step 6:') == 1 # one process speaks
-    done = train('--init_from=resume', '--max_iters=8', launch=TORCHRUN, out_dir='two')
+    done = train('--init_from=resume', '--max_iters=8', processes=2, out_dir='two')
     assert 'resuming at iteration 6' in done.out
 
 @pytest.mark.parametrize('options', [('--dtype=bfloat16',), ('--dtype=float16',), ('--optimizer=muon',), ('--bias=True',),
@@ -189,9 +189,7 @@ def test_a_gradient_that_is_not_finite_makes_no_update_and_five_end_the_run(run,
     torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__}, tmp_path / 'broken.pt')
     done = run('train.py', '--dataset=chars', *TINY, f"--init_from={tmp_path / 'broken.pt'}", '--max_iters=20', status=2)
     assert done.out.count('no update') == 5 and done.err.count('error: five iterations in a row') == 1
-    weights = load(tmp_path / 'out' / 'last.pt')['model']
-    assert torch.equal(weights['transformer.wte.weight'], model.transformer.wte.weight)
-    assert not (tmp_path / 'out' / 'ckpt.pt').exists() # a loss that is no number is no best
+    assert 'the weights are not finite' in done.err and not list((tmp_path / 'out').glob('*.pt'))
 
 def test_a_run_is_not_overwritten_unless_asked(whole, train, tmp_path):
     shutil.copytree(whole['out_dir'], tmp_path / 'out')
