@@ -329,7 +329,7 @@ if iter_num >= max_iters and init_from == 'resume' and is_logged(out_dir, iter_n
         f"--{'num_epochs' if num_epochs else 'max_iters'}=N with a larger N to go on")
     leave(0)
 if master:
-    saver.clear(anew=init_from != 'resume')
+    saver.clear(anew=overwrite and init_from != 'resume')
     wandb_id = start_wandb(config, init_from == 'resume')
     start_log(out_dir, {**config, 'wandb_id': wandb_id, 'device': device, 'dtype': dtype, 'plan': plan,
                         'max_iters': max_iters, 'warmup_iters': warmup_iters,

@@ -4,7 +4,6 @@ Faults put in on purpose: full disks, damaged checkpoints, losses that are no nu
 import contextlib
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +16,8 @@ import torch
 from checkpoint import Saver, load, resume, save
 from conftest import TINY
 from log import append
+
+resource = pytest.importorskip('resource', reason="Windows has neither such signals nor such limits")
 
 ENDLESS = ('--max_iters=1000000', '--eval_interval=20', '--eval_iters=1', '--decay_lr=False', '--log_interval=10')
 
@@ -48,7 +49,7 @@ def limit_files(process, size):
 # -----------------------------------------------------------------------------
 # disks
 
-@pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason="limits another process's files, as Linux can")
+@pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason="only Linux limits the files of a process that runs")
 def test_a_run_outlives_a_disk_that_is_full_for_a_while(clone, tmp_path):
     out = tmp_path / 'out'
     with started(clone, out, *ENDLESS) as run:
@@ -69,7 +70,7 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(clone, tmp_path):
     assert last['iter_num'] == int(end.split()[3]) >= at + 20
     assert last['best_iter'] == best['iter_num'] # of what was saved, it is the best
 
-@pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason="limits another process's files, as Linux can")
+@pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason="only Linux limits the files of a process that runs")
 def test_a_run_that_could_save_nothing_ends_with_an_error(clone, tmp_path):
     with started(clone, tmp_path / 'out', '--max_iters=200', '--eval_interval=100') as run:
         limit_files(run, 10000)
@@ -282,6 +283,12 @@ def test_a_second_ctrl_c_leaves_at_once(clone, tmp_path):
 def test_a_new_run_in_an_old_one_s_place_leaves_none_of_its_checkpoints(train):
     old = train('--keep_checkpoints=True')
     (old.out_dir / 'last.pt.tmp').write_bytes(b'of a save that was killed')
+    for name in ('last.pt', 'ckpt.pt'): # without these it holds no run, and its other files stay
+        (old.out_dir / name).rename(old.out_dir / f'my_{name}')
+    train('--max_iters=2', '--learning_rate=1', '--min_lr=1')
+    assert (old.out_dir / 'iter_000004.pt').exists()
+    for path in old.out_dir.glob('my_*'):
+        path.unlink()
     train('--overwrite=True', '--max_iters=2', '--learning_rate=1', '--min_lr=1')
     assert {p.name: load(p)['iter_num'] for p in old.out_dir.glob('*.pt*')} == {'last.pt': 2, 'ckpt.pt': 0}
 
