@@ -66,7 +66,10 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
         state, gathered, made = (size // s.shards for size in (state, gathered, made))
         state += 4 * (s.params - matrices) + 8 * matrices // s.n_layer
         backward += 4 * matrices // s.n_layer
-    end = 2 * head + made - gathered # the embedding's gradient beside the head's
+    # at the first block, the last in backward, all gradients but its own are made; where they add up, the
+    # head's is beside them until then
+    end = made - gathered + max(0, block + 20 * width - 4 * matrices // s.n_layer)
+    end += head if s.shards > 1 or made == gathered else 0
     kept = 4 * (s.n_layer + 3) * width if plan != 'device' else s.n_layer * block + casts + 8 * width
     again = block if plan != 'device' else 0 # the block whose turn it is
     return state + gathered + max(kept + max(loss, backward + again + 20 * width), end)

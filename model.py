@@ -99,16 +99,35 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
+class Lookup(torch.autograd.Function):
+    """ the rows idx (B, T) of the tied matrix weight (V, C), whose gradient goes into that of the head
+
+    `head` is the list that ChunkedLoss's backward, which comes first, left the head's gradient in; so there
+    is never a second matrix of V x C, which would be all zeros but for these rows.
+    """
+
+    @staticmethod
+    def forward(ctx, idx, weight, head):
+        ctx.head, ctx.shape = head, weight.shape
+        ctx.save_for_backward(idx)
+        return F.embedding(idx, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dw = ctx.head.pop() if ctx.head else grad.new_zeros(ctx.shape)
+        return None, dw.index_put_(ctx.saved_tensors, grad, accumulate=True), None # the same in every run
+
 class ChunkedLoss(torch.autograd.Function):
     """ `scale` times the summed cross-entropy of x (N, C) @ weight.t() (C, V) against targets (N,), where -1
     does not count
 
     Goes through x some rows at a time and makes the gradients in the same pass, so that there is never a
-    matrix of N x V. Matrix products are in autocast's format; sums and the softmax in float32.
+    matrix of N x V. Matrix products are in autocast's format; sums and the softmax in float32. With a list
+    `head`, weight's gradient is left there for Lookup.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, scale):
+    def forward(ctx, x, weight, targets, scale, head=None):
         device, (N, C), V = x.device.type, x.shape, weight.size(0)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         padded = -(-V // 64) * 64 if device == 'cuda' and weight.dtype != dtype else V # products are faster
@@ -140,14 +159,17 @@ class ChunkedLoss(torch.autograd.Function):
                 if needs_dw:
                     for j in range(0, V, 2**13): # a product in half precision of all would be as large as w
                         dw[j:j + 2**13] += half[:, j:min(j + 2**13, V)].t() @ xi
+        ctx.head = head
         ctx.save_for_backward(dx, dw)
         return total * scale
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        return ((dx * grad if dx is not None else None), (dw.mul_(grad) if dw is not None else None),
-                None, None)
+        dx, dw = (tensor if tensor is None else tensor.mul_(grad) for tensor in ctx.saved_tensors)
+        if ctx.head is not None and dw is not None:
+            ctx.head.append(dw)
+            dw = None
+        return dx, dw, None, None, None
 
 class GPT(nn.Module):
 
@@ -189,15 +211,15 @@ class GPT(nn.Module):
         frozen = self.num_params() - self.num_params(trained=True) # no gradient of their own
         return 6 * matrices - 2 * min(frozen, matrices) + 12 * config.n_layer * config.n_embd * T
 
-    def hidden(self, idx, cache=None):
+    def hidden(self, idx, cache=None, head=()):
         """ the last layer's output (B, T, C) for token ids idx (B, T), from which lm_head makes logits
 
-        cache, a KVCache a layer, holds the tokens before idx.
+        cache, a KVCache a layer, holds the tokens before idx; head is the list that ChunkedLoss shares.
         """
         T, seen = idx.size(1), cache[0].size if cache else 0
         assert seen + T <= self.config.block_size, f"{seen + T} tokens are more than block_size"
         pos = torch.arange(seen, seen + T, device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos) # (B, T, C)
+        x = Lookup.apply(idx, self.transformer.wte.weight, head) + self.transformer.wpe(pos) # (B, T, C)
         # embeddings may be in half precision
         x = self.transformer.drop(x.to(self.transformer.ln_f.weight.dtype))
         for i, block in enumerate(self.transformer.h):
@@ -213,12 +235,13 @@ class GPT(nn.Module):
         With targets (B, T), of which -1 do not count, the loss is their cross-entropy in nats: the mean, or
         `scale` times the sum. Without, the logits are those of the last position, (B, 1, vocab_size).
         """
-        x = self.hidden(idx, cache)
+        head = [] # the gradient of the tied matrix on its way from the head to the embedding
+        x = self.hidden(idx, cache, head)
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None
         if scale is None:
             scale = 1 / (targets >= 0).sum()
-        return None, ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), scale)
+        return None, ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), scale, head)
 
     def new_cache(self, length: int) -> list[KVCache]:
         return [KVCache(length) for _ in self.transformer.h]

@@ -53,8 +53,8 @@ def shape(name, **changes):
 @pytest.mark.parametrize('plan', memory.PLANS)
 @pytest.mark.parametrize('name', GPT2_SHAPES)
 def test_the_predicted_peak_is_within_a_tenth_of_a_real_iteration_s(name, plan, monkeypatch):
-    more = [(1 if plan == 'recompute' else 4, 1)] if name in ('gpt2', 'gpt2-medium') else [] # the others take long
-    for B, n_micro_steps in [(1, 2), *more]:
+    more = [(4, 1)] if name in ('gpt2', 'gpt2-medium') else [] # the others take long
+    for B, n_micro_steps in [(1, 2), (1, 1), *more]:
         measured = measure(name, plan, B, n_micro_steps, monkeypatch)
         predicted = memory.peak(plan, shape(name), B, accumulates=n_micro_steps > 1)
         print(f'{name} {plan} {B} x {n_micro_steps}: {measured / memory.GiB:.2f} GiB, '
@@ -159,11 +159,11 @@ def test_out_of_memory_with_one_sequence_names_the_next_plan():
     assert memory.advice('device', 6, 1024, 24).endswith(
         '6 sequences of 1024 tokens at a time; type --batch_size=3 --gradient_accumulation_steps=8')
 
-def test_backward_adds_the_head_s_and_the_embedding_s_gradient_in_place(monkeypatch):
+def test_backward_adds_the_embedding_s_gradient_to_the_head_s_in_place(monkeypatch):
     made, backward = [], ChunkedLoss.backward
     def watch(ctx, grad):
         out = backward(ctx, grad)
-        made.append(out[1].data_ptr())
+        made.append(ctx.head[0].data_ptr())
         return out
     monkeypatch.setattr(ChunkedLoss, 'backward', watch)
     gpt, idx = GPT(GPTConfig(8, 500, 1, 1, 8)), torch.arange(8)[None]
