@@ -12,7 +12,7 @@ $ python bench.py --suite=cpu
 iters = 10 # iterations to measure, of which the median counts
 skip = 3 # iterations before these
 data = 'synthetic' # synthetic, random tokens; or real, the dataset's
-work = 'train' # train; sample, num_samples texts of 128 tokens; or batch, only fetching the data
+work = 'train' # train; sample, num_samples texts of 128 tokens; batch, only fetching; cards, memory on each
 way = 'fitgpt' # fitgpt; nanogpt, all logits at once and the plain AdamW; transformers, for work = 'sample'
 num_samples = 1 # texts at once, of work = 'sample'
 profile = False # write trace.json, which chrome://tracing and ui.perfetto.dev open
@@ -28,7 +28,7 @@ from configurator import configure
 config = configure(globals(), at_least_1=('iters', 'batch_size', 'gradient_accumulation_steps', 'block_size',
                                           'num_samples'))
 
-for key, choices in (('data', ('synthetic', 'real')), ('work', ('train', 'sample', 'batch')),
+for key, choices in (('data', ('synthetic', 'real')), ('work', ('train', 'sample', 'batch', 'cards')),
                      ('way', ('fitgpt', 'nanogpt', 'transformers')), ('suite', ('', 'cpu', 'gpu'))):
     if config[key] not in choices:
         raise ValueError(f"{key} is {config[key]!r}; type --{key}=NAME with one of {', '.join(choices)}")
@@ -62,6 +62,11 @@ from tokenizer import count_ids
 device, dtype = pick_device(device), pick_dtype(dtype, pick_device(device))
 if device.startswith('cuda'):
     torch.set_float32_matmul_precision('high') # as train.py does
+
+def cards():
+    """ sizes of cards in GiB, of those that this one can stand for """
+    total = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return [gb for gb in (4, 8, 12, 16, 24) if gb < total + 1]
 
 def wait():
     """ until the device has done what was asked of it """
@@ -113,23 +118,24 @@ class AllLogits(torch.nn.Module):
         logits = self.model.lm_head(self.model.hidden(idx))
         return None, scale * F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='sum')
 
-def measure_training():
+def make_training():
+    """ an iteration of train.py's, and what there is to know of it """
     sequences, c = batch_size * gradient_accumulation_steps, model_config()
     if block_size > c.block_size:
         raise ValueError(f"block_size is {block_size}, but the model has {c.block_size} positions; type "
                          f"--block_size={c.block_size} or less")
-    torch.manual_seed(seed)
-    model = GPT(c)
-    shape = memory.shape_of(model, block_size, dropout, dtype != 'float32', muon=optimizer == 'muon')
+    with torch.device('meta'):
+        shape = memory.shape_of(GPT(c), block_size, dropout, dtype != 'float32', muon=optimizer == 'muon')
     free = memory_to_fill(device, memory_gb)
     plain = way == 'nanogpt'
     plans = memory.PLANS[:2 if optimizer == 'muon' or device == 'cpu' and plan == 'auto' else 3] # as train.py
     chosen, fits = ('device', batch_size) if plain else memory.choose(
         plan, shape, sequences, batch_size, free, plans, free_memory('cpu'))
     micro_batch, n_steps = split_batch(sequences, fits)
+    torch.manual_seed(seed)
+    with torch.device('cpu' if chosen == 'offload' else device):
+        model = GPT(c)
     model.recompute = chosen != 'device'
-    if chosen != 'offload':
-        model.to(device)
     opt = make_optimizer(optimizer, model, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2),
                          (device, DTYPES[dtype]) if chosen == 'offload' else None)
     if plain:
@@ -141,6 +147,7 @@ def measure_training():
         split = Split(find_dataset(dataset), 'train', block_size, c.vocab_size, seed)
     else:
         tokens = torch.randint(c.vocab_size, (sequences, block_size + 1), device=device)
+    n_tokens = sequences * block_size
 
     def batches(i):
         if data == 'synthetic':
@@ -159,15 +166,40 @@ def measure_training():
         opt.step()
         opt.zero_grad(set_to_none=True)
 
-    n_tokens = sequences * block_size
     compiled = compile_model([net] if plain else model.transformer.h, compile, device,
                              trial=lambda: iteration(0))
+    return iteration, {'plan': chosen, 'micro_batch': micro_batch, 'dtype': dtype, 'compiled': compiled,
+                       'tokens': n_tokens, 'flops': model.flops_per_token(block_size) * n_tokens,
+                       'predicted_mb': memory.peak(chosen, shape, micro_batch, n_steps > 1) / 2**20}
+
+def measure_training():
+    iteration, known = make_training()
     took = seconds(iteration, iters, skip)
-    flops = peak_flops(device, dtype)
-    return {'tokens_per_sec': n_tokens / took, 'ms': took * 1000, 'plan': chosen,
-            'micro_batch': micro_batch, 'dtype': dtype, 'compiled': compiled, 'memory_mb': memory_mb(device),
-            'predicted_mb': memory.peak(chosen, shape, micro_batch, n_steps > 1) / 2**20,
-            'mfu': model.flops_per_token(block_size) * n_tokens / took / flops if flops else None}
+    tokens, flops, peak = known.pop('tokens'), known.pop('flops'), peak_flops(device, dtype)
+    return {'tokens_per_sec': tokens / took, 'ms': took * 1000, **known, 'memory_mb': memory_mb(device),
+            'mfu': flops / took / peak if peak else None}
+
+def measure_cards():
+    """ the most that an iteration reserves, as on each of cards(), the largest first, while it fits """
+    if not device.startswith('cuda'):
+        raise ValueError(f"device is {device!r}, but only what a CUDA device reserves can be limited; type "
+                         "--device=cuda")
+    iteration, known = make_training()
+    iteration(0) # makes the optimizer's moments
+    held = {}
+    for gb in reversed(cards()):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        memory_to_fill(device, gb)
+        try:
+            iteration(1)
+            iteration(2)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            break
+        held[gb] = memory_mb(device)
+    return {'predicted_mb': known['predicted_mb'], 'held_mb': held}
 
 # -----------------------------------------------------------------------------
 # sampling and data
@@ -246,7 +278,7 @@ def run_suite():
     compare('training 124M, beside nanoGPT\'s way', train,
             [*train, '--way=nanogpt', '--dtype=bfloat16' if gpu else '--dtype=float32'])
     sampling = [place, '--work=sample', '--init_from=gpt2', '--iters=3']
-    for n, other in ((1, 'float32'), (10, 'bfloat16')):
+    for n, other in ((1, 'bfloat16' if gpu else 'float32'), (10, 'bfloat16')):
         each = [*sampling, f'--num_samples={n}']
         compare(f'sampling 124M, {n} at once, beside transformers in {other}', each,
                 [*each, '--way=transformers', f'--dtype={other}'])
@@ -256,26 +288,31 @@ def run_suite():
         card_table(place)
 
 def card_table(place):
-    """ the peak of each size and plan on cards of several sizes: what this process may reserve is limited """
-    print("\nGiB reserved (GiB predicted), micro-batch 1, two of them an iteration\n\n"
-          "| card | plan | 124M | 355M | 774M | 1.5B |\n|---|---|---|---|---|---|")
-    for gb in (4, 8, 12, 16, 24):
-        for name in memory.PLANS:
-            row = [spawn(place, f'--init_from={size}', f'--memory_gb={gb}', f'--plan={name}',
-                         '--batch_size=1', '--gradient_accumulation_steps=2', '--iters=3', '--skip=2')
-                   for size in GPT2_SHAPES]
-            cells = [f if isinstance(f, str)
-                     else f"{cell(f, 'memory_mb', 1024)} ({cell(f, 'predicted_mb', 1024)})"
-                     for f in row]
-            print(f"| {gb} GB | {name} | {' | '.join(cells)} |", flush=True)
+    """ the peak of each size and plan on cards of several sizes: what a process may reserve is limited """
+    sizes = [str(gb) for gb in cards()]
+    print("\nGiB reserved, micro-batch 1, two of them an iteration\n\n| plan | size | predicted | "
+          + ' | '.join(f'{gb} GB' for gb in sizes) + ' |\n' + '|---' * (3 + len(sizes)) + '|')
+    for name in memory.PLANS:
+        for size in GPT2_SHAPES:
+            found = spawn(place, '--work=cards', f'--init_from={size}', f'--plan={name}', '--batch_size=1',
+                          '--gradient_accumulation_steps=2')
+            if isinstance(found, str): # the device itself is too small, or something is broken
+                row = [found, *['' for gb in sizes]]
+            else:
+                held = [found['held_mb'].get(gb) for gb in sizes]
+                row = [cell(found, 'predicted_mb', 1024),
+                       *(f'{mb / 1024:.2f}' if mb else 'does not fit' for mb in held)]
+            print(f"| {name} | {size} | {' | '.join(row)} |", flush=True)
 
 # -----------------------------------------------------------------------------
 
+WORKS = {'train': measure_training, 'sample': measure_sampling, 'batch': measure_batches,
+         'cards': measure_cards}
 if suite:
     run_suite()
     sys.exit(0)
 try:
-    result = {'train': measure_training, 'sample': measure_sampling, 'batch': measure_batches}[work]()
+    result = WORKS[work]()
 except RuntimeError as error:
     if not is_out_of_memory(error):
         raise

@@ -1,5 +1,5 @@
 """
-GPT-2, in one file: the model, its loss, its pretrained weights and the sampling of text.
+GPT-2: the model, its loss, its pretrained weights and how it continues a text.
 
 References:
 1) OpenAI's TensorFlow implementation: https://github.com/openai/gpt-2/blob/master/src/model.py
@@ -14,6 +14,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from sampling import FixedStep, KVCache, sample_token
 
 @dataclass
 class GPTConfig:
@@ -32,24 +34,10 @@ GPT2_SHAPES = {
     'gpt2-xl': dict(n_layer=48, n_head=25, n_embd=1600), # 1558M
 }
 
-class KVCache:
-    """ one layer's keys and values of the tokens seen so far, with room for `length` of them """
-
-    def __init__(self, length: int):
-        self.length, self.size = length, 0
-
-    def append(self, k, v):
-        """ take in those of T more tokens, (B, n_head, T, head_size), and return those of all """
-        if self.size == 0:
-            B, n_head, _, head_size = k.shape
-            self.k, self.v = k.new_empty(2, B, n_head, self.length, head_size)
-        start, self.size = self.size, self.size + k.size(2)
-        self.k[:, :, start:self.size], self.v[:, :, start:self.size] = k, v
-        return self.k[:, :, :self.size], self.v[:, :, :self.size]
-
-def attend(q, k, v, dropout: float):
-    """ causal attention of q (B, n_head, T, head_size), to itself or, for T = 1, to all of k and v """
-    options = dict(dropout_p=dropout, is_causal=q.size(2) > 1)
+def attend(q, k, v, dropout: float, mask=None):
+    """ causal attention of q (B, n_head, T, head_size), to itself or, for T = 1, to all of k and v that mask,
+    if given, does not hide """
+    options = dict(attn_mask=mask, dropout_p=dropout, is_causal=q.size(2) > 1)
     if q.device.type == 'cpu' and q.requires_grad: # its kernel's backward is slow in bfloat16 for small heads
         with torch.autocast('cpu', enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
@@ -69,9 +57,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) # (B, n_head, T, head_size)
                    for part in self.c_attn(x).split(C, dim=2))
         if cache is not None:
-            assert cache.size == 0 or T == 1 # a cache takes the prompt whole, then a token at a time
             k, v = cache.append(k, v)
-        y = attend(q, k, v, self.dropout if self.training else 0.0)
+        y = attend(q, k, v, self.dropout if self.training else 0.0, cache.mask if cache is not None else None)
         y = y.transpose(1, 2).reshape(B, T, C) # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -216,9 +203,9 @@ class GPT(nn.Module):
 
         cache, a KVCache a layer, holds the tokens before idx; head is the list that ChunkedLoss shares.
         """
-        T, seen = idx.size(1), cache[0].size if cache else 0
-        assert seen + T <= self.config.block_size, f"{seen + T} tokens are more than block_size"
-        pos = torch.arange(seen, seen + T, device=idx.device)
+        T = idx.size(1)
+        assert T <= self.config.block_size, f"{T} tokens are more than block_size"
+        pos = cache[0].positions(T, idx.device) if cache else torch.arange(T, device=idx.device)
         x = Lookup.apply(idx, self.transformer.wte.weight, head) + self.transformer.wpe(pos) # (B, T, C)
         # embeddings may be in half precision
         x = self.transformer.drop(x.to(self.transformer.ln_f.weight.dtype))
@@ -238,33 +225,38 @@ class GPT(nn.Module):
         head = [] # the gradient of the tied matrix on its way from the head to the embedding
         x = self.hidden(idx, cache, head)
         if targets is None:
-            return self.lm_head(x[:, [-1], :]), None
+            return self.lm_head(x[:, -1:]), None
         if scale is None:
             scale = 1 / (targets >= 0).sum()
         return None, ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), scale, head)
 
-    def new_cache(self, length: int) -> list[KVCache]:
-        return [KVCache(length) for _ in self.transformer.h]
-
     @torch.no_grad()
     def stream(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-               top_p: float | None = None, n_vocab: int | None = None):
+               top_p: float | None = None, n_vocab: int | None = None, fixed: bool | None = None):
         """ yield max_new_tokens times the next token (B,) of each sequence of the prompt idx (B, T >= 1)
 
-        The options are sample_token's. Past block_size the window restarts from its second half.
+        The options are sample_token's. Past block_size the window restarts from its second half. `fixed` says
+        whether shapes stay fixed, as a CUDA graph wants them; None is True on CUDA.
         """
-        block_size = self.config.block_size
-        window = fed = idx[:, -block_size:]
-        cache = self.new_cache(min(block_size, window.size(1) + max_new_tokens))
+        block_size, window = self.config.block_size, idx[:, -self.config.block_size:]
+        length = min(block_size, window.size(1) + max_new_tokens)
+        cache, step = [KVCache(length) for _ in self.transformer.h], None
+        fixed = idx.is_cuda if fixed is None else fixed
         for _ in range(max_new_tokens):
             if window.size(1) > block_size:
-                window = fed = window[:, -(block_size // 2 or 1):]
-                cache = self.new_cache(block_size)
-            logits, _ = self(fed, cache=cache)
+                window = window[:, -(block_size // 2 or 1):]
+                for layer in cache:
+                    layer.size = 0
+            if cache[0].size == 0:
+                logits, _ = self(window, cache=cache)
+            elif fixed:
+                step = step or FixedStep(self, cache, token)
+                logits = step(token)
+            else:
+                logits, _ = self(token[:, None], cache=cache)
             token = sample_token(logits[:, -1, :n_vocab].float(), temperature, top_k, top_p)
             yield token
-            fed = token[:, None]
-            window = torch.cat((window, fed), dim=1)
+            window = torch.cat((window, token[:, None]), dim=1)
 
     def generate(self, idx, max_new_tokens: int, **options):
         """ idx (B, T) and what stream makes of it: (B, T + max_new_tokens) """
@@ -319,18 +311,3 @@ def check_shape(config: GPTConfig) -> None:
                          f"heads; type --n_head={near}, for instance")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"dropout is {config.dropout}; type --dropout=P with 0 <= P < 1")
-
-def sample_token(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None):
-    """ a token (B,) for each row of logits (B, V): the likeliest at temperature 0, else drawn from the
-    top_k likeliest and, of these, from the fewest that hold the probability top_p; None is no limit """
-    if temperature < 1e-6: # 0, or so near that it overflows
-        return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if top_k:
-        least = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p is not None and top_p < 1:
-        probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        beyond = probs.cumsum(dim=-1) - probs >= top_p # what stands before it is enough; the first stays
-        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
-    return logits.softmax(dim=-1).multinomial(num_samples=1).squeeze(1)

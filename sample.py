@@ -130,12 +130,14 @@ def finite(tokens):
 
 samples = [Sample() for _ in range(num_samples)]
 idx = torch.tensor([prompt] * num_samples, device=device)
-compile_model([model], compile, device, trial=lambda: list(model.stream(idx, 2)), dynamic=True)
+compiled = compile_model([model], compile, device, dynamic=True,
+                         trial=lambda: list(model.stream(idx, 2, fixed=False)))
 torch.manual_seed(seed)
 if stream:
     print(shown, end='', flush=True)
 begin = time.time()
-tokens = model.stream(idx, max_new_tokens, temperature, top_k, top_p, tokenizer.n_vocab)
+tokens = model.stream(idx, max_new_tokens, temperature, top_k, top_p, tokenizer.n_vocab,
+                      fixed=False if compiled else None) # whose shapes vary
 progress = tqdm(finite(tokens), total=max_new_tokens, unit='tok', delay=1, leave=False, disable=stream)
 for n, token in enumerate(progress, 1):
     for sample, t in zip(samples, token.tolist()):

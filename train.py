@@ -303,7 +303,7 @@ def write_sample():
     raw_model.eval()
     torch.manual_seed(seed)
     with autocast(device, dtype), torch.compiler.set_stance('force_eager'):
-        made = raw_model.generate(prompt, sample_tokens, temperature=0.8, top_k=200, n_vocab=vocab_size)
+        made = raw_model.generate(prompt, sample_tokens, 0.8, top_k=200, n_vocab=vocab_size, fixed=False)
     raw_model.train()
     if master:
         append_sample(out_dir, iter_num, coder.decode(made[0].tolist()))

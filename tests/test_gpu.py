@@ -4,6 +4,8 @@ import json
 import pytest
 import torch
 
+from model import GPT, GPTConfig
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 CUDA = '--device=cuda', '--compile=False' # the compiler takes minutes
 
@@ -34,3 +36,33 @@ def test_a_124M_model_takes_the_memory_predicted_in_plan(run, plan):
     figures = json.loads(out.splitlines()[-1])
     # what is reserved is more than what tensors take, by the allocator's gaps
     assert 0.95 * figures['predicted_mb'] < figures['memory_mb'] < 1.1 * figures['predicted_mb']
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_graph_gives_the_tokens_and_the_logits_of_a_growing_cache(dtype):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(64, 500, 3, 2, 32)).eval().to('cuda', dtype)
+    idx = torch.randint(500, (3, 10), device='cuda')
+    assert model.generate(idx, 20, temperature=0).equal(model.generate(idx, 20, temperature=0, fixed=False))
+    assert model.generate(idx, 200, temperature=0).shape == (3, 210) # the window restarts
+
+def pair(run, ours, theirs):
+    """ how many times as fast as theirs ours is: the better of two runs of each """
+    best = [max(json.loads(run('bench.py', '--init_from=gpt2', '--json=True', '--device=cuda', *options,
+                               timeout=280).out.splitlines()[-1])['tokens_per_sec'] for _ in range(2))
+            for options in (ours, theirs)]
+    print(*best)
+    return best[0] / best[1]
+
+def test_sampling_one_text_is_at_least_four_times_transformers(run):
+    options = ('--work=sample', '--dtype=bfloat16', '--iters=3')
+    assert pair(run, options, (*options, '--way=transformers')) >= 4
+
+def test_training_is_at_least_1_15_times_nanogpt_s_way(run):
+    options = ('--batch_size=12', '--gradient_accumulation_steps=1', '--dtype=bfloat16')
+    assert pair(run, options, (*options, '--way=nanogpt')) >= 1.15
+
+def test_the_memory_of_cards_is_measured_from_the_largest_down(run):
+    figures = json.loads(run('bench.py', '--work=cards', '--init_from=gpt2', '--plan=recompute', '--batch_size=1',
+                             '--gradient_accumulation_steps=2', '--json=True', *CUDA, timeout=280).out.splitlines()[-1])
+    held = figures['held_mb']
+    assert '4' in held and all(mb <= float(gb) * 1024 for gb, mb in held.items())

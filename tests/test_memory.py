@@ -17,7 +17,7 @@ from peak import Peak
 def measure(name, plan, B, n_micro_steps, monkeypatch, rank=0):
     """ the peak of two iterations as a GPU would hold them, on fake tensors """
     monkeypatch.setattr(torch.nn.init, 'normal_', lambda tensor, **options: tensor)
-    monkeypatch.setattr(model, 'attend', lambda q, k, v, dropout: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    monkeypatch.setattr(model, 'attend', lambda q, k, v, dropout, mask: F.scaled_dot_product_attention(q, k, v, is_causal=True))
     with FakeTensorMode(), Peak() as peak:
         gpt = GPT(GPTConfig(**GPT2_SHAPES[name]))
         gpt.recompute = plan != 'device'

@@ -5,7 +5,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from model import GPT, GPT2_SHAPES, ChunkedLoss, GPTConfig, sample_token
+from model import GPT, GPT2_SHAPES, ChunkedLoss, GPTConfig
+from sampling import sample_token
 
 def make_pair(tmp_path, safe=True, **shape):
     """ the same random weights in transformers' model and, read from its directory, in ours """
@@ -59,19 +60,21 @@ def uncached_greedy(model, idx, n):
         idx = torch.cat([idx, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     return idx
 
+@pytest.mark.parametrize('fixed', [False, True])
 @torch.no_grad()
-def test_cached_greedy_tokens_equal_uncached_ones_up_to_block_size(tmp_path):
+def test_cached_greedy_tokens_equal_uncached_ones_up_to_block_size(tmp_path, fixed):
     theirs, ours = make_pair(tmp_path)
     for length in range(1, 25):
         idx = torch.randint(101, (5, length))
         n = 25 - length # the last token is predicted from a full window
-        assert ours.generate(idx, n, temperature=0).equal(uncached_greedy(ours, idx, n))
+        assert ours.generate(idx, n, temperature=0, fixed=fixed).equal(uncached_greedy(ours, idx, n))
 
+@pytest.mark.parametrize('fixed', [False, True])
 @torch.no_grad()
-def test_past_block_size_the_window_restarts_from_its_second_half(tmp_path):
+def test_past_block_size_the_window_restarts_from_its_second_half(tmp_path, fixed):
     _, ours = make_pair(tmp_path)
     idx = torch.randint(101, (2, 30)) # longer than block_size, too
-    got = ours.generate(idx, 40, temperature=0)
+    got = ours.generate(idx, 40, temperature=0, fixed=fixed)
     window, expected = idx[:, -24:], idx
     for _ in range(40):
         if window.size(1) > 24:

@@ -1,0 +1,87 @@
+""" the pass over one token that CUDA records: what holds of it anywhere """
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from model import GPT, GPTConfig
+from sampling import FixedStep, KVCache
+
+class Graph(TorchDispatchMode):
+    """ a CUDA graph's semantics on a CPU: keeps the operations that run under it, with their very tensors, and runs
+    these again, whatever Python's variables are by then """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
+        assert function is not torch.ops.aten._local_scalar_dense.default, 'a graph cannot wait for a value'
+        out = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, out, tensors))
+        return out
+
+    def replay(self):
+        for function, args, kwargs, out, _ in self.calls:
+            again = function(*args, **kwargs)
+            if not (function.is_view or function._schema.is_mutable): # these are the tensors that they were
+                for old, new in zip(tree_iter(out), tree_iter(again)):
+                    if isinstance(old, torch.Tensor):
+                        old.copy_(new)
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """ FixedStep as on CUDA, with a Graph; the list of those made """
+    made, aside = [], lambda *args: contextlib.nullcontext()
+    class Stream:
+        def wait_stream(self, other):
+            pass
+    for name, value in {'device': aside, 'stream': aside, 'graph': lambda graph: graph, 'CUDAGraph': Graph,
+                        'Stream': Stream, 'current_stream': Stream}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    begin = FixedStep.__init__
+    def record(step, model, cache, token):
+        begin(step, model, cache, token)
+        step.record(cache[0].size)
+        made.append(step)
+    monkeypatch.setattr(FixedStep, '__init__', record)
+    return made
+
+def random_model(block_size=24):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size, 50, 2, 2, 16)).eval()
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    return model
+
+@pytest.mark.parametrize('T', [1, 7, 23, 24, 30])
+def test_a_recorded_pass_gives_the_same_tokens_whatever_was_in_the_cache_when_it_was_recorded(recorded, T):
+    model, idx = random_model(), torch.randint(50, (3, T))
+    expected = model.generate(idx, 60, temperature=0, fixed=False) # restarts twice and more
+    assert recorded == []
+    assert model.generate(idx, 60, temperature=0, fixed=True).equal(expected)
+    assert len(recorded) == 1 and recorded[0].graph.calls
+
+@torch.no_grad()
+def test_a_recorded_pass_s_logits_are_the_uncached_model_s(recorded):
+    model, idx = random_model(), torch.randint(50, (2, 20))
+    cache = [KVCache(24) for _ in range(2)]
+    model(idx[:, :5], cache=cache)
+    step = FixedStep(model, cache, idx[:, 5])
+    for T in range(5, 20):
+        assert torch.allclose(step(idx[:, T])[:, 0], model(idx[:, :T + 1])[0][:, 0], atol=1e-5)
+
+@torch.no_grad()
+def test_what_lies_behind_the_token_in_the_cache_is_not_seen():
+    model, idx = random_model(), torch.randint(50, (1, 6))
+    logits = []
+    for junk in (0.0, 1e4):
+        cache = [KVCache(24) for _ in range(2)]
+        model(idx, cache=cache)
+        for layer in cache:
+            layer.k[:, :, 7:], layer.v[:, :, 7:] = junk, junk
+        logits.append(FixedStep(model, cache, idx[:, 0])(idx[:, 0]))
+    assert logits[0].equal(logits[1])
