@@ -48,8 +48,8 @@ class OffloadedAdamW(torch.optim.AdamW):
 
     The float32 weights, gradients and moments are tensors on the CPU, and its state is AdamW's own. Each
     gradient leaves the device as soon as backward has made it; a thread adds it to the earlier micro-batches'
-    while backward goes on. Clipping takes the norm of them all, so the update itself comes after backward;
-    call `collect` before looking at the gradients.
+    while backward goes on. Clipping takes the norm of them all, so the update itself comes after backward, and
+    weights go back while it goes on; call `collect` before looking at the gradients.
     """
 
     def __init__(self, model, device: str, half: torch.dtype, groups, **options):
@@ -60,6 +60,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         self.masters = {p: torch.nn.Parameter(p.detach().to('cpu', torch.float32)) # unpinned: pinning
                         for group in groups for p in group['params']} # rounds up to powers of two
         self.names = {named[p]: master for p, master in self.masters.items()}
+        self.copies = {master: p for p, master in self.masters.items()}
         super().__init__([{**group, 'params': [self.masters[p] for p in group['params']]}
                           for group in groups],
                          fused=True, **options)
@@ -97,13 +98,26 @@ class OffloadedAdamW(torch.optim.AdamW):
         while self.jobs:
             self.jobs.popleft().result()
 
-    @torch.no_grad()
     def step(self, closure=None):
+        """ update some tensors at a time, so that those before are sent while the CPU goes on """
         self.collect()
-        super().step(closure)
-        for p, master in self.masters.items():
-            weight = master.to(p.dtype) if p.dtype != master.dtype else master
-            p.copy_(weight.pin_memory() if self.pinned else weight, non_blocking=self.pinned)
+        whole = self.param_groups
+        try:
+            for group in whole:
+                for i in range(0, len(group['params']), 8):
+                    part = group['params'][i:i + 8]
+                    self.param_groups = [{**group, 'params': part}]
+                    super().step(closure)
+                    self.send(part)
+        finally:
+            self.param_groups = whole
+
+    @torch.no_grad()
+    def send(self, masters):
+        for master in masters:
+            p = self.copies[master]
+            there = torch.empty(p.shape, dtype=p.dtype, pin_memory=self.pinned)
+            p.copy_(there.copy_(master), non_blocking=self.pinned)
 
     def zero_grad(self, set_to_none: bool = True):
         self.collect()

@@ -15,7 +15,7 @@ class Peak(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.alive, self.most, self.seen = 0, 0, set()
+        self.alive, self.most, self.seen, self.watches = 0, 0, set(), True
 
     def add(self, tensor):
         storage = tensor.untyped_storage()
@@ -27,12 +27,20 @@ class Peak(TorchDispatchMode):
             weakref.finalize(storage, self.remove, key, size)
 
     def remove(self, key, size):
-        self.seen.discard(key)
-        self.alive -= size
+        if key in self.seen:
+            self.seen.discard(key)
+            self.alive -= size
+
+    def leave_out(self, tensors):
+        """ from now on, count these no more """
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata in self.seen:
+                self.remove(storage._cdata, storage.nbytes())
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
+        for tensor in tree_iter(out) if self.watches else ():
             if isinstance(tensor, torch.Tensor):
                 self.add(tensor)
         return out
