@@ -98,6 +98,8 @@ class Saver:
 
 def find(source: str, names=('ckpt.pt', 'last.pt')) -> str | None:
     """ `source` if it is a file, or the first of `names` in the folder `source`; None where there is none """
+    if source.endswith('.index'): # TensorFlow's
+        return None
     paths = [source] if os.path.isfile(source) else [os.path.join(source, name) for name in names]
     return next((path for path in paths if os.path.isfile(path)), None)
 
@@ -202,7 +204,7 @@ def load_model(source: str, dropout: float = 0.0, merge: bool = True) -> tuple[G
     source is a checkpoint's path or its folder, or what pretrained.load takes. The second has no
     'tokenizer' if nanoGPT wrote it.
     """
-    path = None if source.endswith('.index') else find(source) # that one is TensorFlow's
+    path = find(source)
     if path:
         checkpoint = load(path)
         model = (adapted_model(checkpoint, path, dropout, merge) if 'lora' in checkpoint else
@@ -239,11 +241,13 @@ def is_of(out_dir: str, launch: str | None) -> bool:
     return False
 
 def config_of(source: str, scratch: GPTConfig) -> GPTConfig:
-    """ the shape of the model that `source` names, for GPT-2 without its weights; 'scratch' is given """
+    """ the shape of the model that `source` names, for others' models without weights; 'scratch' is given """
     name = source.partition('@')[0] # without a revision
     if name in GPT2_SHAPES:
         return GPTConfig(**GPT2_SHAPES[name])
-    return scratch if source == 'scratch' else load_model(source)[0].config
+    if source == 'scratch':
+        return scratch
+    return load_model(source)[0].config if find(source) else pretrained.config_of(source)
 
 def find_tokenizer(loaded: dict, vocab_size: int) -> dict:
     """ the tokenizer's state for what load_model gave; nanoGPT's checkpoints only name their dataset """

@@ -258,9 +258,9 @@ class GPT(nn.Module):
             yield token
             window = torch.cat((window, token[:, None]), dim=1)
 
-    def generate(self, idx, max_new_tokens: int, **options):
-        """ idx (B, T) and what stream makes of it: (B, T + max_new_tokens) """
-        tokens = self.stream(idx, max_new_tokens, **options)
+    def generate(self, idx, max_new_tokens: int, *args, **options):
+        """ idx (B, T) and what stream, with the same arguments, makes of it: (B, T + max_new_tokens) """
+        tokens = self.stream(idx, max_new_tokens, *args, **options)
         return torch.cat([idx, *(token[:, None] for token in tokens)], dim=1)
 
     @classmethod
@@ -273,10 +273,10 @@ class GPT(nn.Module):
         model.lm_head.weight = model.transformer.wte.weight
         return model
 
-    @classmethod
-    def from_pretrained(cls, source: str, dropout: float = 0.0, revision: str = 'main') -> 'GPT':
-        """ GPT-2 from Hugging Face: one of the four names, a hub id, or a local directory """
-        from transformers import AutoConfig, GPT2LMHeadModel
+    @staticmethod
+    def pretrained_config(source: str, dropout: float = 0.0, revision: str = 'main') -> GPTConfig:
+        """ the shape of a model of Hugging Face's; raises ValueError where it computes otherwise than ours """
+        from transformers import AutoConfig
         c = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         if (c.model_type != 'gpt2' or c.activation_function not in ('gelu_new', 'gelu_pytorch_tanh')
                 or not c.scale_attn_weights or c.scale_attn_by_inverse_layer_idx or not c.tie_word_embeddings
@@ -286,6 +286,13 @@ class GPT(nn.Module):
                              "take another model")
         config = GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout, bias=True)
         check_shape(config)
+        return config
+
+    @classmethod
+    def from_pretrained(cls, source: str, dropout: float = 0.0, revision: str = 'main') -> 'GPT':
+        """ GPT-2 from Hugging Face: one of the four names, a hub id, or a local directory """
+        from transformers import GPT2LMHeadModel
+        config = cls.pretrained_config(source, dropout, revision)
         theirs, info = GPT2LMHeadModel.from_pretrained(
             source, revision=revision, weights_only=True, output_loading_info=True,
             attn_implementation='eager') # or config.json could name code on the hub

@@ -2,6 +2,7 @@
 Models that others wrote, and the tokenizer that goes with them: GPT-2 in Hugging Face's format, in a
 directory or on the hub, and in TensorFlow's, as OpenAI and gpt-2-simple hold it.
 """
+import contextlib
 import glob
 import json
 import os
@@ -22,6 +23,29 @@ def load(source: str, dropout: float = 0.0) -> tuple[GPT, dict]:
     prefix = find_tensorflow(source)
     if prefix:
         return load_tensorflow(prefix, dropout), {'tokenizer': {'name': 'gpt2'}}
+    name, revision = find_hugging_face(source)
+    print(f"loading {source} ...", file=sys.stderr)
+    os.environ.setdefault('DISABLE_SAFETENSORS_CONVERSION', '1') # which transformers asks a service for
+    with readable(source):
+        beside = {'tokenizer': read_tokenizer(name, revision)}
+        model = GPT.from_pretrained(name, dropout, revision)
+    template = read_template([source]) # of an export
+    return model, {**beside, 'template': template} if template is not None else beside
+
+def config_of(source: str) -> GPTConfig:
+    """ the shape of the model that `source` names, whose weights are left where they are, but TensorFlow's """
+    if find_tensorflow(source):
+        return load(source)[0].config
+    name, revision = find_hugging_face(source)
+    with readable(source):
+        return GPT.pretrained_config(name, revision=revision)
+
+# -----------------------------------------------------------------------------
+# Hugging Face
+
+def find_hugging_face(source: str) -> tuple[str, str]:
+    """ the directory or the hub id, and the revision, that `source` names; raises FileNotFoundError for
+    what can be neither """
     if os.path.isdir(source) and not os.path.exists(os.path.join(source, 'config.json')):
         raise FileNotFoundError(f"{source} holds neither ckpt.pt nor last.pt nor a Hugging Face model nor "
                                 "TensorFlow's; type a folder that train.py wrote")
@@ -30,28 +54,25 @@ def load(source: str, dropout: float = 0.0) -> tuple[GPT, dict]:
     if not os.path.isdir(source) and not on_hub:
         raise FileNotFoundError(f"there is no model {source!r}; expected a checkpoint, a folder, a hub id or "
                                 f"one of {', '.join(GPT2_SHAPES)}")
-    print(f"loading {source} ...", file=sys.stderr)
-    os.environ.setdefault('DISABLE_SAFETENSORS_CONVERSION', '1') # which transformers asks a service for
+    return name, revision or 'main'
+
+@contextlib.contextmanager
+def readable(source: str):
+    """ a context in which whatever transformers, safetensors and the network raise becomes an OSError """
     try:
-        beside = {'tokenizer': read_tokenizer(name, revision)}
-        model = GPT.from_pretrained(name, dropout, revision or 'main')
-    except Exception as error: # whatever transformers, safetensors and the network raise
+        yield
+    except Exception as error:
         why = str(error).strip().split('\n')[0]
         raise OSError(f"cannot load {source} from Hugging Face's format or hub ({type(error).__name__}: "
                       f"{why}); expected a GPT-2 in a local directory or on the hub; check the name and the "
                       "network") from None
-    template = read_template([source]) # of an export
-    return model, {**beside, 'template': template} if template is not None else beside
-
-# -----------------------------------------------------------------------------
-# Hugging Face
 
 def split_revision(source: str) -> tuple[str, str | None]:
     """ 'gpt2@607a30d' -> ('gpt2', '607a30d'); a path that is there keeps its @ """
     parts = re.fullmatch(r'([\w.-]+(?:/[\w.-]+)?)@([\w./-]+)', source)
     return parts.groups() if parts and not os.path.exists(source) else (source, None)
 
-def read_tokenizer(source: str, revision: str | None = None) -> dict:
+def read_tokenizer(source: str, revision: str = 'main') -> dict:
     """ the state of a model's tokenizer, GPT-2's if it brings none; raises ValueError for an unknown one """
     from transformers.utils import cached_file
     for name in ('vocab.json', 'tokenizer.json'):

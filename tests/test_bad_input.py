@@ -221,7 +221,7 @@ CASES = [ # script, options, part of what is said
     ('bench.py', '--init_from={root}/good.pt', 'only the shape matters'),
     ('bench.py', '--init_from=gpt2 --block_size=2048', 'the model has 1024 positions'),
     ('bench.py', '--n_head=5', 'type --n_head='),
-    ('bench.py', '--n_embd=100000000', 'out of memory'),
+    ('bench.py', '--n_embd=100000000', 'no plan fits'),
     ('bench.py', '--plan=fast', 'with one of: auto'),
     ('bench.py', '--memory_gb=0.1', 'no plan fits'),
     ('bench.py', '--way=transformers', "there is no way 'transformers'"),

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 from concurrent.futures import Future
 
 import pytest
@@ -191,6 +192,13 @@ def test_a_dry_run_tells_every_plan_and_touches_nothing(run):
     table = [line.split() for line in done.out.splitlines() if line.startswith(memory.PLANS)]
     assert [row[0] for row in table] == list(memory.PLANS) and [row[5] for row in table] == ['no', 'no', 'yes']
     assert not done.out_dir.exists()
+
+def test_a_dry_run_of_a_hugging_face_model_needs_its_config_alone(run, hf_dir, tmp_path):
+    shutil.copy(hf_dir / 'config.json', tmp_path)
+    def table(source):
+        return run('train.py', '--dataset=chars', '--dry_run=True', f'--init_from={source}', '--memory_gb=1',
+                   '--block_size=32').out
+    assert table(tmp_path) == table(hf_dir) != table('scratch')
 
 def test_a_dry_run_tells_the_epoch_of_an_earlier_run_of_the_same_model_and_data(train, tmp_path):
     settings = json.loads((train('--max_iters=1', out_dir='out').out_dir / 'config.json').read_text())
