@@ -76,8 +76,9 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
 
 def chunk(s: Shape, tokens: int) -> int:
     """ what the chunked loss holds for the rows it is at """
-    rows = min(tokens, max(tokens // 8, 2**22 // s.vocab_size, 1))
-    return rows * s.vocab_size * 6 + 2**13 * s.n_embd * 2 + tokens * s.n_embd * 4
+    rows = min(tokens, max(tokens // (4 if s.half else 8), 2**22 // s.vocab_size, 1))
+    wide = max(1, rows // 8) * s.vocab_size * 4 if s.half else 0
+    return rows * s.vocab_size * (2 if s.half else 4) + wide + 2**13 * s.n_embd * 2 + tokens * s.n_embd * 4
 
 def ram(plan: str, shape: Shape) -> int:
     """ the bytes of RAM that a plan fills with tensors, when the device is not the CPU itself """

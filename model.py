@@ -123,29 +123,29 @@ class ChunkedLoss(torch.autograd.Function):
         dx = torch.empty_like(x, dtype=dtype) if needs_dx else None
         dw = torch.zeros(V, C, device=x.device) if needs_dw else None
         total = torch.zeros((), device=x.device)
-        rows = min(N, max(N // 8, 2**22 // V, 1))
-        logits = torch.empty(rows, padded, device=x.device) # these two serve all rows in turn
-        rounded = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+        rows = min(N, max(N // (2 * dtype.itemsize), 2**22 // V, 1)) # of a product: many are faster
+        few = max(1, rows // 8) # of the softmax, which a CPU's cache can hold
+        logits = torch.empty(rows, padded, dtype=dtype, device=x.device) # these two serve all rows in turn
+        wide = torch.empty(few, padded, device=x.device) if dtype != torch.float32 else None
         with torch.autocast(device, enabled=False):
             for i in range(0, N, rows):
-                n = min(rows, N - i)
-                xi, counts = x[i:i + n].to(dtype), (targets[i:i + n] >= 0)[:, None]
-                ti = targets[i:i + n, None].clamp(min=0)
-                half = torch.mm(xi, w.t(), out=rounded[:n])
-                p = logits[:n].copy_(half)
-                p[:, V:] = -math.inf # out of the softmax
-                at_target, most = p.gather(1, ti), p.amax(dim=1, keepdim=True)
-                norm = p.sub_(most).exp_().sum(dim=1, keepdim=True)
-                total += ((norm.log() + most - at_target) * counts).sum()
-                if needs_dx or needs_dw: # (softmax - one-hot) * scale, where the target counts
-                    share = counts * scale
-                    p.mul_(share / norm).scatter_add_(1, ti, -share.expand_as(most).to(p.dtype))
-                    half.copy_(p)
+                xi, ti = x[i:i + rows].to(dtype), targets[i:i + rows, None]
+                part = torch.mm(xi, w.t(), out=logits[:len(xi)])
+                for q, t in zip(part.split(few), ti.split(few)):
+                    counts, t = t >= 0, t.clamp(min=0)
+                    p = q if wide is None else wide[:len(q)].copy_(q)
+                    p[:, V:] = -math.inf # out of the softmax
+                    at_target, most = p.gather(1, t), p.amax(dim=1, keepdim=True)
+                    norm = p.sub_(most).exp_().sum(dim=1, keepdim=True)
+                    total += ((norm.log() + most - at_target) * counts).sum()
+                    if needs_dx or needs_dw: # (softmax - one-hot) * scale, where the target counts
+                        share = counts * scale
+                        q.copy_(p.mul_(share / norm).scatter_add_(1, t, -share.expand_as(most).to(p.dtype)))
                 if needs_dx:
-                    dx[i:i + n] = half @ w
+                    dx[i:i + rows] = part @ w
                 if needs_dw:
                     for j in range(0, V, 2**13): # a product in half precision of all would be as large as w
-                        dw[j:j + 2**13] += half[:, j:min(j + 2**13, V)].t() @ xi
+                        dw[j:j + 2**13] += part[:, j:min(j + 2**13, V)].t() @ xi
         ctx.head = head
         ctx.save_for_backward(dx, dw)
         return total * scale
