@@ -166,7 +166,7 @@ def make_training():
         opt.step()
         opt.zero_grad(set_to_none=True)
 
-    compiled = compile_model([net] if plain else model.transformer.h, compile, device,
+    compiled = compile_model([net] if plain else model.compiled_parts(), compile, device,
                              trial=lambda: iteration(0))
     return iteration, {'plan': chosen, 'micro_batch': micro_batch, 'dtype': dtype, 'compiled': compiled,
                        'tokens': n_tokens, 'flops': model.flops_per_token(block_size) * n_tokens,

@@ -86,6 +86,33 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
+class CrossEntropy(nn.Module):
+    """ the summed cross-entropy of logits (N, >= V), of which V count, against targets (N, 1), where -1 does
+    not; with grads, `scale` times its gradient is left in the place of the logits
+
+    A module, so that it can be compiled as the blocks are: then it is two passes over the logits.
+    """
+
+    def forward(self, logits, targets, scale, V: int, grads: bool, wide=None):
+        counts, t = targets >= 0, targets.clamp(min=0)
+        share = counts * scale
+        if torch.compiler.is_compiling():
+            places = torch.arange(logits.size(1), device=logits.device)
+            p = torch.where(places < V, logits.float(), -math.inf)
+            at_target, most = p.gather(1, t), p.amax(dim=1, keepdim=True)
+            norm = (p - most).exp().sum(dim=1, keepdim=True)
+            if grads:
+                logits.copy_((p - most).exp() * (share / norm) - torch.where(places == t, share, 0.0))
+        else: # in `wide`, which has room for the logits in float32, or in their own
+            p = logits if wide is None else wide[:len(logits)].copy_(logits)
+            p[:, V:] = -math.inf
+            at_target, most = p.gather(1, t), p.amax(dim=1, keepdim=True)
+            norm = p.sub_(most).exp_().sum(dim=1, keepdim=True)
+            if grads: # (softmax - one-hot) * scale
+                p.mul_(share / norm).scatter_add_(1, t, -share.expand_as(most).to(p.dtype))
+                logits.copy_(p)
+        return ((norm.log() + most - at_target) * counts).sum()
+
 class Lookup(torch.autograd.Function):
     """ the rows idx (B, T) of the tied matrix weight (V, C), whose gradient goes into that of the head
 
@@ -114,7 +141,7 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, scale, head=None):
+    def forward(ctx, x, weight, targets, scale, head=None, cross_entropy=CrossEntropy()):
         device, (N, C), V = x.device.type, x.shape, weight.size(0)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         padded = -(-V // 64) * 64 if device == 'cuda' and weight.dtype != dtype else V # products are faster
@@ -132,15 +159,7 @@ class ChunkedLoss(torch.autograd.Function):
                 xi, ti = x[i:i + rows].to(dtype), targets[i:i + rows, None]
                 part = torch.mm(xi, w.t(), out=logits[:len(xi)])
                 for q, t in zip(part.split(few), ti.split(few)):
-                    counts, t = t >= 0, t.clamp(min=0)
-                    p = q if wide is None else wide[:len(q)].copy_(q)
-                    p[:, V:] = -math.inf # out of the softmax
-                    at_target, most = p.gather(1, t), p.amax(dim=1, keepdim=True)
-                    norm = p.sub_(most).exp_().sum(dim=1, keepdim=True)
-                    total += ((norm.log() + most - at_target) * counts).sum()
-                    if needs_dx or needs_dw: # (softmax - one-hot) * scale, where the target counts
-                        share = counts * scale
-                        q.copy_(p.mul_(share / norm).scatter_add_(1, t, -share.expand_as(most).to(p.dtype)))
+                    total += cross_entropy(q, t, scale, V, needs_dx or needs_dw, wide)
                 if needs_dx:
                     dx[i:i + rows] = part @ w
                 if needs_dw:
@@ -156,7 +175,7 @@ class ChunkedLoss(torch.autograd.Function):
         if ctx.head is not None and dw is not None:
             ctx.head.append(dw)
             dw = None
-        return dx, dw, None, None, None
+        return dx, dw, None, None, None, None
 
 class GPT(nn.Module):
 
@@ -175,6 +194,7 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight # one matrix, tied
+        self.cross_entropy = CrossEntropy()
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'): # 2 * n_layer of them add up in the residual stream
@@ -190,6 +210,10 @@ class GPT(nn.Module):
         """ the parameters, the tied matrix counted once: 124,439,808 for gpt2; or only those that are
         trained """
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trained)
+
+    def compiled_parts(self) -> list:
+        """ what to compile, each for itself, for training """
+        return [*self.transformer.h, self.cross_entropy]
 
     def flops_per_token(self, T: int) -> float:
         """ forward and backward, T tokens a sequence; PaLM's appendix B, https://arxiv.org/abs/2204.02311 """
@@ -228,7 +252,8 @@ class GPT(nn.Module):
             return self.lm_head(x[:, -1:]), None
         if scale is None:
             scale = 1 / (targets >= 0).sum()
-        return None, ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), scale, head)
+        return None, ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), scale, head,
+                                       self.cross_entropy)
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
@@ -275,7 +300,7 @@ class GPT(nn.Module):
 
     @staticmethod
     def pretrained_config(source: str, dropout: float = 0.0, revision: str = 'main') -> GPTConfig:
-        """ the shape of a model of Hugging Face's; raises ValueError where it computes otherwise than ours """
+        """ the shape of a model of Hugging Face's; raises ValueError if it computes otherwise than ours """
         from transformers import AutoConfig
         c = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         if (c.model_type != 'gpt2' or c.activation_function not in ('gelu_new', 'gelu_pytorch_tanh')

@@ -48,8 +48,8 @@ class OffloadedAdamW(torch.optim.AdamW):
 
     The float32 weights, gradients and moments are tensors on the CPU, and its state is AdamW's own. Each
     gradient leaves the device as soon as backward has made it; a thread adds it to the earlier micro-batches'
-    while backward goes on. Clipping takes the norm of them all, so the update itself comes after backward, and
-    weights go back while it goes on; call `collect` before looking at the gradients.
+    while backward goes on. Clipping takes the norm of them all, so the update itself comes after backward;
+    weights go back while the next are updated. Call `collect` before looking at the gradients.
     """
 
     def __init__(self, model, device: str, half: torch.dtype, groups, **options):

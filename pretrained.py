@@ -33,7 +33,7 @@ def load(source: str, dropout: float = 0.0) -> tuple[GPT, dict]:
     return model, {**beside, 'template': template} if template is not None else beside
 
 def config_of(source: str) -> GPTConfig:
-    """ the shape of the model that `source` names, whose weights are left where they are, but TensorFlow's """
+    """ the shape of the model that `source` names, without reading its weights, TensorFlow's excepted """
     if find_tensorflow(source):
         return load(source)[0].config
     name, revision = find_hugging_face(source)

@@ -1,6 +1,6 @@
 """
-What continues a text token by token: the keys and values of the tokens so far, the pass over one more, on CUDA
-as a graph, and the draw of the next.
+What continues a text token by token: the keys and values of the tokens so far, the pass over one more, as a
+graph on CUDA, and the draw of the next.
 
 Shapes: B sequences of T tokens, V the vocabulary.
 """
@@ -47,8 +47,8 @@ class FixedCache:
 class FixedStep:
     """ a model's pass over one more token of each sequence, all in tensors that stay where they are
 
-    So on CUDA it is recorded once, as a graph that starts all its kernels at once; without one a fast GPU waits
-    for Python between them.
+    So on CUDA it is recorded once, as a graph that starts all its kernels at once; without one a fast GPU
+    waits for Python between them.
     """
 
     def __init__(self, model, cache: list[KVCache], token):

@@ -255,7 +255,7 @@ def one_step():
         model(x, y)[1].backward()
 
 # each block for itself, so that backward gives its gradients away as it goes, and memory is as planned
-is_compiled = with_room(compile_model, model.transformer.h, compile, device, one_step)
+is_compiled = with_room(compile_model, model.compiled_parts(), compile, device, one_step)
 opt.zero_grad(set_to_none=True)
 if world_size > 1 and not shard:
     model = DistributedDataParallel(raw_model, device_ids=[device] if device.startswith('cuda') else None,

@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from model import GPT, GPT2_SHAPES, ChunkedLoss, GPTConfig
+from model import GPT, GPT2_SHAPES, ChunkedLoss, CrossEntropy, GPTConfig
 from sampling import sample_token
 
 def make_pair(tmp_path, safe=True, **shape):
@@ -91,6 +91,24 @@ def test_top_k_and_top_p_keep_the_tokens_that_transformers_keeps():
     for _ in range(2000):
         drawn[torch.arange(4), sample_token(logits, 1.0, top_k=8, top_p=0.7)] = True
     assert drawn.equal(kept) and kept.sum() < 32
+
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_cross_entropy_and_its_gradient_are_torch_s_whatever_stands_in_padding(dtype, compiled):
+    torch.manual_seed(0)
+    module, scale = CrossEntropy(), 0.1
+    if compiled: # traced, but run by torch's own kernels, so that no C++ compiler is needed
+        torch._dynamo.reset()
+        module.compile(backend='eager', fullgraph=True)
+    padded, targets = (4 * torch.randn(6, 64)).to(dtype), torch.tensor([3, -1, 49, 0, 3, -1])
+    logits = padded[:, :50].float().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction='sum')
+    gradient, = torch.autograd.grad(scale * expected, logits)
+    wide = None if dtype == torch.float32 else torch.empty(6, 64)
+    total = module(padded, targets[:, None], scale, 50, True, wide)
+    assert abs(total / expected - 1) < 1e-6
+    assert (padded[:, :50] - gradient).abs().max() < (1e-8 if dtype == torch.float32 else 4e-4) # a half's last bit
+    assert not padded[:, 50:].any()
 
 def test_loss_leaves_out_masked_targets():
     torch.manual_seed(0)
