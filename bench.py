@@ -51,8 +51,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import lora
 import memory
-from dataset import Split, find_dataset, read_tokenizer_state, split_batch
+from dataset import Split, find_datasets, open_split, read_shared_state, split_batch
 from device import (DTYPES, autocast, compile_model, fetch, free_memory, is_out_of_memory, memory_mb,
                     memory_to_fill, peak_flops, pick_device, pick_dtype)
 from model import GPT, GPT2_SHAPES, GPTConfig
@@ -96,7 +97,7 @@ def seconds(job, n, before):
 
 def model_config():
     """ the shape that train.py would train; random weights are as fast as trained ones """
-    vocab_size = count_ids(read_tokenizer_state(find_dataset(dataset))) if data == 'real' else 50257
+    vocab_size = count_ids(read_shared_state(find_datasets(dataset))) if data == 'real' else 50257
     if init_from in GPT2_SHAPES:
         return GPTConfig(**GPT2_SHAPES[init_from], dropout=dropout)
     if init_from != 'scratch':
@@ -121,30 +122,39 @@ class AllLogits(torch.nn.Module):
 def make_training():
     """ an iteration of train.py's, and what there is to know of it """
     sequences, c = batch_size * gradient_accumulation_steps, model_config()
+    if shard:
+        raise ValueError("shard is True, but one process is measured here; type --shard=False")
     if block_size > c.block_size:
         raise ValueError(f"block_size is {block_size}, but the model has {c.block_size} positions; type "
                          f"--block_size={c.block_size} or less")
     with torch.device('meta'):
-        shape = memory.shape_of(GPT(c), block_size, dropout, dtype != 'float32', muon=optimizer == 'muon')
+        shape = GPT(c)
+        lora.restrict(shape, config)
+    shape = memory.shape_of(shape, block_size, dropout, dtype != 'float32', lora_rank > 0,
+                            optimizer == 'muon')
     free = memory_to_fill(device, memory_gb)
-    plain = way == 'nanogpt'
-    plans = memory.PLANS[:2 if optimizer == 'muon' or device == 'cpu' and plan == 'auto' else 3] # as train.py
+    plain, in_ram = way == 'nanogpt', device == 'cpu' and plan == 'auto'
+    plans = memory.PLANS[:2 if optimizer == 'muon' or in_ram or lora_rank or freeze else 3] # as train.py
     chosen, fits = ('device', batch_size) if plain else memory.choose(
         plan, shape, sequences, batch_size, free, plans, free_memory('cpu'))
     micro_batch, n_steps = split_batch(sequences, fits)
     torch.manual_seed(seed)
     with torch.device('cpu' if chosen == 'offload' else device):
         model = GPT(c)
+        lora.restrict(model, config)
+    if lora_rank:
+        lora.shrink(model, DTYPES[dtype])
     model.recompute = chosen != 'device'
     opt = make_optimizer(optimizer, model, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2),
                          (device, DTYPES[dtype]) if chosen == 'offload' else None)
     if plain:
         fused = device.startswith('cuda') # nanoGPT asks for it there alone
-        opt = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(beta1, beta2), fused=fused)
+        learn = [p for p in model.parameters() if p.requires_grad]
+        opt = torch.optim.AdamW(learn, lr=learning_rate, betas=(beta1, beta2), fused=fused)
     params = [p for group in opt.param_groups for p in group['params']]
     net = AllLogits(model) if plain else model
     if data == 'real':
-        split = Split(find_dataset(dataset), 'train', block_size, c.vocab_size, seed)
+        split = open_split(find_datasets(dataset), 'train', block_size, c.vocab_size, seed=seed)
     else:
         tokens = torch.randint(c.vocab_size, (sequences, block_size + 1), device=device)
     n_tokens = sequences * block_size

@@ -168,7 +168,8 @@ def limit_memory(device: str, size: float) -> None:
     """ let this process have no more than `size` bytes of a GPU, as if it were a smaller one """
     if device.startswith('cuda'):
         fraction = size / torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(max(fraction, 0.0), 1.0), device)
+        index = torch.device(device).index # None for the current one; 'cuda' alone is refused
+        torch.cuda.set_per_process_memory_fraction(min(max(fraction, 0.0), 1.0), index)
 
 def is_out_of_memory(error: Exception) -> bool:
     """ whether the device, or the RAM of a CPU, had no room for a tensor """

@@ -33,14 +33,18 @@ class Shape:
     muon: bool = False # one moment of the blocks' matrices, not AdamW's two
     shards: int = 1 # the processes that share weights, gradients and moments
     buckets: bool = False # gradients lie in DDP's buckets, which stay
+    idle: int = 0 # the first blocks, if nothing in or before them is trained: backward never gets there
 
 def shape_of(model, block_size: int, dropout: float, half: bool, lora: bool = False,
              muon: bool = False, processes: int = 1, shard: bool = False) -> Shape:
     """ that of a run of `model`, a GPT on any device, whose parameters that learn require gradients """
     c, n_params = model.config, model.num_params()
+    parts = [model.transformer.wte, model.transformer.wpe, *model.transformer.h]
+    learns = [any(p.requires_grad for p in part.parameters()) for part in parts]
+    idle = 0 if any(learns[:2]) else [*learns[2:], True].index(True)
     return Shape(n_params, c.n_layer, c.n_head, c.n_embd, c.vocab_size, block_size, dropout, half,
                  n_params - model.num_params(trained=True), lora, model.lm_head.weight.requires_grad, muon,
-                 processes if shard else 1, processes > 1 and not shard)
+                 processes if shard else 1, processes > 1 and not shard, idle)
 
 def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     """ the most bytes on the device in an iteration of micro-batches of B sequences
@@ -53,7 +57,9 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     trained, head = s.params - s.frozen, 4 * E * s.head # the head's gradient
     # what a block keeps for backward: 36 bytes a token and channel under autocast, 64 in float32
     block = width * ((36 if s.half else 64) + 2 * (s.dropout > 0)) + 4 * tokens * s.n_head
-    casts = 2 * matrices if s.half and not s.lora else 0 # of the float32 matrices, which autocast keeps
+    kept_blocks = s.n_layer - s.idle
+    # of the float32 matrices, which autocast keeps
+    casts = 2 * matrices * kept_blocks // s.n_layer if s.half and not s.lora else 0
     grads = 4 * trained
     loss = head + 2 * E * (s.half and not s.lora) + chunk(s, tokens) # and the head's copy in half precision
     if plan == 'offload': # a gradient leaves as soon as it is made
@@ -61,7 +67,7 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     else:
         state = 12 * trained + (item if s.lora else 4) * s.frozen - 4 * matrices * (s.muon and not s.frozen)
         gathered, made = grads if accumulates or s.buckets else 0, grads
-    backward = head + (casts + 4 * matrices * (not s.lora)) // s.n_layer
+    backward = head + (2 * matrices * (casts > 0) + 4 * matrices * (not s.lora)) // s.n_layer
     if s.shards > 1: # and, put together, the embeddings, two blocks, and a block's gradient on its way
         state, gathered, made = (size // s.shards for size in (state, gathered, made))
         state += 4 * (s.params - matrices) + 8 * matrices // s.n_layer
@@ -70,19 +76,23 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     # head's is beside them until then
     end = made - gathered + max(0, block + 20 * width - 4 * matrices // s.n_layer)
     end += head if s.shards > 1 or made == gathered else 0
-    kept = 4 * (s.n_layer + 3) * width if plan != 'device' else s.n_layer * block + casts + 8 * width
+    kept = 4 * (kept_blocks + 3) * width if plan != 'device' else kept_blocks * block + casts + 8 * width
     again = block if plan != 'device' else 0 # the block whose turn it is
     return state + gathered + max(kept + max(loss, backward + again + 20 * width), end)
 
 def chunk(s: Shape, tokens: int) -> int:
     """ what the chunked loss holds for the rows it is at """
     rows = min(tokens, max(tokens // (4 if s.half else 8), 2**22 // s.vocab_size, 1))
-    wide = max(1, rows // 8) * s.vocab_size * 4 if s.half else 0
+    wide = min(rows, max(rows // 8, 2**22 // s.vocab_size, 1)) * s.vocab_size * 4 if s.half else 0
     return rows * s.vocab_size * (2 if s.half else 4) + wide + 2**13 * s.n_embd * 2 + tokens * s.n_embd * 4
 
 def ram(plan: str, shape: Shape) -> int:
     """ the bytes of RAM that a plan fills with tensors, when the device is not the CPU itself """
-    return 16 * shape.params if plan == 'offload' else 0 # weights, gradients and two moments
+    if plan != 'offload':
+        return 0
+    # the largest matrix crosses the bus both ways, in pinned memory, which comes in powers of two
+    pinned = 2 * 2**math.ceil(math.log2(4 * shape.vocab_size * shape.n_embd))
+    return 16 * shape.params + pinned # weights, gradients and two moments
 
 def largest(plan: str, shape: Shape, sequences: int, most: int, budget: float) -> int:
     """ the largest micro-batch, of at most `most`, that divides `sequences` and fits; 0 where none does """
@@ -123,22 +133,25 @@ def advice(plan: str, B: int, block_size: int, sequences: int, plans: tuple[str,
     option = (f"--batch_size={smaller} --gradient_accumulation_steps={sequences // smaller}" if B > 1
               else f"--plan={leaner[0]}" if leaner
               else f"--block_size={max(1, block_size // 2)}")
-    return f"out of memory in plan {plan}, {B} sequences of {block_size} tokens at a time; type {option}"
+    return f"out of memory in plan {plan}, {count(B)} of {block_size} tokens at a time; type {option}"
+
+def count(sequences: int) -> str:
+    return f"{sequences} sequence{'s' if sequences > 1 else ''}"
 
 COSTS = {'device': 'no speed', 'recompute': 'a third more products',
          'offload': 'a third more products, weights and gradients cross the bus'}
 
 def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) -> str:
     """ the plan of a run, for its user """
-    return (f"plan {plan}, {B} sequences at a time: {peak(plan, shape, B, accumulates) / GiB:.2f} GiB "
+    return (f"plan {plan}, {count(B)} at a time: {peak(plan, shape, B, accumulates) / GiB:.2f} GiB "
             f"expected, {budget / GiB:.1f} to fill; it costs {COSTS[plan]}")
 
 def table(shape: Shape, sequences: int, most: int, budget: float, epochs: dict[str, float],
           plans: tuple[str, ...] = PLANS, ram_free: float = math.inf) -> str:
     """ every plan's memory, the micro-batch it would use, its cost, and the seconds an epoch that are
     known """
-    lines = [f"{sequences} sequences of {shape.block_size} tokens an iteration; "
-             f"{budget / GiB:.1f} GiB to fill",
+    lines = [f"{count(sequences)} of {shape.block_size} tokens an iteration; "
+             f"{max(budget, 0) / GiB:.1f} GiB to fill",
              f"{'plan':<11}{'micro-batch':>12}{'GiB on device':>15}{'GiB in RAM':>12}"
              f"{'epoch':>9}  fits  costs"]
     for plan in PLANS:

@@ -103,7 +103,7 @@ class CrossEntropy(nn.Module):
             norm = (p - most).exp().sum(dim=1, keepdim=True)
             if grads:
                 logits.copy_((p - most).exp() * (share / norm) - torch.where(places == t, share, 0.0))
-        else: # in `wide`, which has room for the logits in float32, or in their own
+        else: # in `wide`, room for logits in half precision, or in the place of those in float32
             p = logits if wide is None else wide[:len(logits)].copy_(logits)
             p[:, V:] = -math.inf
             at_target, most = p.gather(1, t), p.amax(dim=1, keepdim=True)
@@ -128,8 +128,11 @@ class Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        idx, = ctx.saved_tensors
         dw = ctx.head.pop() if ctx.head else grad.new_zeros(ctx.shape)
-        return None, dw.index_put_(ctx.saved_tensors, grad, accumulate=True), None # the same in every run
+        if idx.numel() > len(dw): # a GPU would add the many of a row one by one
+            return None, dw.add_(torch.ops.aten.embedding_dense_backward(grad, idx, len(dw), -1, False)), None
+        return None, dw.index_put_((idx,), grad, accumulate=True), None # in the same order in every run
 
 class ChunkedLoss(torch.autograd.Function):
     """ `scale` times the summed cross-entropy of x (N, C) @ weight.t() (C, V) against targets (N,), where -1
@@ -144,16 +147,20 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, x, weight, targets, scale, head=None, cross_entropy=CrossEntropy()):
         device, (N, C), V = x.device.type, x.shape, weight.size(0)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        padded = -(-V // 64) * 64 if device == 'cuda' and weight.dtype != dtype else V # products are faster
-        w = F.pad(weight, (0, 0, 0, padded - V)).to(dtype) if padded > V else weight.to(dtype)
+        padded = -(-V // 64) * 64 if device == 'cuda' else V # products of aligned rows are faster
+        w = weight
+        if weight.dtype != dtype:
+            w = torch.empty(padded, C, dtype=dtype, device=x.device)
+            w[:V], w[V:] = weight, 0
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         dx = torch.empty_like(x, dtype=dtype) if needs_dx else None
         dw = torch.zeros(V, C, device=x.device) if needs_dw else None
         total = torch.zeros((), device=x.device)
         rows = min(N, max(N // (2 * dtype.itemsize), 2**22 // V, 1)) # of a product: many are faster
-        few = max(1, rows // 8) # of the softmax, which a CPU's cache can hold
-        logits = torch.empty(rows, padded, dtype=dtype, device=x.device) # these two serve all rows in turn
-        wide = torch.empty(few, padded, device=x.device) if dtype != torch.float32 else None
+        few = min(rows, max(rows // 8, 2**22 // V, 1)) # of the softmax, for the cache of a CPU
+        # these two serve all rows in turn
+        logits = torch.empty(rows, padded, dtype=dtype, device=x.device)[:, :len(w)]
+        wide = torch.empty(few, padded, device=x.device)[:, :len(w)] if dtype != torch.float32 else None
         with torch.autocast(device, enabled=False):
             for i in range(0, N, rows):
                 xi, ti = x[i:i + rows].to(dtype), targets[i:i + rows, None]
@@ -252,7 +259,8 @@ class GPT(nn.Module):
             return self.lm_head(x[:, -1:]), None
         if scale is None:
             scale = 1 / (targets >= 0).sum()
-        return None, ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), scale, head,
+        weight = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
+        return None, ChunkedLoss.apply(x.flatten(0, 1), weight, targets.flatten(), scale, head,
                                        self.cross_entropy)
 
     @torch.no_grad()

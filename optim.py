@@ -101,6 +101,8 @@ class OffloadedAdamW(torch.optim.AdamW):
     def step(self, closure=None):
         """ update some tensors at a time, so that those before are sent while the CPU goes on """
         self.collect()
+        found_inf = getattr(self, 'found_inf', None) # float16's; AdamW would not wait for it to arrive
+        assert found_inf is None or found_inf.device.type == 'cpu'
         whole = self.param_groups
         try:
             for group in whole:

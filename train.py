@@ -151,7 +151,7 @@ def shape_of(c):
     with torch.device('meta'):
         gpt = GPT(c)
         lora.restrict(gpt, config)
-    half = dtype != 'float32' or device == 'cpu' and memory_gb > 0 # a card has half precision
+    half = dtype != 'float32' or config['dtype'] == 'auto' and memory_gb > 0 # a card has half precision
     return memory.shape_of(gpt, block_size, dropout, half, lora_rank > 0, optimizer == 'muon',
                            world_size, shard)
 
@@ -161,7 +161,7 @@ scratch = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bi
 if dry_run: # which needs neither data nor, for GPT-2, weights
     c = checkpoints.config_of(out_dir if init_from == 'resume' else init_from, scratch)
     say(memory.table(shape_of(c), share, batch_size, free, epoch_times(out_dir, config), plans,
-                     free_memory('cpu') - 4 * shape_of(c).params))
+                     free_memory('cpu')))
     leave(0)
 
 # -----------------------------------------------------------------------------
@@ -219,6 +219,7 @@ def with_room(work, *args, again=True):
 shape = shape_of(model.config)
 plan, fits = memory.choose(plan, shape, share, batch_size, free, plans, free_memory('cpu'))
 micro_batch, n_micro_steps = split_batch(share, fits)
+say(memory.describe(plan, shape, micro_batch, n_micro_steps > 1, free))
 model.recompute = plan != 'device'
 if shard:
     with_room(parallel.shard_model, model, world_size, device, again=False)
@@ -319,7 +320,6 @@ say(f"{raw_model.num_params():,} parameters"
 say(f"{train_data.n_tokens:,} tokens to train on, {val_data.n_tokens:,} to validate on")
 say(f"an iteration is {sequences} sequences of {block_size} tokens, {sequences * block_size:,} tokens; "
     f"{max_iters:,} iterations are {train_data.describe_epochs(max_iters * sequences)}")
-say(memory.describe(plan, shape, micro_batch, n_micro_steps > 1, free))
 if eval_only:
     losses = with_room(evaluate)
     say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
@@ -344,8 +344,8 @@ if master:
 def accumulate(windows, n_targets):
     """ make the gradients of an iteration, and return its loss, or this process's share of it; None if told
     to stop """
-    # a share of the mean over the targets of all processes, over which DDP takes another mean
-    scale = scaler.scale(torch.tensor(world_size / n_targets, device=device))
+    # for the mean over all targets, over which DDP takes another; where gradients are, the scaler's place
+    scale = scaler.scale(torch.tensor(world_size / n_targets, device=params[0].device)).to(device)
     loss = torch.zeros((), device=device)
     mine = windows.reshape(world_size, n_micro_steps, micro_batch, 2)[rank]
     for micro_step in range(n_micro_steps):

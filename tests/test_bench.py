@@ -10,12 +10,18 @@ def figures(result):
     return json.loads(result.out.splitlines()[-1])
 
 @pytest.mark.parametrize('options', [(), ('--plan=recompute',), ('--plan=offload',), ('--optimizer=muon',),
-                                     ('--data=real', '--dataset=chars'), ('--way=nanogpt', '--dtype=float32')])
+                                     ('--data=real', '--dataset=chars'), ('--data=real', '--dataset=chars:2'),
+                                     ('--way=nanogpt', '--dtype=float32')])
 def test_training_is_measured_for(run, options):
     found = figures(run('bench.py', *SMALL, *options))
     assert found['tokens_per_sec'] == pytest.approx(2 * 2 * 32 / found['ms'] * 1000)
     assert found['memory_mb'] > 0
     assert found['plan'] == next((o.partition('=')[2] for o in options if o.startswith('--plan')), 'device')
+
+@pytest.mark.parametrize('option', ['--lora_rank=4', '--freeze=wte,wpe'])
+def test_what_does_not_learn_is_not_counted(run, option):
+    whole, part = (figures(run('bench.py', *SMALL, *options)) for options in ((), (option,)))
+    assert part['predicted_mb'] < 0.7 * whole['predicted_mb'] and part['plan'] == 'device'
 
 def test_a_config_of_train_is_taken(run):
     run('bench.py', 'config/train_shakespeare_char_cpu.py', *SMALL)
@@ -33,7 +39,7 @@ def test_a_profile_is_a_trace_with_our_products(run, clone):
     assert any(event.get('name') in ('aten::mm', 'aten::addmm') for event in events)
 
 @pytest.mark.parametrize('option', ['--data=x', '--way=transformers', '--work=x', '--iters=0', '--init_from=out',
-                                    '--suite=x', '--plan=x'])
+                                    '--suite=x', '--plan=x', '--shard=True', '--work=cards', '--lora_rank=4 --plan=offload'])
 def test_one_line_says_what_is_wrong_with(run, option):
-    result = run('bench.py', *SMALL, option, status=2)
+    result = run('bench.py', *SMALL, *option.split(), status=2)
     assert result.err.splitlines()[-1].startswith('error: ') and 'Traceback' not in result.err

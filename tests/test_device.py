@@ -1,3 +1,5 @@
+import types
+
 import pytest
 import torch
 import torch._inductor.compile_fx
@@ -40,6 +42,17 @@ def test_a_broken_compiler_costs_one_warning(monkeypatch, capsys, model):
     err = capsys.readouterr().err
     assert err.count('warning') == err.count('\n') == 1 and 'going on without it' in err
     assert model(x, x)[1] == expected # it still runs
+
+@pytest.mark.parametrize('name, index', [('cuda', None), ('cuda:1', 1)])
+def test_memory_gb_limits_the_gpu_that_is_used(monkeypatch, name, index):
+    asked = []
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (80 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: types.SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+    monkeypatch.setattr(torch.cuda.memory, '_lazy_init', lambda: None)
+    monkeypatch.setattr(torch._C, '_cuda_setMemoryFraction', lambda fraction, at: asked.append((fraction, at)), raising=False)
+    assert device.memory_to_fill(name, 8.0) == pytest.approx(0.95 * 7.4 * 2**30, rel=1e-3)
+    assert asked == [(pytest.approx(7.4 / 80, rel=1e-3), index or 0)]
 
 def test_compile_is_left_out_on_a_cpu_unless_asked_for(model):
     assert not device.compile_model([model], 'auto', 'cpu', None)

@@ -110,6 +110,18 @@ def test_cross_entropy_and_its_gradient_are_torch_s_whatever_stands_in_padding(d
     assert (padded[:, :50] - gradient).abs().max() < (1e-8 if dtype == torch.float32 else 4e-4) # a half's last bit
     assert not padded[:, 50:].any()
 
+def test_an_evaluation_makes_no_gradients(monkeypatch):
+    asked, forward = [], CrossEntropy.forward
+    def watch(self, logits, targets, scale, V, grads, wide):
+        asked.append(grads)
+        return forward(self, logits, targets, scale, V, grads, wide)
+    monkeypatch.setattr(CrossEntropy, 'forward', watch)
+    model, idx = GPT(GPTConfig(8, 11, 1, 1, 8)), torch.zeros(1, 8, dtype=torch.int64)
+    loss = model(idx, idx)[1]
+    with torch.no_grad():
+        assert model(idx, idx)[1].equal(loss)
+    assert asked and asked == [True] * (len(asked) // 2) + [False] * (len(asked) // 2)
+
 def test_loss_leaves_out_masked_targets():
     torch.manual_seed(0)
     model = GPT(GPTConfig(8, 11, 1, 1, 8))
