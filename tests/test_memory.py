@@ -46,12 +46,12 @@ def measure(name, plan, B, n_micro_steps, monkeypatch, rank=0, freeze='', dropou
         optimizer = make_optimizer('adamw', gpt, 1e-3, 0.0, 0.1, (0.9, 0.95), offload_to)
         params = [p for group in optimizer.param_groups for p in group['params']]
         idx = torch.zeros(B, 1024, dtype=torch.int64)
-        for _ in range(2):
+        for steps in (1, n_micro_steps): # the moments come with the first
             if offload_to:
                 optimizer.thread = AtOnce(peak)
                 peak.leave_out(params + [moment for state in optimizer.state.values() for moment in state.values()])
             peak.most = peak.alive
-            for _ in range(n_micro_steps):
+            for _ in range(steps):
                 with torch.autocast('cpu', torch.bfloat16, cache_enabled=plan == 'device'):
                     loss = gpt(idx, idx, scale=1.0)[1]
                 loss.backward()
@@ -72,8 +72,9 @@ def shape(name, **changes):
 @pytest.mark.parametrize('plan', memory.PLANS)
 @pytest.mark.parametrize('name', GPT2_SHAPES)
 def test_the_predicted_peak_is_within_a_tenth_of_a_real_iteration_s(name, plan, monkeypatch):
-    more = [(4, 1)] if name in ('gpt2', 'gpt2-medium') else [] # the others take long
-    for B, n_micro_steps in [(1, 2), (1, 1), *more]:
+    small = name in ('gpt2', 'gpt2-medium') # the others take long
+    more = [(1, 1)] if plan == 'recompute' or plan == 'device' and small else []
+    for B, n_micro_steps in [(1, 2), *more, *[(4, 1)][:small]]:
         measured = measure(name, plan, B, n_micro_steps, monkeypatch)
         predicted = memory.peak(plan, shape(name), B, accumulates=n_micro_steps > 1)
         print(f'{name} {plan} {B} x {n_micro_steps}: {measured / memory.GiB:.2f} GiB, '
@@ -92,8 +93,7 @@ def test_the_predicted_peak_of_lora_is_within_a_tenth_of_a_real_iteration_s(name
     assert abs(predicted / measured - 1) < 0.1
 
 @pytest.mark.parametrize('plan, B, freeze, dropout', [
-    ('device', 8, '', 0.1), ('recompute', 8, '', 0.1), ('offload', 8, '', 0.1), ('device', 1, 'wte,wpe,h.0-5', 0.0),
-    ('device', 8, 'wte,wpe,h.0-5', 0.0), ('recompute', 8, 'wte,wpe,h.0-5', 0.0), ('device', 8, 'wte,wpe', 0.0)])
+    ('device', 8, '', 0.1), ('recompute', 8, '', 0.1), ('offload', 8, '', 0.1), ('device', 8, 'wte,wpe,h.0-5', 0.0), ('recompute', 8, 'wte,wpe,h.0-5', 0.0), ('device', 8, 'wte,wpe', 0.0)])
 def test_the_predicted_peak_with_dropout_or_frozen_parts_is_within_a_tenth_of_a_real_iteration_s(
         plan, B, freeze, dropout, monkeypatch):
     measured = measure('gpt2', plan, B, 2, monkeypatch, freeze=freeze, dropout=dropout)
