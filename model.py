@@ -90,7 +90,7 @@ class CrossEntropy(nn.Module):
     """ the summed cross-entropy of logits (N, >= V), of which V count, against targets (N, 1), where -1 does
     not; with grads, `scale` times its gradient is left in the place of the logits
 
-    A module, so that it can be compiled as the blocks are: then it is two passes over the logits.
+    A module, so that it can be compiled as the blocks are, which fuses its passes over the logits.
     """
 
     def forward(self, logits, targets, scale, V: int, grads: bool, wide=None):
