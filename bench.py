@@ -131,10 +131,10 @@ def make_training():
         shape = GPT(c)
         lora.restrict(shape, config)
     shape = memory.shape_of(shape, block_size, dropout, dtype != 'float32', lora_rank > 0,
-                            optimizer == 'muon')
+                            optimizer == 'muon', device=device)
     free = memory_to_fill(device, memory_gb)
     plain, in_ram = way == 'nanogpt', device == 'cpu' and plan == 'auto'
-    plans = memory.PLANS[:2 if optimizer == 'muon' or in_ram or lora_rank or freeze else 3] # as train.py
+    plans = memory.PLANS[:3 if optimizer == 'muon' or in_ram or lora_rank or freeze else 4] # as train.py
     chosen, fits = ('device', batch_size) if plain else memory.choose(
         plan, shape, sequences, batch_size, free, plans, free_memory('cpu'))
     micro_batch, n_steps = split_batch(sequences, fits)
@@ -144,7 +144,7 @@ def make_training():
         lora.restrict(model, config)
     if lora_rank:
         lora.shrink(model, DTYPES[dtype])
-    model.recompute = chosen != 'device'
+    model.follow(chosen)
     opt = make_optimizer(optimizer, model, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2),
                          (device, DTYPES[dtype]) if chosen == 'offload' else None)
     if plain:

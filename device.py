@@ -5,6 +5,7 @@ Each choice is an option that may be 'auto'.
 """
 import contextlib
 import importlib.util
+import logging
 import os
 import platform
 import re
@@ -75,6 +76,8 @@ def compile_model(modules, choice, device: str, trial, dynamic: bool | None = No
     pays = device.startswith('cuda') and importlib.util.find_spec('triton')
     if not choice or choice == 'auto' and not pays:
         return False
+    # or it would say, in four lines, that a selective block must change nothing in place
+    logging.getLogger('torch._higher_order_ops.wrap').setLevel(logging.ERROR)
     for module in modules:
         module.compile(dynamic=dynamic)
     try:

@@ -3,6 +3,8 @@ How much memory a run takes on its device, worked out before it starts, and the 
 
 The plans, fastest first:
   device     weights, gradients, moments and activations, all on the device
+  selective  of what a block makes, attention and the products that backward needs are kept; the rest, which
+             is cheap, is made again, and so are the weights' copies in half precision
   recompute  only what enters each block is kept, and backward runs the block again: a third more products
   offload    as recompute, and the device holds the blocks' matrices in half precision alone; the float32
              weights, the gradients and AdamW's moments are in RAM, where the CPU updates them
@@ -14,7 +16,7 @@ import math
 from dataclasses import dataclass
 
 GiB = 2**30
-PLANS = 'device', 'recompute', 'offload'
+PLANS = 'device', 'selective', 'recompute', 'offload'
 
 @dataclass
 class Shape:
@@ -34,17 +36,18 @@ class Shape:
     shards: int = 1 # the processes that share weights, gradients and moments
     buckets: bool = False # gradients lie in DDP's buckets, which stay
     idle: int = 0 # the first blocks, if nothing in or before them is trained: backward never gets there
+    device: str = 'cuda' # or cpu, mps, whose attention keeps more
 
 def shape_of(model, block_size: int, dropout: float, half: bool, lora: bool = False,
-             muon: bool = False, processes: int = 1, shard: bool = False) -> Shape:
-    """ that of a run of `model`, a GPT on any device, whose parameters that learn require gradients """
+             muon: bool = False, processes: int = 1, shard: bool = False, device: str = 'cuda') -> Shape:
+    """ that of a run of `model`, a GPT anywhere, on `device`; its parameters that learn require gradients """
     c, n_params = model.config, model.num_params()
     parts = [model.transformer.wte, model.transformer.wpe, *model.transformer.h]
     learns = [any(p.requires_grad for p in part.parameters()) for part in parts]
     idle = 0 if any(learns[:2]) else [*learns[2:], True].index(True)
     return Shape(n_params, c.n_layer, c.n_head, c.n_embd, c.vocab_size, block_size, dropout, half,
                  n_params - model.num_params(trained=True), lora, model.lm_head.weight.requires_grad, muon,
-                 processes if shard else 1, processes > 1 and not shard, idle)
+                 processes if shard else 1, processes > 1 and not shard, idle, device.split(':')[0])
 
 def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     """ the most bytes on the device in an iteration of micro-batches of B sequences
@@ -57,6 +60,10 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     trained, head = s.params - s.frozen, 4 * E * s.head # the head's gradient
     # what a block keeps for backward: 36 bytes a token and channel under autocast, 64 in float32
     block = width * ((36 if s.half else 64) + 2 * (s.dropout > 0)) + 4 * tokens * s.n_head
+    if s.device == 'cpu' and s.half: # attention is in float32 there
+        block += 8 * width
+    if s.device == 'mps' or s.device == 'cpu' and s.dropout: # without a kernel that keeps no T x T scores
+        block += int(12.5 * B * s.n_head * s.block_size**2)
     kept_blocks = s.n_layer - s.idle
     # of the float32 matrices, which autocast keeps
     casts = 2 * matrices * kept_blocks // s.n_layer if s.half and not s.lora else 0
@@ -76,8 +83,13 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     # head's is beside them until then
     end = made - gathered + max(0, block + 20 * width - 4 * matrices // s.n_layer)
     end += head if s.shards > 1 or made == gathered else 0
-    kept = 4 * (kept_blocks + 3) * width if plan != 'device' else kept_blocks * block + casts + 8 * width
-    again = block if plan != 'device' else 0 # the block whose turn it is
+    # what all blocks keep, and what the block whose turn it is makes again
+    if plan == 'device':
+        kept, again = kept_blocks * block + casts + 8 * width, 0
+    else:
+        inputs, products = 4 * width, width * (18 if s.half else 36) + 4 * tokens * s.n_head
+        products *= plan == 'selective'
+        kept, again = kept_blocks * (inputs + products) + 12 * width, block - products
     return state + gathered + max(kept + max(loss, backward + again + 20 * width), end)
 
 def chunk(s: Shape, tokens: int) -> int:
@@ -138,7 +150,7 @@ def advice(plan: str, B: int, block_size: int, sequences: int, plans: tuple[str,
 def count(sequences: int) -> str:
     return f"{sequences} sequence{'s' if sequences > 1 else ''}"
 
-COSTS = {'device': 'no speed', 'recompute': 'a third more products',
+COSTS = {'device': 'no speed', 'selective': 'cheap operations twice', 'recompute': 'a third more products',
          'offload': 'a third more products, weights and gradients cross the bus'}
 
 def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) -> str:

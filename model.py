@@ -9,11 +9,12 @@ Parameter names are nanoGPT's. Shapes: B sequences of T tokens, C = n_embd chann
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from sampling import FixedStep, KVCache, sample_token
 
@@ -73,18 +74,39 @@ class MLP(nn.Module):
     def forward(self, x):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))) # GPT-2's GELU is tanh's
 
+ATTENTION = [getattr(torch.ops.aten, f'_scaled_dot_product_{kind}').default for kind in (
+    'flash_attention', 'efficient_attention', 'cudnn_attention', 'flash_attention_for_cpu')]
+PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+
+def is_kept(ctx, op, *args, **options):
+    """ whether a selective block keeps what `op` makes: attention, and products, but not that of the MLP's
+    c_proj, which backward does not need, or those with LoRA's narrow matrices """
+    keep = op in ATTENTION
+    if op in PRODUCTS:
+        n_in, n_out = args[-1].shape
+        keep = n_out // 4 <= n_in <= n_out
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
 class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.selective = False # backward makes all again but what is_kept
+        self.draws = config.dropout > 0 # a pass in training is random
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
+    def layers(self, x, cache=None):
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
+
+    def forward(self, x, cache=None):
+        if self.selective and torch.is_grad_enabled(): # here, so that it is compiled with the rest
+            return checkpoint(self.layers, x, use_reentrant=False, preserve_rng_state=self.draws,
+                              context_fn=partial(create_selective_checkpoint_contexts, is_kept))
+        return self.layers(x, cache)
 
 class CrossEntropy(nn.Module):
     """ the summed cross-entropy of logits (N, >= V), of which V count, against targets (N, 1), where -1 does
@@ -191,7 +213,7 @@ class GPT(nn.Module):
         check_shape(config)
         self.config = config
         self.draws = config.dropout > 0 # whether a pass in training is random
-        self.recompute = False # keep only the blocks' inputs for backward, which runs each block again
+        self.recompute = False # for backward, keep what enters the blocks, and run each block again
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -218,6 +240,12 @@ class GPT(nn.Module):
         trained """
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trained)
 
+    def follow(self, plan: str) -> None:
+        """ keep for backward what this plan of memory.py's does """
+        self.recompute = plan in ('recompute', 'offload')
+        for block in self.transformer.h:
+            block.selective, block.draws = plan == 'selective', self.draws
+
     def compiled_parts(self) -> list:
         """ what to compile, each for itself, for training """
         return [*self.transformer.h, self.cross_entropy]
@@ -229,7 +257,7 @@ class GPT(nn.Module):
         frozen = self.num_params() - self.num_params(trained=True) # no gradient of their own
         return 6 * matrices - 2 * min(frozen, matrices) + 12 * config.n_layer * config.n_embd * T
 
-    def hidden(self, idx, cache=None, head=()):
+    def hidden(self, idx, cache=None, head=None):
         """ the last layer's output (B, T, C) for token ids idx (B, T), from which lm_head makes logits
 
         cache, a KVCache a layer, holds the tokens before idx; head is the list that ChunkedLoss shares.
@@ -237,7 +265,9 @@ class GPT(nn.Module):
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens are more than block_size"
         pos = cache[0].positions(T, idx.device) if cache else torch.arange(T, device=idx.device)
-        x = Lookup.apply(idx, self.transformer.wte.weight, head) + self.transformer.wpe(pos) # (B, T, C)
+        wte = self.transformer.wte
+        x = wte(idx) if head is None else Lookup.apply(idx, wte.weight, head)
+        x = x + self.transformer.wpe(pos) # (B, T, C)
         # embeddings may be in half precision
         x = self.transformer.drop(x.to(self.transformer.ln_f.weight.dtype))
         for i, block in enumerate(self.transformer.h):

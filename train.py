@@ -64,7 +64,7 @@ min_lr = 6e-5 # what learning_rate decays to; Muon's decays by the same factor
 device = 'auto' # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto' # auto, float32, bfloat16, float16 (with a gradient scaler)
 compile = 'auto' # auto (on CUDA), True, False
-plan = 'auto' # auto, device, recompute, offload: what lies where, to fit; docs/memory.md has them
+plan = 'auto' # auto, device, selective, recompute, offload: what is kept where; docs/memory.md has them
 memory_gb = 0.0 # plan for a card of so many GiB, and use no more of it; 0 for what is free
 dry_run = False # print what each plan would take, and leave
 shard = False # share weights, gradients and moments among the processes, for a model too big for each
@@ -153,10 +153,10 @@ def shape_of(c):
         lora.restrict(gpt, config)
     half = dtype != 'float32' or config['dtype'] == 'auto' and memory_gb > 0 # a card has half precision
     return memory.shape_of(gpt, block_size, dropout, half, lora_rank > 0, optimizer == 'muon',
-                           world_size, shard)
+                           world_size, shard, 'cuda' if memory_gb and device == 'cpu' else device)
 
 in_ram = device == 'cpu' and plan == 'auto' and not memory_gb # where offloading gains nothing
-plans = memory.PLANS[:2 if optimizer == 'muon' or world_size > 1 or in_ram or lora_rank or freeze else 3]
+plans = memory.PLANS[:3 if optimizer == 'muon' or world_size > 1 or in_ram or lora_rank or freeze else 4]
 scratch = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
 if dry_run: # which needs neither data nor, for GPT-2, weights
     c = checkpoints.config_of(out_dir if init_from == 'resume' else init_from, scratch)
@@ -220,7 +220,7 @@ shape = shape_of(model.config)
 plan, fits = memory.choose(plan, shape, share, batch_size, free, plans, free_memory('cpu'))
 micro_batch, n_micro_steps = split_batch(share, fits)
 say(memory.describe(plan, shape, micro_batch, n_micro_steps > 1, free))
-model.recompute = plan != 'device'
+model.follow(plan)
 if shard:
     with_room(parallel.shard_model, model, world_size, device, again=False)
 elif plan != 'offload':

@@ -92,7 +92,7 @@ CASES = [ # script, options, part of what is said
     ('train.py', '--init_from=resume --out_dir={root}/moments', 'of another optimizer'),
     ('train.py', '--optimizer=sgd', '--optimizer=adamw'),
     ('train.py', '--compile=maybe', '--compile=auto'),
-    ('train.py', '--plan=ram', 'with one of: auto, device, recompute, offload'),
+    ('train.py', '--plan=ram', 'with one of: auto, device, selective, recompute, offload'),
     ('train.py', '--plan=offload --optimizer=muon', 'is for one process and adamw'),
     ('train.py', '--memory_gb=0.601 --n_embd=128', 'no plan fits: offload'),
     ('train.py', '--freeze=zzz', "there is no 'zzz' to freeze"),

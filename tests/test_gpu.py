@@ -20,7 +20,7 @@ def test_cuda_gives_the_cpu_losses(train):
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_the_plans_give_the_same_losses_in(train, dtype):
     reference = losses(train(*CUDA, f'--dtype={dtype}', '--plan=device', out_dir='device'))
-    for plan in ('recompute', 'offload'):
+    for plan in ('selective', 'recompute', 'offload'):
         assert losses(train(*CUDA, f'--dtype={dtype}', f'--plan={plan}', out_dir=plan)) == pytest.approx(
             reference, abs=1e-3)
 
@@ -30,7 +30,7 @@ def test_a_compiled_model_gives_the_eager_losses(train):
     assert ', compiled' in result.out
     assert losses(result) == pytest.approx(expected, abs=1e-2)
 
-@pytest.mark.parametrize('plan', ['device', 'recompute', 'offload'])
+@pytest.mark.parametrize('plan', ['device', 'selective', 'recompute', 'offload'])
 def test_a_124M_model_takes_the_memory_predicted_in_plan(run, plan):
     out = run('bench.py', '--init_from=gpt2', f'--plan={plan}', '--batch_size=1', '--iters=2', '--json=True',
               '--gradient_accumulation_steps=2', *CUDA, timeout=280).out

@@ -98,9 +98,9 @@ TRACK = """
     # attention as a GPU has it
     model.attend = lambda q, k, v, dropout, mask: F.scaled_dot_product_attention(q, k, v, is_causal=True)
     rank, world_size, device = parallel.start_processes('gloo', 'cpu')
-    for plan in ('device', 'recompute'):
+    for plan in ('device', 'selective', 'recompute'):
         gpt = model.GPT(model.GPTConfig(512, 8192, 4, 8, 512))
-        gpt.recompute = plan != 'device'
+        gpt.follow(plan)
         shape = memory.shape_of(gpt, 512, 0.0, True, processes=world_size, shard=True)
         parallel.shard_model(gpt, world_size, device)
         opt = make_optimizer('adamw', gpt, 1e-3, 0.0, 0.1, (0.9, 0.95))
