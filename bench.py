@@ -133,17 +133,18 @@ def make_training():
     shape = memory.shape_of(shape, block_size, dropout, dtype != 'float32', lora_rank > 0,
                             optimizer == 'muon', device=device)
     free = memory_to_fill(device, memory_gb)
-    plain, in_ram = way == 'nanogpt', device == 'cpu' and plan == 'auto'
+    plain, in_ram = way == 'nanogpt', device == 'cpu' and plan == 'auto' and not memory_gb
     plans = memory.PLANS[:3 if optimizer == 'muon' or in_ram or lora_rank or freeze else 4] # as train.py
     chosen, fits = ('device', batch_size) if plain else memory.choose(
         plan, shape, sequences, batch_size, free, plans, free_memory('cpu'))
     micro_batch, n_steps = split_batch(sequences, fits)
     torch.manual_seed(seed)
-    with torch.device('cpu' if chosen == 'offload' else device):
+    with torch.device('cpu' if chosen == 'offload' or lora_rank else device): # LoRA's, until it has shrunk
         model = GPT(c)
         lora.restrict(model, config)
     if lora_rank:
         lora.shrink(model, DTYPES[dtype])
+        model.to(device)
     model.follow(chosen)
     opt = make_optimizer(optimizer, model, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2),
                          (device, DTYPES[dtype]) if chosen == 'offload' else None)
@@ -300,12 +301,12 @@ def run_suite():
 def card_table(place):
     """ the peak of each size and plan on cards of several sizes: what a process may reserve is limited """
     sizes = [str(gb) for gb in cards()]
-    print("\nGiB reserved, micro-batch 1, two of them an iteration\n\n| plan | size | predicted | "
-          + ' | '.join(f'{gb} GB' for gb in sizes) + ' |\n' + '|---' * (3 + len(sizes)) + '|')
+    print("\nGiB reserved, not compiled, micro-batch 1, two of them an iteration\n\n"
+          "| plan | size | predicted | " + ' | '.join(f'{gb} GB' for gb in sizes) + ' |\n' + '|---' * (3 + len(sizes)) + '|')
     for name in memory.PLANS:
         for size in GPT2_SHAPES:
-            found = spawn(place, '--work=cards', f'--init_from={size}', f'--plan={name}', '--batch_size=1',
-                          '--gradient_accumulation_steps=2')
+            found = spawn(place, '--work=cards', f'--init_from={size}', f'--plan={name}', '--compile=False',
+                          '--batch_size=1', '--gradient_accumulation_steps=2')
             if isinstance(found, str): # the device itself is too small, or something is broken
                 row = [found, *['' for gb in sizes]]
             else:
@@ -326,7 +327,7 @@ try:
 except RuntimeError as error:
     if not is_out_of_memory(error):
         raise
-    raise ValueError("out of memory; type --plan=recompute or offload, "
+    raise ValueError("out of memory; type --plan=selective, recompute or offload, "
                      f"--batch_size={max(1, batch_size // 2)}, or --block_size with less") from None
 if json:
     print(json_module.dumps(result))

@@ -76,6 +76,8 @@ def compile_model(modules, choice, device: str, trial, dynamic: bool | None = No
     pays = device.startswith('cuda') and importlib.util.find_spec('triton')
     if not choice or choice == 'auto' and not pays:
         return False
+    # one code serves all blocks: frozen and not, training and not, of several batch sizes
+    torch._dynamo.config.recompile_limit = 64
     # or it would say, in four lines, that a selective block must change nothing in place
     logging.getLogger('torch._higher_order_ops.wrap').setLevel(logging.ERROR)
     for module in modules:

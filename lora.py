@@ -66,7 +66,8 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         down = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A) # (B, T, rank)
-        return super().forward(x) + F.linear(down, self.lora_B) * self.lora_scale
+        more = F.linear(down, self.lora_B) * self.lora_scale # first, so that a block run again may end here
+        return super().forward(x) + more
 
 def add(model, rank: int, alpha: float, dropout: float, targets: str) -> None:
     """ freeze a GPT, and give the matrices that `targets` names, as 'attn.c_attn,mlp.c_fc', A and B to learn

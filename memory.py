@@ -60,8 +60,9 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     trained, head = s.params - s.frozen, 4 * E * s.head # the head's gradient
     # what a block keeps for backward: 36 bytes a token and channel under autocast, 64 in float32
     block = width * ((36 if s.half else 64) + 2 * (s.dropout > 0)) + 4 * tokens * s.n_head
+    products = width * (18 if s.half else 36) + 4 * tokens * s.n_head * (s.dropout == 0) # selective's of it
     if s.device == 'cpu' and s.half: # attention is in float32 there
-        block += 8 * width
+        block, products = block + 8 * width, products + 2 * width * (s.dropout == 0)
     if s.device == 'mps' or s.device == 'cpu' and s.dropout: # without a kernel that keeps no T x T scores
         block += int(12.5 * B * s.n_head * s.block_size**2)
     kept_blocks = s.n_layer - s.idle
@@ -87,9 +88,9 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     if plan == 'device':
         kept, again = kept_blocks * block + casts + 8 * width, 0
     else:
-        inputs, products = 4 * width, width * (18 if s.half else 36) + 4 * tokens * s.n_head
         products *= plan == 'selective'
-        kept, again = kept_blocks * (inputs + products) + 12 * width, block - products
+        kept = kept_blocks * (4 * width + products) + (12 if kept_blocks else 8) * width
+        again = (block - products) * (kept_blocks > 0)
     return state + gathered + max(kept + max(loss, backward + again + 20 * width), end)
 
 def chunk(s: Shape, tokens: int) -> int:

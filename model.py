@@ -77,14 +77,19 @@ class MLP(nn.Module):
 ATTENTION = [getattr(torch.ops.aten, f'_scaled_dot_product_{kind}').default for kind in (
     'flash_attention', 'efficient_attention', 'cudnn_attention', 'flash_attention_for_cpu')]
 PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+LINEAR = torch.ops.aten.linear.default # a product as MPS has it
 
-def is_kept(ctx, op, *args, **options):
-    """ whether a selective block keeps what `op` makes: attention, and products, but not that of the MLP's
-    c_proj, which backward does not need, or those with LoRA's narrow matrices """
-    keep = op in ATTENTION
-    if op in PRODUCTS:
-        n_in, n_out = args[-1].shape
-        keep = n_out // 4 <= n_in <= n_out
+def is_kept(draws, ctx, op, *args, **options):
+    """ whether a selective block keeps what `op` makes: attention, and products, but not those with matrices
+    of LoRA's, told by their shape, or the MLP's c_proj, where no dropout after it takes backward so far
+
+    draws says that attention draws, for dropout: then it is run again, since the dropouts after it would draw
+    otherwise than they did, were it left out. torch passes all arguments but the first.
+    """
+    keep = op in ATTENTION and not draws
+    if op in PRODUCTS or op == LINEAR:
+        n_in, n_out = args[1].shape[::-1] if op == LINEAR else args[-1].shape
+        keep = n_out // 4 <= n_in <= n_out * (4 if draws else 1)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 class Block(nn.Module):
@@ -92,7 +97,6 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.selective = False # backward makes all again but what is_kept
-        self.draws = config.dropout > 0 # a pass in training is random
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -104,8 +108,10 @@ class Block(nn.Module):
 
     def forward(self, x, cache=None):
         if self.selective and torch.is_grad_enabled(): # here, so that it is compiled with the rest
-            return checkpoint(self.layers, x, use_reentrant=False, preserve_rng_state=self.draws,
-                              context_fn=partial(create_selective_checkpoint_contexts, is_kept))
+            # what is compiled gives each draw a seed of its own
+            keep = partial(is_kept, self.attn.dropout > 0 and not torch.compiler.is_compiling())
+            return checkpoint(self.layers, x, use_reentrant=False,
+                              context_fn=partial(create_selective_checkpoint_contexts, keep))
         return self.layers(x, cache)
 
 class CrossEntropy(nn.Module):
@@ -244,7 +250,7 @@ class GPT(nn.Module):
         """ keep for backward what this plan of memory.py's does """
         self.recompute = plan in ('recompute', 'offload')
         for block in self.transformer.h:
-            block.selective, block.draws = plan == 'selective', self.draws
+            block.selective = plan == 'selective'
 
     def compiled_parts(self) -> list:
         """ what to compile, each for itself, for training """
@@ -319,12 +325,13 @@ class GPT(nn.Module):
                 logits, _ = self(token[:, None], cache=cache)
             token = sample_token(logits[:, -1, :n_vocab].float(), temperature, top_k, top_p)
             yield token
+            token = token.clamp(min=0)
             window = torch.cat((window, token[:, None]), dim=1)
 
     def generate(self, idx, max_new_tokens: int, *args, **options):
         """ idx (B, T) and what stream, with the same arguments, makes of it: (B, T + max_new_tokens) """
         tokens = self.stream(idx, max_new_tokens, *args, **options)
-        return torch.cat([idx, *(token[:, None] for token in tokens)], dim=1)
+        return torch.cat([idx, *(token[:, None].clamp(min=0) for token in tokens)], dim=1)
 
     @classmethod
     def from_weights(cls, config: GPTConfig, weights: dict) -> 'GPT':

@@ -118,16 +118,6 @@ class Sample:
         print(self.text[self.printed:upto], end='', flush=True)
         self.printed = upto
 
-def finite(tokens):
-    """ the same tokens; raises ValueError where the model gives no probabilities to draw them by """
-    try:
-        yield from tokens
-    except RuntimeError as error:
-        if 'probability tensor' not in str(error):
-            raise
-        raise ValueError(f"the model's probabilities are not finite in {dtype}; type --dtype=float32, or "
-                         "take another checkpoint") from None
-
 samples = [Sample() for _ in range(num_samples)]
 idx = torch.tensor([prompt] * num_samples, device=device)
 compiled = compile_model([model], compile, device, dynamic=True,
@@ -138,9 +128,12 @@ if stream:
 begin = time.time()
 tokens = model.stream(idx, max_new_tokens, temperature, top_k, top_p, tokenizer.n_vocab,
                       fixed=False if compiled else None) # whose shapes vary
-progress = tqdm(finite(tokens), total=max_new_tokens, unit='tok', delay=1, leave=False, disable=stream)
+progress = tqdm(tokens, total=max_new_tokens, unit='tok', delay=1, leave=False, disable=stream)
 for n, token in enumerate(progress, 1):
     for sample, t in zip(samples, token.tolist()):
+        if t < 0:
+            raise ValueError(f"the model's probabilities are not finite in {dtype}; type --dtype=float32, or "
+                             "take another checkpoint")
         sample.add(t, last=n == max_new_tokens)
     if stream:
         samples[0].print_new()

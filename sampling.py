@@ -88,7 +88,11 @@ class FixedStep:
 
 def sample_token(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None):
     """ a token (B,) for each row of logits (B, V): the likeliest at temperature 0, else drawn from the
-    top_k likeliest and, of these, from the fewest that hold the probability top_p; None is no limit """
+    top_k likeliest and, of these, from the fewest that hold the probability top_p; None is no limit
+
+    The draw is torch.multinomial's, to the token; but where logits are not finite it gives -1, and on CUDA
+    nothing waits or fails.
+    """
     if temperature < 1e-6: # 0, or so near that it overflows
         return logits.argmax(dim=-1)
     logits = logits / temperature
@@ -99,4 +103,6 @@ def sample_token(logits, temperature: float = 1.0, top_k: int | None = None, top
         probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         beyond = probs.cumsum(dim=-1) - probs >= top_p # what stands before it is enough; the first stays
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
-    return logits.softmax(dim=-1).multinomial(num_samples=1).squeeze(1)
+    probs = logits.softmax(dim=-1)
+    token = (probs / torch.empty_like(probs).exponential_()).argmax(dim=-1)
+    return token.masked_fill(probs[:, 0].isnan(), -1)

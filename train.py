@@ -151,9 +151,10 @@ def shape_of(c):
     with torch.device('meta'):
         gpt = GPT(c)
         lora.restrict(gpt, config)
-    half = dtype != 'float32' or config['dtype'] == 'auto' and memory_gb > 0 # a card has half precision
+    card = dry_run and memory_gb > 0 # not what is here; it has half precision
+    half = dtype != 'float32' or card and config['dtype'] == 'auto'
     return memory.shape_of(gpt, block_size, dropout, half, lora_rank > 0, optimizer == 'muon',
-                           world_size, shard, 'cuda' if memory_gb and device == 'cpu' else device)
+                           world_size, shard, 'cuda' if card else device)
 
 in_ram = device == 'cpu' and plan == 'auto' and not memory_gb # where offloading gains nothing
 plans = memory.PLANS[:3 if optimizer == 'muon' or world_size > 1 or in_ram or lora_rank or freeze else 4]
@@ -212,8 +213,7 @@ def with_room(work, *args, again=True):
         if micro_batch == 1 or world_size > 1 or not again: # the other processes do not know
             raise ValueError(memory.advice(plan, micro_batch if again else 1, block_size, sequences, plans))
         opt.zero_grad(set_to_none=True)
-        was = micro_batch
-        micro_batch, n_micro_steps = split_batch(share, micro_batch // 2)
+        was, (micro_batch, n_micro_steps) = micro_batch, split_batch(share, micro_batch // 2)
         say(f"iter {iter_num}: out of memory with {was} sequences at a time; again with {micro_batch}")
 
 shape = shape_of(model.config)
@@ -344,7 +344,7 @@ if master:
 def accumulate(windows, n_targets):
     """ make the gradients of an iteration, and return its loss, or this process's share of it; None if told
     to stop """
-    # for the mean over all targets, over which DDP takes another; where gradients are, the scaler's place
+    # micro-batches add up to the mean over n_targets, DDP divides by world_size; the scaler is beside params
     scale = scaler.scale(torch.tensor(world_size / n_targets, device=params[0].device)).to(device)
     loss = torch.zeros((), device=device)
     mine = windows.reshape(world_size, n_micro_steps, micro_batch, 2)[rank]

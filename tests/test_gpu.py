@@ -17,12 +17,12 @@ def test_cuda_gives_the_cpu_losses(train):
     expected = losses(train(out_dir='cpu'))
     assert losses(train(*CUDA, out_dir='cuda')) == pytest.approx(expected, abs=1e-2) # TF32 products
 
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-def test_the_plans_give_the_same_losses_in(train, dtype):
-    reference = losses(train(*CUDA, f'--dtype={dtype}', '--plan=device', out_dir='device'))
+@pytest.mark.parametrize('dtype, dropout', [('bfloat16', 0.0), ('bfloat16', 0.2), ('float16', 0.0)])
+def test_the_plans_give_the_same_losses_in(train, dtype, dropout):
+    options = *CUDA, f'--dtype={dtype}', f'--dropout={dropout}'
+    reference = losses(train(*options, '--plan=device', out_dir='device'))
     for plan in ('selective', 'recompute', 'offload'):
-        assert losses(train(*CUDA, f'--dtype={dtype}', f'--plan={plan}', out_dir=plan)) == pytest.approx(
-            reference, abs=1e-3)
+        assert losses(train(*options, f'--plan={plan}', out_dir=plan)) == pytest.approx(reference, abs=1e-3)
 
 def test_a_compiled_model_gives_the_eager_losses(train):
     expected = losses(train(*CUDA, '--dtype=bfloat16', out_dir='eager'))
@@ -35,8 +35,8 @@ def test_a_124M_model_takes_the_memory_predicted_in_plan(run, plan):
     out = run('bench.py', '--init_from=gpt2', f'--plan={plan}', '--batch_size=1', '--iters=2', '--json=True',
               '--gradient_accumulation_steps=2', *CUDA, timeout=280).out
     figures = json.loads(out.splitlines()[-1])
-    # what is reserved is more than what tensors take, by the allocator's gaps
-    assert 0.95 * figures['predicted_mb'] < figures['memory_mb'] < 1.1 * figures['predicted_mb']
+    # what is reserved is more than what tensors take: the allocator's gaps, and cuBLAS's room, 32 MiB a thread
+    assert 0.95 * figures['predicted_mb'] < figures['memory_mb'] < 1.1 * figures['predicted_mb'] + 64
 
 def test_a_graph_gives_the_tokens_of_a_growing_cache():
     torch.manual_seed(0)

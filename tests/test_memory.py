@@ -121,6 +121,25 @@ def test_large_and_xl_fit_where_they_should_without_accumulation():
     assert GiB('gpt2-large', 'recompute') < 12.5 and GiB('gpt2-large', 'offload') < 3.3
     assert GiB('gpt2-xl', 'recompute') < 24 and GiB('gpt2-xl', 'offload') < 4.1
 
+@pytest.mark.parametrize('device, dropout', [('cuda', 0.0), ('cpu', 0.1), ('mps', 0.0)])
+@pytest.mark.parametrize('freeze', ['', 'wte,wpe,h.0-1', 'wte,wpe,h.0-3'])
+@pytest.mark.parametrize('half', [True, False])
+def test_a_leaner_plan_is_never_predicted_to_take_more(device, dropout, freeze, half):
+    gpt = GPT(GPTConfig(n_layer=4))
+    if freeze:
+        lora.freeze_parts(gpt, freeze)
+    for B in (1, 8):
+        peaks = [memory.peak(plan, memory.shape_of(gpt, 1024, dropout, half, device=device), B) for plan in memory.PLANS[:3]]
+        assert peaks == sorted(peaks, reverse=True)
+
+def test_a_limit_on_a_cpu_leaves_the_prediction_and_a_dry_run_s_is_a_card_s(run):
+    def expected(*options):
+        out = run('train.py', '--dataset=chars', '--device=cpu', '--n_layer=1', '--n_head=8', '--n_embd=16', '--block_size=512',
+                  '--batch_size=4', '--gradient_accumulation_steps=1', '--dropout=0.1', '--max_iters=0', '--eval_iters=1', *options).out
+        return re.search(r'([\d.]+) GiB expected|device +4 +([\d.]+)', out).group(1, 2)
+    assert expected() == expected('--memory_gb=2', '--overwrite=True') == ('0.10', None)
+    assert expected('--memory_gb=2', '--dry_run=True') == (None, '0.00')
+
 def test_the_fastest_plan_that_fits_is_chosen_with_the_largest_micro_batch():
     small, xl = shape('gpt2'), shape('gpt2-xl')
     assert memory.choose('auto', small, 16, 8, 80 * memory.GiB) == ('device', 8)

@@ -2,9 +2,11 @@ import os
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
+import model as model_module
 from model import GPT, GPT2_SHAPES, Block, ChunkedLoss, CrossEntropy, GPTConfig
 from sampling import sample_token
 
@@ -91,6 +93,16 @@ def test_top_k_and_top_p_keep_the_tokens_that_transformers_keeps():
     for _ in range(2000):
         drawn[torch.arange(4), sample_token(logits, 1.0, top_k=8, top_p=0.7)] = True
     assert drawn.equal(kept) and kept.sum() < 32
+
+def test_a_draw_is_multinomial_s_and_none_where_there_are_no_probabilities():
+    logits = 3 * torch.randn(4, 200)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        expected = logits.softmax(-1).multinomial(1)[:, 0]
+        torch.manual_seed(seed)
+        assert sample_token(logits).equal(expected)
+    logits[1, 7], logits[2, 9] = float('nan'), float('inf')
+    assert (sample_token(logits) >= 0).tolist() == [True, False, False, True]
 
 @pytest.mark.parametrize('compiled', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -188,6 +200,24 @@ def test_a_compiled_block_that_is_selective_keeps_a_third_and_has_the_same_gradi
         grads.append([p.grad for p in block.parameters()])
     assert 20 * x.numel() < kept[1] < 26 * x.numel() < kept[0] / 3
     assert all(torch.allclose(a, b, rtol=0, atol=1e-2 * b.abs().max()) for a, b in zip(*grads))
+
+@torch.library.custom_op('tests::draw', mutates_args=())
+def draw(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x).bernoulli_(0.5)
+
+def test_a_selective_block_drops_the_same_where_attention_has_drawn_in_a_kernel_of_its_own(monkeypatch):
+    """ as on CUDA, where a kernel for attention that is kept would draw, but not a second time """
+    monkeypatch.setattr(model_module, 'ATTENTION', [torch.ops.tests.draw.default])
+    monkeypatch.setattr(model_module, 'attend', lambda q, k, v, *rest: F.scaled_dot_product_attention(q, k, v * draw(v.detach()), is_causal=True))
+    torch.manual_seed(0)
+    gpt, idx, grads = GPT(GPTConfig(16, 50, 3, 2, 16, 0.2)), torch.randint(50, (2, 16)), []
+    for plan in ('device', 'selective'):
+        gpt.follow(plan)
+        torch.manual_seed(1)
+        gpt.zero_grad()
+        gpt(idx, idx)[1].backward()
+        grads.append([p.grad for p in gpt.parameters()])
+    assert all(a.equal(b) for a, b in zip(*grads))
 
 @pytest.mark.parametrize('dropout', [0.0, 0.2])
 def test_recomputing_the_blocks_changes_nothing(dropout):
