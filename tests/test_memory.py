@@ -73,7 +73,7 @@ def shape(name, **changes):
 @pytest.mark.parametrize('plan', memory.PLANS)
 @pytest.mark.parametrize('name', GPT2_SHAPES)
 def test_the_predicted_peak_is_within_a_tenth_of_a_real_iteration_s(name, plan, monkeypatch):
-    small = name in ('gpt2', 'gpt2-medium') # the others take long
+    small = name == 'gpt2' # the others take long
     more = [(1, 1)] if plan == 'recompute' or plan == 'device' and small else []
     for B, n_micro_steps in [(1, 2), *more, *[(4, 1)][:small]]:
         measured = measure(name, plan, B, n_micro_steps, monkeypatch)
@@ -83,7 +83,7 @@ def test_the_predicted_peak_is_within_a_tenth_of_a_real_iteration_s(name, plan, 
         assert abs(predicted / measured - 1) < 0.1, (B, predicted / memory.GiB, measured / memory.GiB)
 
 @pytest.mark.parametrize('name, plan', [('gpt2', 'device'), ('gpt2', 'selective'), ('gpt2', 'recompute'),
-                                        ('gpt2-xl', 'device'), ('gpt2-xl', 'recompute')])
+                                        ('gpt2-xl', 'recompute')])
 def test_the_predicted_peak_of_lora_is_within_a_tenth_of_a_real_iteration_s(name, plan, monkeypatch):
     measured = measure(name, plan, 1, 2, monkeypatch, rank=16)
     with torch.device('meta'):
