@@ -30,7 +30,7 @@ class AtOnce:
         return done
 
 def measure(name, plan, B, n_micro_steps, monkeypatch, rank=0, freeze='', dropout=0.0, device='cuda'):
-    """ the peak of two iterations as a device would hold them, on fake tensors """
+    """ the peak of an iteration, not the first, as a device would hold it, on fake tensors """
     monkeypatch.setattr(torch.nn.init, 'normal_', lambda tensor, **options: tensor)
     if device == 'cuda':
         monkeypatch.setattr(model, 'attend', lambda q, k, v, dropout, mask: F.scaled_dot_product_attention(q, k, v, is_causal=True))
@@ -47,21 +47,24 @@ def measure(name, plan, B, n_micro_steps, monkeypatch, rank=0, freeze='', dropou
         optimizer = make_optimizer('adamw', gpt, 1e-3, 0.0, 0.1, (0.9, 0.95), offload_to)
         params = [p for group in optimizer.param_groups for p in group['params']]
         idx = torch.zeros(B, 1024, dtype=torch.int64)
-        for steps in (1, n_micro_steps): # the moments come with the first
-            if offload_to:
-                optimizer.thread = AtOnce(peak)
-                peak.leave_out(params + [moment for state in optimizer.state.values() for moment in state.values()])
-            peak.most = peak.alive
-            for _ in range(steps):
-                with torch.autocast('cpu', torch.bfloat16, cache_enabled=plan == 'device'):
-                    loss = gpt(idx, idx, scale=1.0)[1]
-                loss.backward()
-                del loss
-            if offload_to:
-                assert all(p.grad is None for p in gpt.parameters())
-                optimizer.collect()
-            optimizer.step()
-            optimizer.zero_grad()
+        for p in params: # the moments come with the first step
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+        if offload_to:
+            optimizer.thread = AtOnce(peak)
+            peak.leave_out(params + [moment for state in optimizer.state.values() for moment in state.values()])
+        peak.most = peak.alive
+        for _ in range(n_micro_steps):
+            with torch.autocast('cpu', torch.bfloat16, cache_enabled=plan == 'device'):
+                loss = gpt(idx, idx, scale=1.0)[1]
+            loss.backward()
+            del loss
+        if offload_to:
+            assert all(p.grad is None for p in gpt.parameters())
+            optimizer.collect()
+        optimizer.step()
+        optimizer.zero_grad()
     return peak.most
 
 def shape(name, **changes):
