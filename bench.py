@@ -301,8 +301,9 @@ def run_suite():
 def card_table(place):
     """ the peak of each size and plan on cards of several sizes: what a process may reserve is limited """
     sizes = [str(gb) for gb in cards()]
-    print("\nGiB reserved, not compiled, micro-batch 1, two of them an iteration\n\n"
-          "| plan | size | predicted | " + ' | '.join(f'{gb} GB' for gb in sizes) + ' |\n' + '|---' * (3 + len(sizes)) + '|')
+    print("\nGiB reserved, not compiled, micro-batch 1, two of them an iteration\n")
+    print('| plan | size | predicted | ' + ' | '.join(f'{gb} GB' for gb in sizes) + ' |\n'
+          + '|---' * (3 + len(sizes)) + '|', flush=True)
     for name in memory.PLANS:
         for size in GPT2_SHAPES:
             found = spawn(place, '--work=cards', f'--init_from={size}', f'--plan={name}', '--compile=False',

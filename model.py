@@ -80,11 +80,12 @@ PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 LINEAR = torch.ops.aten.linear.default # a product as MPS has it
 
 def is_kept(draws, ctx, op, *args, **options):
-    """ whether a selective block keeps what `op` makes: attention, and products, but not those with matrices
-    of LoRA's, told by their shape, or the MLP's c_proj, where no dropout after it takes backward so far
+    """ whether a selective block keeps what `op` makes: attention and the products of its matrices, told from
+    LoRA's (of a rank below n_embd / 4) by shape; that of the MLP's c_proj only where dropout follows, since
+    backward stops before it otherwise
 
-    draws says that attention draws, for dropout: then it is run again, since the dropouts after it would draw
-    otherwise than they did, were it left out. torch passes all arguments but the first.
+    draws says that there is dropout: then attention runs again, since left out it would not draw, and what
+    comes after it would draw otherwise than before. torch passes all arguments but this one.
     """
     keep = op in ATTENTION and not draws
     if op in PRODUCTS or op == LINEAR:
