@@ -326,7 +326,7 @@ class GPT(nn.Module):
                 logits, _ = self(token[:, None], cache=cache)
             token = sample_token(logits[:, -1, :n_vocab].float(), temperature, top_k, top_p)
             yield token
-            token = token.clamp(min=0)
+            token = token.clamp(min=0) # -1, where there was none to draw, is none to look up
             window = torch.cat((window, token[:, None]), dim=1)
 
     def generate(self, idx, max_new_tokens: int, *args, **options):
