@@ -32,7 +32,7 @@ for key, choices in (('data', ('synthetic', 'real')), ('work', ('train', 'sample
                      ('way', ('fitgpt', 'nanogpt', 'transformers')), ('suite', ('', 'cpu', 'gpu'))):
     if config[key] not in choices:
         raise ValueError(f"{key} is {config[key]!r}; type --{key}=NAME with one of {', '.join(choices)}")
-if (way == 'transformers') != (work == 'sample' and way != 'fitgpt'):
+if way not in ('fitgpt', {'train': 'nanogpt', 'cards': 'nanogpt', 'sample': 'transformers'}.get(work)):
     raise ValueError(f"there is no way {way!r} for work {work!r}; type --way=fitgpt")
 
 # -----------------------------------------------------------------------------
@@ -60,7 +60,8 @@ from model import GPT, GPT2_SHAPES, GPTConfig
 from optim import make_optimizer
 from tokenizer import count_ids
 
-device, dtype = pick_device(device), pick_dtype(dtype, pick_device(device))
+device = pick_device(device)
+dtype = pick_dtype(dtype, device)
 if device.startswith('cuda'):
     torch.set_float32_matmul_precision('high') # as train.py does
 
@@ -77,7 +78,7 @@ def wait():
         torch.mps.synchronize()
 
 def seconds(job, n, before):
-    """ the median time of n calls of job, after some `before` them """
+    """ the median seconds of n calls of job, after `before` others """
     times = []
     trace = contextlib.nullcontext()
     for i in range(before + n):
@@ -124,17 +125,14 @@ def make_training():
     sequences, c = batch_size * gradient_accumulation_steps, model_config()
     if shard:
         raise ValueError("shard is True, but one process is measured here; type --shard=False")
-    if block_size > c.block_size:
-        raise ValueError(f"block_size is {block_size}, but the model has {c.block_size} positions; type "
-                         f"--block_size={c.block_size} or less")
+    memory.check_length(block_size, c.block_size)
     with torch.device('meta'):
         shape = GPT(c)
         lora.restrict(shape, config)
     shape = memory.shape_of(shape, block_size, dropout, dtype != 'float32', lora_rank > 0,
                             optimizer == 'muon', device=device)
     free = memory_to_fill(device, memory_gb)
-    plain, in_ram = way == 'nanogpt', device == 'cpu' and plan == 'auto' and not memory_gb
-    plans = memory.PLANS[:3 if optimizer == 'muon' or in_ram or lora_rank or freeze else 4] # as train.py
+    plain, plans = way == 'nanogpt', memory.plans_for(config, device)
     chosen, fits = ('device', batch_size) if plain else memory.choose(
         plan, shape, sequences, batch_size, free, plans, free_memory('cpu'))
     micro_batch, n_steps = split_batch(sequences, fits)
@@ -177,11 +175,12 @@ def make_training():
         opt.step()
         opt.zero_grad(set_to_none=True)
 
+    predicted = None if plain else memory.peak(chosen, shape, micro_batch, n_steps > 1) / 2**20
     compiled = compile_model([net] if plain else model.compiled_parts(), compile, device,
                              trial=lambda: iteration(0))
     return iteration, {'plan': chosen, 'micro_batch': micro_batch, 'dtype': dtype, 'compiled': compiled,
                        'tokens': n_tokens, 'flops': model.flops_per_token(block_size) * n_tokens,
-                       'predicted_mb': memory.peak(chosen, shape, micro_batch, n_steps > 1) / 2**20}
+                       'predicted_mb': predicted}
 
 def measure_training():
     iteration, known = make_training()
@@ -267,11 +266,11 @@ def compare(title, ours, theirs):
         return print(f"| {title} | {failed[0]} | | | | |")
     speed = [statistics.median(p[k]['tokens_per_sec'] for p in pairs) for k in (0, 1)]
     ratio = statistics.median(a['tokens_per_sec'] / b['tokens_per_sec'] for a, b in pairs)
-    memory = [statistics.median(p[k]['memory_mb'] for p in pairs) for k in (0, 1)]
-    mfu = ', compiled' if pairs[0][0].get('compiled') else ''
-    mfu += f", MFU {pairs[0][0]['mfu']:.1%}" if pairs[0][0].get('mfu') else ''
-    print(f"| {title} | {speed[0]:,.1f}{mfu} | {speed[1]:,.1f} | {ratio:.2f} | {memory[0]:,.0f} | "
-          f"{memory[1]:,.0f} |", flush=True)
+    held = [statistics.median(p[k]['memory_mb'] for p in pairs) for k in (0, 1)]
+    note = ', compiled' if pairs[0][0].get('compiled') else ''
+    note += f", MFU {pairs[0][0]['mfu']:.1%}" if pairs[0][0].get('mfu') else ''
+    print(f"| {title} | {speed[0]:,.1f}{note} | {speed[1]:,.1f} | {ratio:.2f} | {held[0]:,.0f} | "
+          f"{held[1]:,.0f} |", flush=True)
 
 HEAD = "| work | tok/s | of the other | ratio | MiB | of the other |\n|---|---|---|---|---|---|"
 

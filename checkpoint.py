@@ -7,6 +7,7 @@ tokenizer, scaler and version beside it. It is a zip, which keeps a checksum of 
 import contextlib
 import glob
 import os
+import shutil
 import struct
 import sys
 import time
@@ -27,7 +28,8 @@ KINDS = {'model': dict, 'model_args': dict, 'optimizer': dict, 'config': dict, '
          'best_val_loss': (int, float, torch.Tensor)} # of what a checkpoint holds
 
 def save(checkpoint: dict, path: str) -> None:
-    """ write `path` so that it holds the old checkpoint or the new one, whenever the machine stops """
+    """ write `path` so that it holds the old checkpoint or the new one, whenever the machine stops;
+    raises OSError where it cannot """
     try:
         with open(path + '.tmp', 'wb') as file:
             torch.save({**checkpoint, 'version': VERSION}, file)
@@ -42,7 +44,6 @@ def save(checkpoint: dict, path: str) -> None:
 
 def link(path: str, to: str) -> None:
     """ let `to` be the same file as `path`, or a copy where the file system has no links """
-    import shutil
     if os.path.exists(to + '.tmp'):
         os.remove(to + '.tmp')
     try:
@@ -96,11 +97,11 @@ class Saver:
             print(f"warning: the last save failed; {os.path.join(self.out_dir, 'last.pt')} is of iteration "
                   f"{self.saved}", file=sys.stderr)
 
-def find(source: str, names=('ckpt.pt', 'last.pt')) -> str | None:
-    """ `source` if it is a file, or the first of `names` in the folder `source`; None where there is none """
+def find(source: str) -> str | None:
+    """ `source` if it is a file, else ckpt.pt or last.pt in that folder; None where there is none """
     if source.endswith('.index'): # TensorFlow's
         return None
-    paths = [source] if os.path.isfile(source) else [os.path.join(source, name) for name in names]
+    paths = [source, os.path.join(source, 'ckpt.pt'), os.path.join(source, 'last.pt')]
     return next((path for path in paths if os.path.isfile(path)), None)
 
 def damage(path: str) -> str | None:
@@ -213,7 +214,10 @@ def load_model(source: str, dropout: float = 0.0, merge: bool = True) -> tuple[G
     return pretrained.load(source, dropout)
 
 def resume(out_dir: str, dropout: float, say) -> tuple[GPT, dict]:
-    """ the model and the rest of a run's last.pt, or of its ckpt.pt where that one is damaged """
+    """ the model and the rest of a run's last.pt, or of its ckpt.pt where that one is damaged
+
+    Raises FileNotFoundError where there is neither, ValueError where both are.
+    """
     paths = [path for path in (os.path.join(out_dir, name) for name in ('last.pt', 'ckpt.pt'))
              if os.path.isfile(path)]
     if not paths:
@@ -250,7 +254,10 @@ def config_of(source: str, scratch: GPTConfig) -> GPTConfig:
     return load_model(source)[0].config if find(source) else pretrained.config_of(source)
 
 def find_tokenizer(loaded: dict, vocab_size: int) -> dict:
-    """ the tokenizer's state for what load_model gave; nanoGPT's checkpoints only name their dataset """
+    """ the tokenizer's state for what load_model gave; nanoGPT's checkpoints only name their dataset
+
+    Raises FileNotFoundError where its characters are not there, ValueError where they are not the model's.
+    """
     trained_on = str(loaded.get('config', {}).get('dataset', ''))
     state = loaded.get('tokenizer') or read_tokenizer_state(find_dataset(trained_on))
     if 'tokenizer' not in loaded and state['name'] == 'gpt2' and vocab_size < BPETokenizer.n_vocab:
@@ -260,7 +267,10 @@ def find_tokenizer(loaded: dict, vocab_size: int) -> dict:
     return state
 
 def describe_base(source: str, model: GPT, out_dir: str) -> dict:
-    """ what an adapter's checkpoint in out_dir says of the model that `source` names, and that it is for """
+    """ what an adapter's checkpoint in out_dir says of the model that `source` names, and that it is for
+
+    Raises ValueError where that is none, or lies in out_dir itself.
+    """
     if source == 'scratch':
         raise ValueError("lora_rank needs a model to start from; type --init_from=gpt2, or --lora_rank=0")
     source = find(source) or source

@@ -60,7 +60,10 @@ def read_argument(arg: str, current: dict, defaults: dict) -> dict:
     return {key: match_type(key, value, defaults[key]) for key, value in settings.items()}
 
 def run_file(path: str, names: dict) -> dict:
-    """ run a config file over `names`; an error in it is told in one line """
+    """ run a config file, found from here or from the project's folder, over `names`; an error in it is told
+    in one line """
+    if not os.path.exists(path) and os.path.exists(os.path.join(ROOT, path)):
+        path = os.path.join(ROOT, path)
     try:
         with open(path, encoding='utf-8') as file:
             source = file.read()
@@ -75,7 +78,9 @@ def run_file(path: str, names: dict) -> dict:
     except (Exception, SystemExit) as error:
         frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         line = error.lineno or 1 if isinstance(error, SyntaxError) else frames[-1] if frames else 0
-        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}; mend that line") from None
+        hint = ', or import there what it uses' if isinstance(error, NameError) else ''
+        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}; mend that line"
+                         + hint) from None
     return names
 
 def config_files() -> list[str]:
@@ -88,6 +93,8 @@ def check_key(key: str, defaults: dict, where: str) -> None:
     if key not in defaults:
         near = difflib.get_close_matches(key, defaults, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists every option"
+        if where.endswith('.py'):
+            hint += f" A variable of the file's own begins with _, as _{key}"
         raise ValueError(f"unknown option {key!r} in {where}; {hint}")
 
 def check_range(key: str, value, least: int) -> None:
@@ -113,6 +120,8 @@ def match_type(key: str, value, default):
     """ `value` in the type of `default`; an 'auto' option takes text or True and False; else ValueError """
     if type(default) is float and type(value) is int:
         value = float(value) if abs(value) < 2**1023 else math.inf
+    if type(default) is int and type(value) is float and value.is_integer(): # such as 6e5
+        value = int(value)
     if type(value) is float and not math.isfinite(value):
         raise ValueError(f"{key} is {value}; type a finite number, such as --{key}={default}")
     if default == 'auto' and type(value) in (bool, str):
@@ -184,8 +193,9 @@ def report(kind, error, trace) -> None:
     raised_in = os.path.abspath(frames[-1].filename) if frames else ''
     ours = raised_in.startswith(ROOT + os.sep) and 'site-packages' not in raised_in
     device = sys.modules.get('device') # ours, which knows what torch says
-    full = issubclass(kind, MemoryError) or device and device.is_out_of_memory(error)
-    if not (full or ours and issubclass(kind, (ValueError, OSError, ImportError))):
+    ours = ours and issubclass(kind, (ValueError, OSError, ImportError))
+    full = issubclass(kind, MemoryError) or not ours and device and device.is_out_of_memory(error)
+    if not (full or ours):
         sys.__excepthook__(kind, error, trace)
         sys.exit(1)
     if os.environ.get('LOCAL_RANK', '0') != '0':

@@ -10,6 +10,7 @@ windows from a random offset, round the end of the file and on from its beginnin
 that every token is a target once an epoch. Both are drawn from (seed, epoch), and iteration i takes
 windows [i*S, (i+1)*S) of the endless row of epochs: what an iteration trains on follows from (seed, i).
 """
+import codecs
 import contextlib
 import difflib
 import functools
@@ -120,7 +121,8 @@ class Split:
 
 class Mix(Split):
     """ several splits read as one, in shares by weight: of every ROUND windows each gives its fixed number,
-    in an order drawn from (seed, round). A window's start counts on from split to split. """
+    in an order drawn from (seed, round). A window's start counts on from split to split. What is not here of
+    Split's is theirs alone, but for training_windows and batches. """
     ROUND = 1000
 
     def __init__(self, splits: list[Split], weights: list[float], seed: int):
@@ -186,7 +188,7 @@ def find_dataset(dataset: str) -> str:
     return dataset if is_path else os.path.join(DATA, dataset)
 
 def find_datasets(dataset: str) -> dict[str, float]:
-    """ {folder: weight} of what the option names: 'novel', or 'novel:0.7,letters:0.3' """
+    """ {folder: weight} of what the option names: 'novel', or 'novel:0.7,letters:0.3'; else ValueError """
     folders = {}
     for part in dataset.split(','):
         name, weight = re.fullmatch(r'\s*(.*?)(?::([0-9.eE+-]+))?\s*', part, re.DOTALL).groups()
@@ -212,7 +214,7 @@ def split_batch(sequences: int, fits: int) -> tuple[int, int]:
     return batch_size, sequences // batch_size
 
 def open_tokens(path: str, block_size: int) -> np.ndarray:
-    """ the file as an array of uint16, mapped and not read; raises where it cannot be a split """
+    """ the file as an array of uint16, mapped, not read; raises OSError or ValueError for no split """
     folder = shorten(os.path.dirname(path))
     if not os.path.isfile(path):
         scripts = glob.glob(os.path.join(DATA, '*', 'prepare.py'))
@@ -237,7 +239,7 @@ def open_tokens(path: str, block_size: int) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype='<u2', mode='r')) # a plain array of it is sliced faster
 
 def open_mask(path: str, n_tokens: int) -> np.ndarray | None:
-    """ which tokens are to be predicted, a byte a token, or None where that is all of them """
+    """ which tokens are to be predicted, a byte a token, None for all; raises ValueError for another size """
     if not os.path.exists(path):
         return None
     if os.path.getsize(path) != n_tokens:
@@ -256,7 +258,7 @@ class PlainUnpickler(pickle.Unpickler):
         raise ValueError(f"it names {module}.{name}, and could run code")
 
 def read_tokenizer_state(folder: str) -> dict:
-    """ what a dataset is encoded with: characters where there is a meta.pkl, else GPT-2's BPE """
+    """ what a dataset is encoded with: GPT-2's BPE, or meta.pkl's characters; raises ValueError for less """
     path = os.path.join(folder, 'meta.pkl')
     if not os.path.exists(path):
         return {'name': 'gpt2'}
@@ -272,7 +274,7 @@ def read_tokenizer_state(folder: str) -> dict:
                          "and itos; prepare the dataset again") from None
 
 def read_shared_state(folders) -> dict:
-    """ what the datasets of a mixture are all encoded with """
+    """ what the datasets of a mixture are all encoded with; raises ValueError where they differ """
     states = [read_tokenizer_state(folder) for folder in folders]
     names = [shorten(folder) for folder in folders]
     for name, state in zip(names, states):
@@ -282,7 +284,7 @@ def read_shared_state(folders) -> dict:
     return states[0]
 
 def read_template(folders) -> str | None:
-    """ how the datasets put an instruction to the model, if one of them does """
+    """ how the datasets put an instruction to the model, if one does; raises ValueError for no template """
     for folder in folders:
         path = os.path.join(folder, 'template.txt')
         if os.path.exists(path):
@@ -359,7 +361,7 @@ def split_off(folder: str, stem: str, start: int) -> None:
         train.truncate(start)
 
 def fetch(url: str, path: str, sha256: str) -> str:
-    """ the text at `path`, fetched from `url` and checked if it is not there yet """
+    """ the text at `path`, fetched from `url` if need be; raises OSError, or ValueError for another text """
     if not os.path.exists(path):
         import requests
         try:
@@ -378,15 +380,19 @@ def fetch(url: str, path: str, sha256: str) -> str:
     return read_text(path)
 
 def read_text(path: str) -> str:
-    """ a text file in UTF-8, with its line ends as they are; raises ValueError where it is not that """
+    """ a text file in UTF-8, its line ends made \\n, as by open; raises ValueError where it is none """
     with open(path, 'rb') as file:
         data = file.read()
     try:
-        return data.decode('utf-8').removeprefix('\ufeff') # the byte order mark
+        text = data.decode('utf-8').removeprefix('\ufeff') # the byte order mark
+        return text.replace('\r\n', '\n').replace('\r', '\n')
     except UnicodeDecodeError as error:
-        raise bad_utf8(path, error.start) from None
+        raise bad_utf8(path, error) from None
 
-def bad_utf8(path: str, byte: int) -> ValueError:
-    """ the error for a file that is not UTF-8 at a byte, counted from 0 """
+def bad_utf8(path: str, error: UnicodeDecodeError, before: int = 0) -> ValueError:
+    """ the error for a file that is not UTF-8, found in what follows its `before` first bytes """
+    byte = before + error.start
+    wide = byte == 0 and error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    kind = 'utf-16 -t utf-8, since it is UTF-16' if wide else 'latin1 -t utf-8, if it is Latin-1'
     return ValueError(f"{shorten(path)} is not UTF-8 at byte {byte:,}; convert it first, as with "
-                      "iconv -f latin1 -t utf-8, if it is Latin-1")
+                      f"iconv -f {kind}")

@@ -18,7 +18,8 @@ import torch
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 CONTEXT = int(0.6 * 2**30) # what CUDA and its libraries take of a card; 0.5 to 0.8 GiB on most
-FILL = 0.95 # the share of memory that tensors can fill; an allocator loses some to gaps
+FILL = 0.95 # the share of a card's memory that tensors can fill; its allocator loses some to gaps
+FILL_RAM = 0.75 # that of RAM, where gaps are larger, and who takes too much is killed without a word
 
 # peak FLOP/s of dense bf16 or fp16 matrix products that add up in fp32, from NVIDIA's data sheets
 PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12,
@@ -38,7 +39,8 @@ def pick_device(device: str = 'auto') -> str:
     return device
 
 def pick_dtype(dtype: str, device: str) -> str:
-    """ the format of matrix products: bfloat16 where the hardware computes it, else float16 on CUDA """
+    """ the format of matrix products: bfloat16 where the hardware computes it, else float16 on CUDA, or the
+    one named; raises ValueError for an unknown one """
     if dtype != 'auto':
         if dtype not in DTYPES:
             raise ValueError(f"there is no dtype {dtype!r}; type --dtype=NAME with one of: auto, "
@@ -69,7 +71,8 @@ def fetch(x, y, device: str):
 def compile_model(modules, choice, device: str, trial, dynamic: bool | None = None) -> bool:
     """ compile modules in place where `choice` (True, False or 'auto': on CUDA) says so, and tell if they are
 
-    `trial()` calls them at once, so that a machine without a compiler costs one warning.
+    `trial()` calls them at once, so that a machine without a compiler costs one warning; it may run out of
+    memory, which is raised. Raises ValueError for another choice.
     """
     if choice not in ('auto', True, False):
         raise ValueError(f"compile is {choice!r}; type --compile=auto, True or False")
@@ -152,22 +155,26 @@ def free_memory(device: str) -> int:
         with open('/proc/meminfo') as file: # in kB
             free = next(int(line.split()[1]) * 1024 for line in file if line.startswith('MemAvailable'))
         try: # a container may have less
-            with open('/sys/fs/cgroup/memory.max') as most, open('/sys/fs/cgroup/memory.current') as used:
-                free = min(free, int(most.read()) - int(used.read()))
+            with (open('/sys/fs/cgroup/memory.max') as most, open('/sys/fs/cgroup/memory.current') as used,
+                  open('/sys/fs/cgroup/memory.stat') as stat): # files that it only caches are free
+                cached = sum(int(line.split()[1]) for line in stat if line.startswith('inactive_file '))
+                free = min(free, int(most.read()) - int(used.read()) + cached)
         except (OSError, ValueError): # there is none, or its limit is the word max
             pass
         return free // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     return 8 * 2**30 # unknown: what a small laptop has
 
-def memory_to_fill(device: str, memory_gb: float) -> float:
-    """ the bytes that a run may fill with tensors: of what is free, or of a card of memory_gb GiB, if given,
-    which this process is then limited to as if it had that one """
-    free = FILL * free_memory(device)
-    if not memory_gb:
-        return free
+def memory_to_fill(device: str, memory_gb: float, here: bool = True) -> float:
+    """ the bytes that a run may fill with tensors: of what is free, and of memory_gb GiB, if given, which
+    this process is then limited to on a GPU as if that were all of it; or of a card that is not here """
     size = memory_gb * 2**30 - CONTEXT
-    limit_memory(device, size)
-    return min(free, FILL * size) if device.startswith('cuda') else FILL * size
+    if not here:
+        return FILL * size
+    free = free_memory(device)
+    if memory_gb:
+        limit_memory(device, size)
+        free = min(free, size)
+    return (FILL_RAM if device == 'cpu' else FILL) * free
 
 def limit_memory(device: str, size: float) -> None:
     """ let this process have no more than `size` bytes of a GPU, as if it were a smaller one """

@@ -12,6 +12,7 @@ Files are in UTF-8 and read a block or a line at a time, so their size does not 
 import codecs
 import csv
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -112,7 +113,8 @@ def replace_surrogates(text: str) -> str:
         return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
 def find_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
-    """ the file itself, or the files in a folder and below it that end so, in the order of their names """
+    """ the file itself, or the files in a folder and below it that end so, in the order of their names;
+    raises FileNotFoundError where that is not there, ValueError where there are none """
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no {path}; type --input=PATH of a file or of a folder of them")
     if not os.path.isdir(path):
@@ -137,8 +139,10 @@ def check_hub_id(name: str) -> None:
 # kinds of files
 
 def read_blocks(file, name: str, progress=lambda n: None):
-    """ the text of an open binary file, in blocks; raises ValueError where it is not UTF-8 """
-    decoder, n_read, first = codecs.getincrementaldecoder('utf-8')(), 0, True
+    """ the text of an open binary file, in blocks, its line ends made \\n; raises ValueError where it is not
+    UTF-8 """
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder('utf-8')(), translate=True)
+    n_read, first = 0, True
     while True:
         data = file.read(BLOCK)
         begin = n_read - len(decoder.getstate()[0]) # of what is decoded now: a character may be half read
@@ -146,7 +150,7 @@ def read_blocks(file, name: str, progress=lambda n: None):
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            raise bad_utf8(name, begin + error.start) from None
+            raise bad_utf8(name, error, begin) from None
         if text:
             yield text.removeprefix('\ufeff') if first else text # the byte order mark
             first = False
@@ -163,13 +167,13 @@ def read_lines(path: str, progress=lambda n: None):
                 try:
                     text = line.decode('utf-8')
                 except UnicodeDecodeError as error:
-                    raise bad_utf8(path, begin + error.start) from None
+                    raise bad_utf8(path, error, begin) from None
                 yield text if begin else text.removeprefix('\ufeff')
                 begin += len(line)
             progress(sum(map(len, lines)))
 
 def json_rows(path: str, progress=lambda n: None):
-    """ the place and the dict of each line of a .jsonl file; empty lines are left out """
+    """ the place and the dict of a .jsonl file's lines, less empty ones; raises ValueError for others """
     name = shorten(path)
     for number, line in enumerate(read_lines(path, progress), 1):
         place = f'{name}, line {number}'
@@ -210,8 +214,13 @@ def first_object(text: str) -> dict:
     return value if isinstance(value, dict) else {}
 
 def csv_rows(path: str, progress=lambda n: None):
-    """ the place and the fields, as a dict, of each row of a .csv file under its header """
-    reader = csv.reader(read_lines(path, progress), strict=True)
+    """ the place and the fields, as a dict, of each row of a .csv file under its header
+
+    Fields are separated by what the header has most of: commas, semicolons (Excel's in much of Europe), tabs.
+    """
+    lines = (line.replace('\r\n', '\n') for line in read_lines(path, progress)) # also within "quotes"
+    first = next(lines, '')
+    reader = csv.reader(itertools.chain([first], lines), delimiter=max(',;\t', key=first.count), strict=True)
     name, header, begin = shorten(path), None, 1 # the line that a row begins in
     try:
         for fields in reader:

@@ -22,7 +22,9 @@ END = '<|endoftext|>'
 
 def write_tokens(path: str, documents, tokenizer, workers: int = 0, allow_special: bool = False) -> int:
     """ write GPT-2's ids of all documents, each closed by end-of-text; return how many there are """
-    workers = workers or os.cpu_count()
+    # a scheduler may give this process some of the machine's cores; Linux alone tells
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    workers = workers or cores
     jobs = cut_jobs(documents, tokenizer)
     first = list(itertools.islice(jobs, 4)) # if that is all, processes would take longer to start
     alone = workers == 1 or len(first) < 4

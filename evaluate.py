@@ -55,7 +55,8 @@ from dataset import find_datasets, open_mask, open_tokens, read_shared_state, re
 from device import autocast, pick_device, pick_dtype
 from tokenizer import from_state
 
-device, dtype = pick_device(device), pick_dtype(dtype, pick_device(device))
+device = pick_device(device)
+dtype = pick_dtype(dtype, device)
 if file and not os.path.isfile(file):
     raise FileNotFoundError(f"there is no file {file}; type --file=PATH of a text, or of a task's .jsonl")
 content = read_text(file) if file else ''

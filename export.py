@@ -15,16 +15,16 @@ to = '' # the folder to write, or with --weights_only=True the file
 weights_only = False # a checkpoint without the optimizer, which sample.py, train.py and nanoGPT read
 adapter = False # only the adapter of a run with LoRA, in PEFT's layout; False merges it into the weights
 dtype = 'float32' # of the weights: float32, bfloat16, float16
-overwrite = False # replace what is at --to, if an export wrote it
+overwrite = False # replace what is at --to, if that holds only what exports write
 
 from configurator import configure
 configure(globals())
 
-import fnmatch
 import os
 
-WRITTEN = ('*config.json', '*.safetensors', 'tokenizer.json', 'special_tokens_map.json', 'vocab.json',
-           'merges.txt', 'chat_template.jinja', 'template.txt') # by an export, as names in its folder
+WRITTEN = ('config.json', 'generation_config.json', 'model.safetensors', 'tokenizer_config.json',
+           'tokenizer.json', 'special_tokens_map.json', 'vocab.json', 'merges.txt', 'chat_template.jinja',
+           'template.txt', 'adapter_config.json', 'adapter_model.safetensors') # by an export, in its folder
 
 if dtype not in ('float32', 'bfloat16', 'float16'):
     raise ValueError(f"there is no dtype {dtype!r}; type --dtype with one of float32, bfloat16, float16")
@@ -37,7 +37,7 @@ if weights_only and to.endswith(os.sep) or os.path.exists(path) and os.path.isdi
     raise FileExistsError(f"{to} is a {'folder' if weights_only else 'file'}; type --to with the name of a "
                           f"{'file' if weights_only else 'folder'}")
 there = os.listdir(path) if os.path.isdir(path) else [to] if os.path.exists(path) else []
-others = [name for name in there if not any(fnmatch.fnmatch(name, kind) for kind in WRITTEN)]
+others = [name for name in there if name not in WRITTEN]
 if there and not overwrite:
     raise FileExistsError(f"{to} is there already; type --overwrite=True to replace it, or --to with another "
                           "name")
@@ -49,7 +49,8 @@ if others and not weights_only:
 
 import importlib.util
 import json
-import shutil
+import shlex
+import tempfile
 
 import torch
 
@@ -78,29 +79,23 @@ def put(write):
     from safetensors import SafetensorError
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        remove(path + '.tmp')
-        write(path + '.tmp')
-        if os.path.isdir(path):
-            remove(path + '.old')
-            os.rename(path, path + '.old')
-        os.replace(path + '.tmp', path)
-        remove(path + '.old')
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(path), prefix='unfinished-') as place:
+            new, old = os.path.join(place, 'new'), os.path.join(place, 'old')
+            write(new)
+            if os.path.isdir(path): # no folder takes the place of one with files
+                os.rename(path, old)
+            try:
+                os.replace(new, path)
+            finally:
+                if os.path.exists(old) and not os.path.exists(path):
+                    os.rename(old, path)
     except (OSError, RuntimeError, SafetensorError) as error: # the last two where the disk is full
         why = str(error).strip().splitlines()[0]
         raise OSError(f"cannot write {to} ({why}); no part of it was left there; type --to with a place "
                       "that has room and may be written to") from None
-    finally:
-        remove(path + '.tmp')
     written = [os.path.join(to, name) for name in sorted(os.listdir(path))] if os.path.isdir(path) else [to]
     for name in written:
         print(f"wrote {name}, {os.path.getsize(name):,} bytes")
-
-def remove(path):
-    """ delete a file or a folder, if it is there """
-    if os.path.isdir(path):
-        shutil.rmtree(path)
-    elif os.path.exists(path):
-        os.remove(path)
 
 # -----------------------------------------------------------------------------
 # for transformers
@@ -152,7 +147,7 @@ def make_model(model, state):
             weight = weight.t().contiguous() # theirs is (in, out)
         weights[name] = weight[:n_vocab] if name.endswith(('wte.weight', 'lm_head.weight')) else weight
     if n_vocab < c.vocab_size:
-        print(f"the vocabulary was padded to {c.vocab_size:,} ids; those beyond {n_vocab:,} are left out")
+        print(f"the model has {c.vocab_size:,} ids, its tokenizer {n_vocab:,}; those beyond are left out")
     if not c.bias:
         print("the model has no biases; transformers' GPT-2 has, and they are written as zeros")
     theirs.load_state_dict(weights, assign=True)
@@ -216,7 +211,7 @@ if adapter:
                          "another") from None
     if checkpoints.find(base) or pretrained.find_tensorflow(base):
         print("its base is a checkpoint, which transformers do not read; next: python export.py "
-              f"--init_from={base} --to=FOLDER")
+              f"--init_from={shlex.quote(base)} --to=FOLDER")
         base = 'FOLDER'
     named = ''.join(f', {key}={value!r}' for key, value in revision.items())
     print("in transformers:\n"
@@ -232,7 +227,7 @@ else:
         state, template = checkpoints.find_tokenizer(loaded, model.config.vocab_size), loaded.get('template')
         from_state(state) # raises where it is no vocabulary
         put(lambda folder: write_hugging_face(folder, model, state, template))
-    print(f"next: python sample.py --init_from={to}")
+    print(f"next: python sample.py --init_from={shlex.quote(to)}")
     if not weights_only:
         print("in transformers:\n"
               "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"

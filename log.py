@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -48,19 +49,25 @@ class Best:
         """ the same count, and the best as it was before: the latest could not be saved """
         return Best(before.best_val_loss, before.best_iter, self.n_worse, self.evaluated)
 
-    def describe(self, out_dir: str, iter_num: int, patience: int) -> str:
-        """ for the end of a run """
+    def describe(self, out_dir: str, iter_num: int, patience: int, ended: bool) -> str:
+        """ for the end of a run, or of a part of it: what there is, and what to type next """
+        goes_on = '' if ended else '\nto go on: the same command as before with --init_from=resume'
+        learned = self.evaluated > 0 or not iter_num # whether ckpt.pt may hold some of it
+        path = shlex.quote(out_dir if learned else os.path.join(out_dir, 'last.pt'))
+        following = f"next: python sample.py --out_dir={path}{goes_on}"
         if self.best_val_loss == math.inf:
-            return f"no evaluation has a checkpoint yet; the latest is {out_dir}/last.pt"
+            return f"no evaluation has a checkpoint yet; the latest is {out_dir}/last.pt\n{following}"
         lines = [f"the best val loss, {self.best_val_loss:.4f}, of iteration {self.best_iter}, is that of "
                  f"{out_dir}/ckpt.pt; the latest is {out_dir}/last.pt"]
         if 0 < patience <= self.n_worse:
             lines.insert(0, f"{self.n_worse} evaluations in a row were no better than that of iteration "
                             f"{self.best_iter}, so it ended; --init_from=resume --patience=0 goes on")
-        if self.best_iter == 0 and iter_num:
+        if not learned:
+            lines.append("nothing was evaluated since iteration 0: what was learned is in last.pt alone")
+        elif self.best_iter == 0 and iter_num:
             lines.append("no evaluation was better than that of the model it started from, "
                          "which ckpt.pt holds")
-        return '\n'.join(lines)
+        return '\n'.join([*lines, following])
 
 @dataclass
 class Clock:
@@ -254,9 +261,11 @@ def start_wandb(config: dict, resuming: bool) -> str | None:
         raise OSError(f"wandb does not start ({error}); run wandb login, or set WANDB_MODE=offline") from None
 
 def epoch_times(out_dir: str, config: dict) -> dict[str, float]:
-    """ {plan: seconds an epoch} of out_dir's run, empty where there is none of this model and data """
+    """ {plan: seconds an epoch} of out_dir's run, empty where there is none of this model, data and kind of
+    device """
     alike = ('init_from', 'dataset', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'n_layer',
-             'n_head', 'n_embd', 'device', 'dtype')
+             'n_head', 'n_embd', 'dropout', 'freeze', 'lora_rank', 'optimizer', 'compile', 'shard', 'dtype',
+             'device', 'processes')
     try:
         with open(os.path.join(out_dir, 'config.json')) as file:
             settings = json.load(file)

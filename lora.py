@@ -40,7 +40,7 @@ def freeze_parts(model, names: str) -> None:
 
 def restrict(model, config: dict) -> None:
     """ let only that learn which the options freeze and lora_rank say; a model that has LoRA keeps
-    its own """
+    its own; raises ValueError where they do not go together """
     if config['lora_rank'] and config['optimizer'] == 'muon':
         raise ValueError("muon is for whole matrices, and LoRA's are narrow; type --optimizer=adamw")
     if layers(model):
@@ -88,7 +88,7 @@ def add(model, rank: int, alpha: float, dropout: float, targets: str) -> None:
             linear.lora_A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
             linear.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
             nn.init.kaiming_uniform_(linear.lora_A, a=math.sqrt(5)) # as the paper's authors do
-            linear.lora_scale, linear.lora_dropout = alpha / rank, dropout
+            linear.lora_alpha, linear.lora_scale, linear.lora_dropout = alpha, alpha / rank, dropout
 
 def layers(model):
     return [module for module in model.modules() if isinstance(module, LoRALinear)]
@@ -97,8 +97,7 @@ def settings(model) -> dict:
     """ the arguments of `add` that made these layers """
     targets = [name for name in TARGETS if isinstance(model.transformer.h[0].get_submodule(name), LoRALinear)]
     linear = layers(model)[0]
-    rank = linear.lora_A.size(0)
-    return {'rank': rank, 'alpha': linear.lora_scale * rank, 'dropout': linear.lora_dropout,
+    return {'rank': linear.lora_A.size(0), 'alpha': linear.lora_alpha, 'dropout': linear.lora_dropout,
             'targets': ','.join(targets)}
 
 def adapter(model) -> dict:

@@ -38,6 +38,12 @@ class Shape:
     idle: int = 0 # the first blocks, if nothing in or before them is trained: backward never gets there
     device: str = 'cuda' # or cpu, mps, whose attention keeps more
 
+def check_length(block_size: int, positions: int) -> None:
+    """ raise ValueError for sequences that are longer than a model's positions """
+    if block_size > positions:
+        raise ValueError(f"block_size is {block_size}, but the model has {positions} positions; type "
+                         f"--block_size={positions} or less")
+
 def shape_of(model, block_size: int, dropout: float, half: bool, lora: bool = False,
              muon: bool = False, processes: int = 1, shard: bool = False, device: str = 'cuda') -> Shape:
     """ that of a run of `model`, a GPT anywhere, on `device`; its parameters that learn require gradients """
@@ -107,6 +113,18 @@ def ram(plan: str, shape: Shape) -> int:
     pinned = 2 * 2**math.ceil(math.log2(4 * shape.vocab_size * shape.n_embd))
     return 16 * shape.params + pinned # weights, gradients and two moments
 
+def plans_for(config: dict, device: str, processes: int = 1) -> tuple[str, ...]:
+    """ the plans that a run of train.py's options may take; raises ValueError where they name another """
+    wanted = config['plan']
+    other = config['optimizer'] != 'adamw' or config['lora_rank'] or config['freeze'] or processes > 1
+    # on a CPU, offloading gains nothing, and is there to be tried
+    plans = PLANS[:3] if other or device == 'cpu' and wanted != 'offload' else PLANS
+    if wanted != 'auto' and wanted not in plans:
+        why = 'is for one process and adamw, with nothing frozen' if wanted in PLANS else 'is none'
+        raise ValueError(f"plan {wanted!r} {why}; type --plan=NAME with one of: "
+                         f"auto, {', '.join(plans if wanted in PLANS else PLANS)}")
+    return plans
+
 def largest(plan: str, shape: Shape, sequences: int, most: int, budget: float) -> int:
     """ the largest micro-batch, of at most `most`, that divides `sequences` and fits; 0 where none does """
     fitting = (B for B in range(min(most, sequences), 0, -1) if sequences % B == 0
@@ -120,9 +138,6 @@ def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
     ram_free is counted with the float32 weights already in RAM, where a model is made or loaded.
     A plan that is `wanted` by name is taken even where it is not expected to fit, then at micro-batch 1.
     """
-    if wanted != 'auto' and wanted not in plans:
-        why = 'is for one process and adamw, with nothing frozen' if wanted in PLANS else 'is none'
-        raise ValueError(f"plan {wanted!r} {why}; type --plan=NAME with one of: auto, {', '.join(plans)}")
     if wanted != 'auto':
         return wanted, largest(wanted, shape, sequences, most, budget) or 1
     for plan in plans:
@@ -157,7 +172,7 @@ COSTS = {'device': 'no speed', 'selective': 'cheap operations twice', 'recompute
 def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) -> str:
     """ the plan of a run, for its user """
     return (f"plan {plan}, {count(B)} at a time: {peak(plan, shape, B, accumulates) / GiB:.2f} GiB "
-            f"expected, {budget / GiB:.1f} to fill; it costs {COSTS[plan]}")
+            f"expected, {max(budget, 0) / GiB:.1f} to fill; it costs {COSTS[plan]}")
 
 def table(shape: Shape, sequences: int, most: int, budget: float, epochs: dict[str, float],
           plans: tuple[str, ...] = PLANS, ram_free: float = math.inf) -> str:

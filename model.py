@@ -214,6 +214,7 @@ class ChunkedLoss(torch.autograd.Function):
         return dx, dw, None, None, None, None
 
 class GPT(nn.Module):
+    """ token ids (B, T) to logits or a loss; raises ValueError for a config of sizes that make no model """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -349,19 +350,22 @@ class GPT(nn.Module):
         """ the shape of a model of Hugging Face's; raises ValueError if it computes otherwise than ours """
         from transformers import AutoConfig
         c = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-        if (c.model_type != 'gpt2' or c.activation_function not in ('gelu_new', 'gelu_pytorch_tanh')
-                or not c.scale_attn_weights or c.scale_attn_by_inverse_layer_idx or not c.tie_word_embeddings
-                or c.n_inner not in (None, 4 * c.n_embd) or c.layer_norm_epsilon != 1e-5):
-            raise ValueError(f"{source} is a {c.model_type} that computes otherwise than GPT-2; expected "
-                             "tanh GELU, scaled attention, 4 * n_embd in the MLP and tied embeddings; "
-                             "take another model")
+        ours = dict(model_type=['gpt2'], activation_function=['gelu_pytorch_tanh', 'gelu_new'], # the same
+                    n_inner=[None, 4 * getattr(c, 'n_embd', 0)], scale_attn_weights=[True],
+                    scale_attn_by_inverse_layer_idx=[False], tie_word_embeddings=[True],
+                    layer_norm_epsilon=[1e-5])
+        for key, values in ours.items():
+            if getattr(c, key, None) not in values:
+                raise ValueError(f"its {key} is {getattr(c, key, None)!r}, and GPT-2's is {values[-1]!r}; "
+                                 "take another model")
         config = GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout, bias=True)
         check_shape(config)
         return config
 
     @classmethod
     def from_pretrained(cls, source: str, dropout: float = 0.0, revision: str = 'main') -> 'GPT':
-        """ GPT-2 from Hugging Face: one of the four names, a hub id, or a local directory """
+        """ GPT-2 from Hugging Face: one of the four names, a hub id, or a local directory; raises ValueError
+        where it computes otherwise or lacks weights """
         from transformers import GPT2LMHeadModel
         config = cls.pretrained_config(source, dropout, revision)
         theirs, info = GPT2LMHeadModel.from_pretrained(

@@ -101,8 +101,8 @@ class OffloadedAdamW(torch.optim.AdamW):
     def step(self, closure=None):
         """ update some tensors at a time, so that those before are sent while the CPU goes on """
         self.collect()
-        found_inf = getattr(self, 'found_inf', None) # float16's; AdamW would not wait for it to arrive
-        assert found_inf is None or found_inf.device.type == 'cpu'
+        found_inf = getattr(self, 'found_inf', None) # float16's
+        assert found_inf is None or found_inf.device.type == 'cpu', "AdamW would not wait for it to arrive"
         whole = self.param_groups
         try:
             for group in whole:
@@ -139,7 +139,8 @@ def make_optimizer(name: str, model, learning_rate: float, muon_learning_rate: f
     """ 'adamw', with decay for matrices and none for vectors, in nanoGPT's order; or 'muon', which takes the
     matrices of the blocks and leaves the rest to AdamW
 
-    With offload_to = (device, half), `model` moves there and the optimizer stays in RAM.
+    With offload_to = (device, half), `model` moves there and the optimizer stays in RAM. Raises ValueError
+    for another name, or betas that are not below 1.
     """
     if max(betas) >= 1:
         raise ValueError(f"beta1 and beta2 are {betas[0]} and {betas[1]}; type --beta1=0.9 --beta2=0.95, "
@@ -165,7 +166,10 @@ def set_lr(optimizer, factor: float) -> None:
         group['lr'] = group.setdefault('initial_lr', group['lr']) * factor
 
 def load_optimizer(optimizer, state: dict) -> None:
-    """ take over the moments of a saved state, and keep the learning rate, betas and decay of this run """
+    """ take over the moments of a saved state, and keep the learning rate, betas and decay of this run
+
+    Raises ValueError where it is of another optimizer or of other parameters.
+    """
     parts = optimizer.both if isinstance(optimizer, Pair) else [optimizer]
     states = state.get('pair', [state])
     now = [part.state_dict()['param_groups'] for part in parts]

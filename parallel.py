@@ -13,7 +13,10 @@ import torch
 import torch.distributed as dist
 
 def start_processes(backend: str, device: str) -> tuple[int, int, str]:
-    """ join the processes that torchrun started, if it did: (rank, world_size, this process's device) """
+    """ join the processes that torchrun started, if it did: (rank, world_size, this process's device)
+
+    Raises ValueError for a backend that is not there, or for more processes than GPUs.
+    """
     if backend not in ('auto', 'nccl', 'gloo'):
         raise ValueError(f"there is no backend {backend!r}; type --backend=auto, nccl (CUDA) or gloo")
     if 'RANK' not in os.environ:
@@ -58,6 +61,14 @@ def all_sum(values: list[float], world_size: int, device: str) -> list[float]:
     dist.all_reduce(total)
     return total.tolist()
 
+def least(value: float, world_size: int, device: str) -> float:
+    """ the least of all processes' values """
+    if world_size == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float32 if device == 'mps' else torch.float64, device=device)
+    dist.all_reduce(total, dist.ReduceOp.MIN)
+    return total.item()
+
 def share(sequences: int, world_size: int) -> int:
     """ how many sequences of an iteration are a process's; raises ValueError where that is not even """
     if sequences % world_size:
@@ -79,7 +90,7 @@ def check_same(iter_num: int, world_size: int, device: str, out_dir: str) -> Non
         raise ValueError(f"the processes found different checkpoints in {out_dir}, this one iteration "
                          f"{iter_num}; type --out_dir with a folder that all nodes share")
 
-def launch() -> str | None:
+def launch_id() -> str | None:
     """ torchrun's job and this command, the same when torchrun or a scheduler starts it again; None without
     torchrun """
     job = os.environ.get('TORCHELASTIC_RUN_ID')

@@ -13,6 +13,7 @@ import torch
 
 from dataset import read_template
 from model import GPT, GPT2_SHAPES, GPTConfig
+from tokenizer import BPETokenizer
 
 def load(source: str, dropout: float = 0.0) -> tuple[GPT, dict]:
     """ the model that `source` names, and {'tokenizer': its state}, with 'template' where it has one
@@ -63,9 +64,9 @@ def readable(source: str):
         yield
     except Exception as error:
         why = str(error).strip().split('\n')[0]
+        do = 'take another folder' if os.path.isdir(source) else 'check the name and the network'
         raise OSError(f"cannot load {source} from Hugging Face's format or hub ({type(error).__name__}: "
-                      f"{why}); expected a GPT-2 in a local directory or on the hub; check the name and the "
-                      "network") from None
+                      f"{why}); expected a GPT-2 in a local directory or on the hub; {do}") from None
 
 def split_revision(source: str) -> tuple[str, str | None]:
     """ 'gpt2@607a30d' -> ('gpt2', '607a30d'); a path that is there keeps its @ """
@@ -75,20 +76,29 @@ def split_revision(source: str) -> tuple[str, str | None]:
 def read_tokenizer(source: str, revision: str = 'main') -> dict:
     """ the state of a model's tokenizer, GPT-2's if it brings none; raises ValueError for an unknown one """
     from transformers.utils import cached_file
-    for name in ('vocab.json', 'tokenizer.json'):
+    added = {}
+    for name in ('vocab.json', 'tokenizer.json', 'added_tokens.json'):
         path = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         if path:
             with open(path, encoding='utf-8') as file:
                 vocab = json.load(file)
+            if name == 'added_tokens.json':
+                added.update(vocab)
+                continue
             if name == 'tokenizer.json':
                 chars = read_chars(vocab['model'])
                 if chars:
                     return {'name': 'char', 'chars': chars}
+                added.update((token['content'], token['id']) for token in vocab.get('added_tokens', []))
                 vocab = vocab['model']['vocab']
             gpt2 = {'Hello': 15496, 'er': 263, '\u0120the': 262, '\u0120world': 995} # \u0120 is a space
             if any(vocab.get(token) != i for token, i in gpt2.items()):
                 raise ValueError(f"its {name} is not GPT-2's vocabulary, nor one of characters as export.py "
                                  "writes it; no other is prepared and sampled here")
+    more = [token for token, i in added.items() if i >= BPETokenizer.n_vocab]
+    if more:
+        print(f"warning: its tokenizer adds {', '.join(more[:5])}{' ...' * (len(more) > 5)} to GPT-2's "
+              "tokens; here they are ordinary text", file=sys.stderr)
     return {'name': 'gpt2'}
 
 def read_chars(words: dict) -> list[str] | None:

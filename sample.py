@@ -53,7 +53,8 @@ if input and not instruction:
                      "--instruction=TEXT, too, or --start=TEXT instead")
 
 sys.stdout.reconfigure(errors='replace') # for what the terminal's encoding lacks
-device, dtype = pick_device(device), pick_dtype(dtype, pick_device(device))
+device = pick_device(device)
+dtype = pick_dtype(dtype, device)
 
 # -----------------------------------------------------------------------------
 # model and tokenizer
@@ -129,16 +130,20 @@ begin = time.time()
 tokens = model.stream(idx, max_new_tokens, temperature, top_k, top_p, tokenizer.n_vocab,
                       fixed=False if compiled else None) # whose shapes vary
 progress = tqdm(tokens, total=max_new_tokens, unit='tok', delay=1, leave=False, disable=stream)
-for n, token in enumerate(progress, 1):
-    for sample, t in zip(samples, token.tolist()):
-        if t < 0:
-            raise ValueError(f"the model's probabilities are not finite in {dtype}; type --dtype=float32, or "
-                             "take another checkpoint")
-        sample.add(t, last=n == max_new_tokens)
-    if stream:
-        samples[0].print_new()
-    if all(sample.ended for sample in samples):
-        break
+n, stopped = 0, False
+try:
+    for n, token in enumerate(progress, 1):
+        for sample, t in zip(samples, token.tolist()):
+            if t < 0:
+                raise ValueError(f"the model's probabilities are not finite in {dtype}; type "
+                                 "--dtype=float32, or take another checkpoint")
+            sample.add(t, last=n == max_new_tokens)
+        if stream:
+            samples[0].print_new()
+        if all(sample.ended for sample in samples):
+            break
+except KeyboardInterrupt: # what there is is printed
+    stopped = True
 progress.close()
 tokens.close()
 seconds = time.time() - begin
@@ -148,3 +153,5 @@ for i, sample in enumerate(samples):
 print(f"{num_samples} x {n} tokens in {seconds:.1f} s, {num_samples * n / seconds:.0f} tok/s on {device} in "
       f"{dtype}",
       file=sys.stderr)
+if stopped:
+    sys.exit(130)

@@ -22,7 +22,7 @@ class KVCache:
     def append(self, k, v):
         """ take in those of T more tokens, (B, n_head, T, head_size), and return those of all """
         B, n_head, T, head_size = k.shape
-        assert self.size == 0 or T == 1 # the prompt whole, then a token at a time
+        assert self.size == 0 or T == 1, "the prompt goes in whole, what follows a token at a time"
         if self.k is None: # a graph holds on to them, so they stay when a window restarts
             self.k, self.v = k.new_zeros(2, B, n_head, self.length, head_size)
         start, self.size = self.size, self.size + T
@@ -94,7 +94,7 @@ def sample_token(logits, temperature: float = 1.0, top_k: int | None = None, top
     nothing waits or fails.
     """
     if temperature < 1e-6: # 0, or so near that it overflows
-        return logits.argmax(dim=-1)
+        return logits.argmax(dim=-1).masked_fill(~logits.amax(dim=-1).isfinite(), -1)
     logits = logits / temperature
     if top_k:
         least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]

@@ -53,7 +53,7 @@ class BPETokenizer:
         return self.encoding.decode_single_token_bytes(token)
 
     def decode(self, ids) -> str:
-        return b''.join(map(self.token_bytes, ids)).decode('utf-8', errors='replace')
+        return self.encoding.decode(ids) # U+FFFD for what is no UTF-8
 
 class CharTokenizer:
     """ one id a character, in the order of `chars`; there is no end-of-text """
@@ -86,7 +86,7 @@ def are_characters(chars) -> bool:
             and len(set(chars)) == len(chars) > 0)
 
 def from_state(state: dict) -> BPETokenizer | CharTokenizer:
-    """ the tokenizer that a checkpoint or a dataset describes """
+    """ the tokenizer that a checkpoint or a dataset describes; raises ValueError where it is neither kind """
     if state.get('name') == 'gpt2':
         return BPETokenizer()
     if state.get('name') == 'char' and are_characters(state.get('chars')):

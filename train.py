@@ -97,14 +97,14 @@ from log import (Best, Clock, append_row, append_sample, epoch_times, finish_log
                  start_log, start_wandb, steady_output)
 from model import GPT, GPTConfig
 from optim import get_lr, load_optimizer, make_optimizer, set_lr, weights
-from parallel import all_sum
 from tokenizer import check_match, count_ids, from_state
 
 if decay_lr and min_lr > learning_rate:
     raise ValueError(f"min_lr, {min_lr}, is above learning_rate, {learning_rate}; type "
                      f"--min_lr={learning_rate / 10:.3g}")
 
-device, dtype = pick_device(device), pick_dtype(dtype, pick_device(device))
+device = pick_device(device)
+dtype = pick_dtype(dtype, device)
 rank, world_size, device = parallel.start_processes(backend, device)
 master = rank == 0
 if device.startswith('cuda'):
@@ -129,8 +129,8 @@ sequences = batch_size * gradient_accumulation_steps # S: what an iteration trai
 share = parallel.share(sequences, world_size) # of them, a process's
 parallel.check_shard(shard, world_size, config)
 
-signals, launch = Signals(say), parallel.launch()
-restarted = all_sum([float(checkpoints.is_of(out_dir, launch))], world_size, device)[0] # for any process
+signals, launch = Signals(say), parallel.launch_id()
+restarted = parallel.all_sum([float(checkpoints.is_of(out_dir, launch))], world_size, device)[0] # any
 if init_from != 'resume' and checkpoints.find(out_dir) and not (eval_only or dry_run):
     if restarted: # torchrun has lost a process, and started all of them again
         init_from = 'resume'
@@ -144,25 +144,26 @@ if init_from != 'resume' and checkpoints.find(out_dir) and not (eval_only or dry
 folders = find_datasets(dataset)
 tokenizer = read_shared_state(folders)
 vocab_size = count_ids(tokenizer)
-free = memory_to_fill(device, memory_gb)
+card = dry_run and memory_gb > 0 # it need not be here
+place = 'cuda' if card else device
+free = parallel.least(memory_to_fill(device, memory_gb, not card), world_size, device) # all choose the same
+plans = memory.plans_for(config, place, world_size)
 
 def shape_of(c):
     """ what the memory of this run depends on, for a model of GPTConfig c """
     with torch.device('meta'):
         gpt = GPT(c)
         lora.restrict(gpt, config)
-    card = dry_run and memory_gb > 0 # not what is here; it has half precision
     half = dtype != 'float32' or card and config['dtype'] == 'auto'
-    return memory.shape_of(gpt, block_size, dropout, half, lora_rank > 0, optimizer == 'muon',
-                           world_size, shard, 'cuda' if card else device)
+    return memory.shape_of(gpt, block_size, dropout, half, lora_rank > 0, optimizer == 'muon', world_size,
+                           shard, place)
 
-in_ram = device == 'cpu' and plan == 'auto' and not memory_gb # where offloading gains nothing
-plans = memory.PLANS[:3 if optimizer == 'muon' or world_size > 1 or in_ram or lora_rank or freeze else 4]
 scratch = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
 if dry_run: # which needs neither data nor, for GPT-2, weights
     c = checkpoints.config_of(out_dir if init_from == 'resume' else init_from, scratch)
-    say(memory.table(shape_of(c), share, batch_size, free, epoch_times(out_dir, config), plans,
-                     free_memory('cpu')))
+    memory.check_length(block_size, c.block_size)
+    epochs = epoch_times(out_dir, {**config, 'device': place, 'processes': world_size})
+    say(memory.table(shape_of(c), share, batch_size, free, epochs, plans, free_memory('cpu')))
     leave(0)
 
 # -----------------------------------------------------------------------------
@@ -190,9 +191,7 @@ elif init_from == 'resume':
 else:
     model, loaded = checkpoints.load_model(init_from, dropout)
 check_match(loaded.get('tokenizer'), model.config.vocab_size, tokenizer, dataset)
-if block_size > model.config.block_size:
-    raise ValueError(f"block_size is {block_size}, but the model has {model.config.block_size} positions; "
-                     f"type --block_size={model.config.block_size} or less")
+memory.check_length(block_size, model.config.block_size)
 template = read_template(folders) or loaded.get('template')
 if init_from != 'resume' and lora_rank: # a resumed run has its adapter, and knows its base
     loaded.update(checkpoints.describe_base(init_from, model, out_dir))
@@ -217,9 +216,12 @@ def with_room(work, *args, again=True):
         say(f"iter {iter_num}: out of memory with {was} sequences at a time; again with {micro_batch}")
 
 shape = shape_of(model.config)
-plan, fits = memory.choose(plan, shape, share, batch_size, free, plans, free_memory('cpu'))
+if eval_only: # which takes the weights, and little beside them
+    plan, plans, fits, compile = 'device', ('device',), min(batch_size, share), False
+else:
+    plan, fits = memory.choose(plan, shape, share, batch_size, free, plans, free_memory('cpu'))
+    say(memory.describe(plan, shape, fits, fits < share, free))
 micro_batch, n_micro_steps = split_batch(share, fits)
-say(memory.describe(plan, shape, micro_batch, n_micro_steps > 1, free))
 model.follow(plan)
 if shard:
     with_room(parallel.shard_model, model, world_size, device, again=False)
@@ -238,7 +240,7 @@ iter_num, best, n_bad = 0, Best(), 0 # n_bad iterations in a row were not finite
 if init_from == 'resume':
     iter_num, best, n_bad = loaded.get('iter_num', 0), Best.of(loaded), loaded.get('n_bad', 0)
     say(f"resuming at iteration {iter_num}{checkpoints.tell_changes(loaded.get('config', {}), config)}")
-    if 'optimizer' in loaded:
+    if 'optimizer' in loaded and not eval_only:
         load_optimizer(opt, loaded['optimizer'])
     if loaded.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(loaded['scaler'])
@@ -276,12 +278,12 @@ def evaluate():
         for weight, windows, n in data.evaluation_parts(n_evaluated):
             total = 0.0
             for batch in data.batches(windows, micro_batch * world_size):
-                if all_sum(signals.asked(), world_size, device)[0]:
+                if parallel.all_sum(signals.asked(), world_size, device)[0]:
                     return None
                 x, y = fetch(*data.batch(batch[rank::world_size]), device)
-                with autocast(device, dtype):
+                with autocast(device, dtype, cache=False):
                     total += raw_model(x, y, scale=1.0)[1].item()
-            losses[name] += weight * all_sum([total], world_size, device)[0] / n
+            losses[name] += weight * parallel.all_sum([total], world_size, device)[0] / n
     raw_model.train()
     return losses
 
@@ -297,13 +299,13 @@ def save(is_best=False, tells=False):
         **state, 'optimizer': moments, 'model_args': checkpoints.model_args(raw_model), 'iter_num': iter_num,
         **vars(best), 'config': config, 'tokenizer': tokenizer, 'template': template,
         'scaler': scaler.state_dict(), 'n_bad': n_bad, 'launch': launch}, is_best, tells)
-    return all_sum([float(saved)], world_size, device)[0] > 0
+    return parallel.all_sum([float(saved)], world_size, device)[0] > 0
 
 def write_sample():
     """ add what the model writes now to samples.txt """
     raw_model.eval()
     torch.manual_seed(seed)
-    with autocast(device, dtype), torch.compiler.set_stance('force_eager'):
+    with autocast(device, dtype, cache=not shard), torch.compiler.set_stance('force_eager'):
         made = raw_model.generate(prompt, sample_tokens, 0.8, top_k=200, n_vocab=vocab_size, fixed=False)
     raw_model.train()
     if master:
@@ -332,7 +334,7 @@ if master:
     saver.clear(anew=overwrite and init_from != 'resume')
     wandb_id = start_wandb(config, init_from == 'resume')
     start_log(out_dir, {**config, 'wandb_id': wandb_id, 'device': device, 'dtype': dtype, 'plan': plan,
-                        'max_iters': max_iters, 'warmup_iters': warmup_iters,
+                        'processes': world_size, 'max_iters': max_iters, 'warmup_iters': warmup_iters,
                         'lr_decay_iters': lr_decay_iters, 'machine': describe_machine(device),
                         'parameters': raw_model.num_params(), 'trained': n_trained,
                         'model_args': checkpoints.model_args(raw_model)},
@@ -379,7 +381,7 @@ while True:
         say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
             f"{', the best so far' if is_best else ''}")
         ended = iter_num >= max_iters or 0 < patience <= best.n_worse
-        if is_best or always_save_checkpoint or ended:
+        if is_best or always_save_checkpoint or keep_checkpoints or ended:
             best = best if save(is_best) else best.without(before)
     if sample_interval and iter_num % sample_interval == 0 and (master or shard):
         write_sample()
@@ -401,7 +403,7 @@ while True:
         opt.collect()
     scaler.unscale_(opt)
     grad_norm = parallel.full(torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)).item()
-    loss, n_ending, n_saving = all_sum([loss.item(), *signals.asked()], world_size, device)
+    loss, n_ending, n_saving = parallel.all_sum([loss.item(), *signals.asked()], world_size, device)
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     # a scaled gradient that overflows is float16's everyday business
     overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
@@ -412,7 +414,7 @@ while True:
     if not finite:
         say(f"iter {iter_num}: loss {loss}, gradient norm {grad_norm}; no update")
     if n_bad >= 5:
-        save()
+        save(tells=True)
         raise ValueError(f"five iterations in a row were not finite, up to {iter_num}; nothing of them is in "
                          f"a checkpoint of {out_dir}; type --init_from=resume with a lower --learning_rate "
                          "or --dtype=float32")
@@ -443,7 +445,5 @@ say(f"{'finished' if ended else 'stopped'} at iteration {iter_num} after {clock.
 if master:
     finish_log(wandb_log)
     saver.check()
-say(best.describe(out_dir, iter_num, patience))
-say(f"next: python sample.py --out_dir={out_dir}" + (
-    '' if ended else ", or the same command as before with --init_from=resume"))
+say(best.describe(out_dir, iter_num, patience, ended))
 leave(130 if signals.end == signal.SIGINT else 0)

@@ -2,9 +2,7 @@
 # with its train.bin and val.bin in data/openwebtext, which nanoGPT's prepare.py also writes
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_large.py
 out_dir = 'out-train-gpt2-large'
-dataset = 'openwebtext'
 n_layer, n_head, n_embd = 36, 20, 1280
 batch_size, gradient_accumulation_steps = 4, 120 # 491,520 tokens an iteration
 learning_rate, min_lr = 2.5e-4, 2.5e-5
-max_iters = 600000 # 300 billion tokens
-eval_interval, eval_iters, log_interval = 1000, 200, 10
+eval_interval, log_interval = 1000, 10

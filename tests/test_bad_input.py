@@ -94,7 +94,7 @@ CASES = [ # script, options, part of what is said
     ('train.py', '--compile=maybe', '--compile=auto'),
     ('train.py', '--plan=ram', 'with one of: auto, device, selective, recompute, offload'),
     ('train.py', '--plan=offload --optimizer=muon', 'is for one process and adamw'),
-    ('train.py', '--memory_gb=0.601 --n_embd=128', 'no plan fits: offload'),
+    ('train.py', '--memory_gb=0.601 --n_embd=128', 'no plan fits: recompute'),
     ('train.py', '--freeze=zzz', "there is no 'zzz' to freeze"),
     ('train.py', '--freeze=h.0-9', "there is no 'h.0-9' to freeze"),
     ('train.py', '--freeze=wte,wpe,ln_f,h', 'leaves nothing to train'),

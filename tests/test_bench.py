@@ -39,7 +39,7 @@ def test_a_profile_is_a_trace_with_our_products(run, clone):
     assert any(event.get('name') in ('aten::mm', 'aten::addmm') for event in events)
 
 @pytest.mark.parametrize('option', ['--data=x', '--way=transformers', '--work=x', '--iters=0', '--init_from=out',
-                                    '--suite=x', '--plan=x', '--shard=True', '--work=cards', '--lora_rank=4 --plan=offload'])
+                                    '--suite=x', '--plan=x', '--shard=True', '--work=cards', '--lora_rank=4 --plan=offload', '--work=batch --way=nanogpt'])
 def test_one_line_says_what_is_wrong_with(run, option):
     result = run('bench.py', *SMALL, *option.split(), status=2)
     assert result.err.splitlines()[-1].startswith('error: ') and 'Traceback' not in result.err

@@ -81,6 +81,15 @@ def test_a_hugging_face_model_of_another_vocabulary_is_refused(tmp_path, hf_dir,
             with pytest.raises(OSError, match="is not GPT-2's vocabulary"):
                 checkpoints.load_model(str(tmp_path / 'hf'))
 
+def test_tokens_that_others_added_to_gpt_2_s_are_told(tmp_path, hf_dir, capsys):
+    shutil.copytree(hf_dir, tmp_path / 'hf')
+    for name, content in (('added_tokens.json', {'<|user|>': 50258}),
+                          ('tokenizer.json', {'model': {'vocab': {'Hello': 15496, 'er': 263, '\u0120the': 262, '\u0120world': 995}},
+                                              'added_tokens': [{'id': 50256, 'content': '<|endoftext|>'}, {'id': 50257, 'content': '<|pad|>'}]})):
+        (tmp_path / 'hf' / name).write_text(json.dumps(content))
+    assert checkpoints.load_model(str(tmp_path / 'hf'))[1] == {'tokenizer': {'name': 'gpt2'}}
+    assert "warning: its tokenizer adds <|pad|>, <|user|> to GPT-2's tokens; here they are ordinary text" in capsys.readouterr().err
+
 @pytest.mark.parametrize('links', [True, False])
 def test_the_best_is_the_latest_file_and_stays_when_that_is_replaced(tmp_path, monkeypatch, links):
     if not links: # as on FAT

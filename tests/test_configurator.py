@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configurator import ROOT, configure, read_argument, report
+from configurator import ROOT, configure, read_argument, report, run_file
 
 DEFAULTS = {'batch_size': 12, 'learning_rate': 6e-4, 'compile': 'auto', 'decay_lr': True, 'start': '\n'}
 
@@ -90,7 +90,8 @@ def test_a_config_computes_and_may_import_and_define(tmp_path):
     assert read(str(path)) == {'batch_size': 20, 'learning_rate': 1.0, 'compile': False, 'decay_lr': True, 'start': '\n'}
 
 @pytest.mark.parametrize('text, message', [
-    ('batch_sise = 4', 'did you mean batch_size'), ('batch_size = "4"', 'takes a whole number'),
+    ('batch_sise = 4', 'did you mean batch_size'), ('tokens = 4', "file's own begins with _, as _tokens"),
+    ('batch_size = torch.x', "name 'torch' is not defined; mend that line, or import there what it uses"), ('batch_size = "4"', 'takes a whole number'),
     ('batch_size = ', 'line 1: SyntaxError'), ('\nbatch_size = x', 'line 2: NameError'),
     ('import nothing_of_this_name', 'line 1: ModuleNotFoundError')])
 def test_a_bad_config_is_told(tmp_path, text, message):
@@ -98,6 +99,12 @@ def test_a_bad_config_is_told(tmp_path, text, message):
     with pytest.raises(ValueError) as error:
         read(str(tmp_path / 'c.py'))
     assert message in str(error.value)
+
+def test_a_config_of_the_project_is_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'c.py').write_text('batch_size = 2e2')
+    assert read('c.py')['batch_size'] == 200 and type(read('c.py')['batch_size']) is int
+    assert run_file('config/quickstart.py', {})['out_dir'] == 'out-quickstart'
 
 def test_a_missing_config_suggests_the_nearest(tmp_path):
     with pytest.raises(ValueError, match='did you mean config/finetune/gpt2_medium.py'):

@@ -115,11 +115,15 @@ def test_written_characters_are_nanogpt_s_format(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['meta.pkl', 'train.bin', 'val.bin']
 
 def test_text_is_read_without_a_byte_order_mark_and_bad_utf8_is_placed(tmp_path):
-    (tmp_path / 'a.txt').write_bytes(b'\xef\xbb\xbfhi\r\n')
-    assert read_text(str(tmp_path / 'a.txt')) == 'hi\r\n'
+    (tmp_path / 'a.txt').write_bytes(b'\xef\xbb\xbfhi\r\n\rho\n')
+    with open(tmp_path / 'a.txt', encoding='utf-8-sig') as file:
+        assert read_text(str(tmp_path / 'a.txt')) == file.read() == 'hi\n\nho\n'
     (tmp_path / 'b.txt').write_bytes(b'good\xff')
-    with pytest.raises(ValueError, match='b.txt is not UTF-8 at byte 4'):
+    with pytest.raises(ValueError, match='b.txt is not UTF-8 at byte 4.*latin1'):
         read_text(str(tmp_path / 'b.txt'))
+    (tmp_path / 'c.txt').write_bytes('wide'.encode('utf-16'))
+    with pytest.raises(ValueError, match='c.txt is not UTF-8 at byte 0.*iconv -f utf-16 -t utf-8, since it is UTF-16'):
+        read_text(str(tmp_path / 'c.txt'))
 
 @pytest.fixture
 def server():

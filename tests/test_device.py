@@ -1,3 +1,4 @@
+import io
 import types
 
 import pytest
@@ -53,6 +54,22 @@ def test_memory_gb_limits_the_gpu_that_is_used(monkeypatch, name, index):
     monkeypatch.setattr(torch._C, '_cuda_setMemoryFraction', lambda fraction, at: asked.append((fraction, at)), raising=False)
     assert device.memory_to_fill(name, 8.0) == pytest.approx(0.95 * 7.4 * 2**30, rel=1e-3)
     assert asked == [(pytest.approx(7.4 / 80, rel=1e-3), index or 0)]
+
+def test_a_card_that_is_not_here_is_all_there_is(monkeypatch):
+    monkeypatch.setattr(device, 'free_memory', lambda name: 2**30)
+    assert device.memory_to_fill('cpu', 8.0, here=False) == pytest.approx(0.95 * 7.4 * 2**30)
+    assert device.memory_to_fill('cpu', 8.0) == device.memory_to_fill('cpu', 0.0) == 0.75 * 2**30 # no more than is free
+    assert device.memory_to_fill('cpu', 1.0) == pytest.approx(0.75 * 0.4 * 2**30)
+
+def test_files_that_a_container_caches_count_as_free(monkeypatch):
+    files = {'/proc/meminfo': 'MemTotal: 99000000 kB\nMemAvailable: 90000000 kB\n', '/sys/fs/cgroup/memory.max': '16000000000\n',
+             '/sys/fs/cgroup/memory.current': '15000000000\n',
+             '/sys/fs/cgroup/memory.stat': 'anon 1000000000\nfile 14000000000\ninactive_file 13000000000\nactive_file 1\n'}
+    monkeypatch.setattr(device, 'open', lambda path: io.StringIO(files[path]), raising=False)
+    monkeypatch.setattr(device.os.path, 'exists', files.__contains__)
+    assert device.free_memory('cpu') == 14_000_000_000
+    files['/sys/fs/cgroup/memory.max'] = 'max\n'
+    assert device.free_memory('cpu') == 90_000_000 * 1024
 
 def test_compile_is_left_out_on_a_cpu_unless_asked_for(model):
     assert not device.compile_model([model], 'auto', 'cpu', None)

@@ -24,6 +24,13 @@ def written(tmp_path, texts, size, **options):
     assert len(ids) == n
     return ids
 
+@pytest.mark.skipif(not hasattr(encode.os, 'sched_getaffinity'), reason="only Linux tells which cores a process may use")
+def test_a_process_with_one_core_starts_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, 'JOB', 10)
+    monkeypatch.setattr(encode.os, 'sched_getaffinity', lambda pid: {3})
+    monkeypatch.setattr(encode, 'encode_in_processes', None)
+    assert written(tmp_path, ['a b ' * 100], 10) == [*BPE.encode('a b ' * 100), 50256]
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.text(ALPHABET, min_size=1, max_size=60), max_size=4), st.integers(1, 9), st.integers(1, 20), st.booleans())
 def test_ids_equal_tiktoken_s_of_each_whole_document(tmp_path_factory, texts, size, job, special):

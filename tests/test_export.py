@@ -21,7 +21,7 @@ from tokenizer import from_state
 STATES = {'char': {'name': 'char', 'chars': CHARS}, 'bpe': {'name': 'gpt2'}}
 PROMPTS = {'char': 'def f(x):\n', 'bpe': "Hello,  world's"}
 TEXTS = {'char': TEXT[:3000], 'bpe': TEXT[:3000] + " it 's . ok ,\n\n  x<|endoftext|>é 東京🙂\t\u0301 1234's"}
-TEMPLATE = 'Q "{{}}" \\ é🙂\r\n{instruction}\n\nAbout {input}\n\nA:\n'
+TEMPLATE = 'Q "{{}}" \\ é🙂\n{instruction}\n\nAbout {input}\n\nA:\n'
 QUESTION = 'What is {input}?'
 OUTSIDE = """
 import json, sys, torch
@@ -59,7 +59,7 @@ def test_transformers_read_an_export_with_no_code_of_ours_and_so_do_we(run, trai
     models = {kind: write_run(tmp_path / f'{kind}-run.pt', kind) for kind in STATES}
     for kind in STATES:
         out = run('export.py', f'--out_dir={tmp_path}/{kind}-run.pt', f'--to={tmp_path}/{kind}').out
-        assert ('written as zeros' in out) == (kind == 'char') and ('50,257 are left out' in out) == (kind == 'bpe')
+        assert ('written as zeros' in out) == (kind == 'char') and ('50,304 ids, its tokenizer 50,257' in out) == (kind == 'bpe')
         assert f'next: python sample.py --init_from={tmp_path}/{kind}\n' in out
     questions = {'char': None, 'bpe': [{'role': 'user', 'content': text} for text in ('Look:', QUESTION)]}
     questions['bpe'] += [{'role': 'assistant', 'content': 'That.'}, questions['bpe'][1]]
@@ -167,6 +167,7 @@ def test_peft_loads_an_adapter(run, hf_dir, tmp_path):
     ('--to={root}/full', 'type --overwrite=True'),
     ('--to={root}/full --overwrite=True', 'holds mine.txt, which no export wrote'),
     ('--to={root}/full --weights_only=True --overwrite=True', 'is a folder'),
+    ('--to={root}/theirs --overwrite=True', 'holds tsconfig.json, which no export wrote'),
     ('--to={root}/file.pt', 'is a file'),
     ('--to={root}/file.pt --weights_only=True', 'type --overwrite=True'),
     ('--to={root}/new --weights_only=True --adapter=True', 'type one of them'),
@@ -178,10 +179,21 @@ def test_an_export_that_cannot_be_is_told_and_touches_nothing(run, char_run, tmp
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'mine.txt').write_text('mine')
     (tmp_path / 'file.pt').write_text('mine, too')
+    (tmp_path / 'theirs').mkdir()
+    (tmp_path / 'theirs' / 'tsconfig.json').touch()
     done = run('export.py', f'--out_dir={char_run[1]}', *options.format(root=tmp_path).split(), status=2)
     assert message in done.err.splitlines()[-1] and 'Traceback' not in done.err
-    assert sorted(os.listdir(tmp_path)) == ['file.pt', 'full'] and os.listdir(tmp_path / 'full') == ['mine.txt']
+    assert sorted(os.listdir(tmp_path)) == ['file.pt', 'full', 'theirs'] and os.listdir(tmp_path / 'full') == ['mine.txt']
+    assert os.listdir(tmp_path / 'theirs') == ['tsconfig.json']
     assert (tmp_path / 'file.pt').read_text() == 'mine, too'
+
+def test_an_export_that_replaces_another_leaves_the_folders_beside_it(run, char_run, tmp_path):
+    for name in ('hf.old', 'hf.tmp'):
+        (tmp_path / name).mkdir()
+    for options in ((), ('--overwrite=True', '--dtype=bfloat16')):
+        run('export.py', f'--out_dir={char_run[1]}', f'--to={tmp_path}/hf', *options)
+    assert sorted(os.listdir(tmp_path)) == ['hf', 'hf.old', 'hf.tmp']
+    assert json.loads((tmp_path / 'hf' / 'config.json').read_text())['dtype'] == 'bfloat16'
 
 def test_a_disk_that_fills_up_leaves_no_part_of_an_export(run, char_run, tmp_path):
     """ a limit on the size of files stands in for a full disk """

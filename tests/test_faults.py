@@ -107,6 +107,17 @@ def test_the_best_that_could_not_be_saved_is_not_the_best(tmp_path):
     assert is_best and (now.best_val_loss, now.best_iter, now.n_worse) == (3.0, 0, 0)
     assert now.after(20, 2.5)[1] and not missed.after(20, 2.5)[1]
 
+@pytest.mark.parametrize('evaluated, iter_num, file, says', [
+    ((0,), 9, '/last.pt', 'nothing was evaluated since iteration 0: what was learned is in last.pt alone'),
+    ((0, 10), 12, '', 'no evaluation was better than that of the model it started from'), ((0,), 0, '', 'ckpt.pt')])
+def test_a_run_that_stops_names_the_file_that_holds_what_it_learned(evaluated, iter_num, file, says):
+    from log import Best
+    best = Best()
+    for at in evaluated:
+        best, _ = best.after(at, 3.0 + at)
+    told = best.describe('my out', iter_num, 0, ended=False)
+    assert says in told and f"next: python sample.py --out_dir='my out{file}'\nto go on: the same command" in told
+
 def test_the_best_is_the_best_again_after_a_resume_that_rounds_otherwise():
     from log import Best
     best = Best(2.0, 10, 0, 10) # killed before ckpt.pt was linked

@@ -88,6 +88,13 @@ def test_the_script_writes_what_a_hand_would(run, clone, tmp_path):
     n, share = len(train[0]) + len(val[0]), (train[1].sum() + val[1].sum()) / (len(train[1]) + len(val[1]))
     assert f'3 items, {n} tokens, of which {share:.1%} are answers' in done.out and 'warning' not in done.out
 
+def test_a_list_in_json_is_the_same_as_its_lines(run, clone, tmp_path):
+    prepare(run, tmp_path, '--name=lines')
+    (tmp_path / 'items.json').write_text(json.dumps(ITEMS, indent=1))
+    run('data/instruct/prepare.py', f"--input={tmp_path / 'items.json'}", '--name=listed')
+    for name in ('train.bin', 'val.bin', 'train_mask.bin', 'val_mask.bin'):
+        assert (clone / 'data' / 'lines' / name).read_bytes() == (clone / 'data' / 'listed' / name).read_bytes()
+
 def test_a_template_may_be_given_as_text_or_as_a_file(run, clone, tmp_path):
     (tmp_path / 'template.txt').write_bytes('Frage: {instruction}\r\n\r\n{input}\r\n\r\nAntwort: '.encode())
     text = 'Frage: {instruction}\n\n{input}\n\nAntwort: '

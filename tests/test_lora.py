@@ -87,6 +87,12 @@ def test_recomputed_blocks_have_the_gradients_of_kept_ones_under_lora_s_dropout(
         grads.append(torch.cat([linear.lora_A.grad.flatten() for linear in lora.layers(model)]))
     assert grads[0].equal(grads[1]) and grads[0].equal(grads[2])
 
+@pytest.mark.parametrize('rank, alpha', [(11, 100.0), (49, 32.0)])
+def test_settings_are_those_that_were_given(rank, alpha):
+    model = small()
+    lora.add(model, rank, alpha, 0.0, ALL) # alpha / rank * rank is not alpha
+    assert lora.settings(model) == {'rank': rank, 'alpha': alpha, 'dropout': 0.0, 'targets': ALL}
+
 def test_a_changed_base_has_another_fingerprint():
     model = small()
     before = lora.fingerprint(model)

@@ -233,6 +233,28 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_iteration(train, t
         assert [float(v) for v in tight.column(name) if v] == pytest.approx(
             [float(v) for v in plenty.column(name) if v], rel=1e-5), name
 
+def test_out_of_memory_is_told_once_with_what_to_type(train, tmp_path):
+    (tmp_path / 'full.py').write_text("import torch, model\ndef _full(*args, **options):\n    raise torch.OutOfMemoryError('out of memory')\n"
+                                      "model.Block.forward = _full\n")
+    error = train(tmp_path / 'full.py', '--plan=recompute', status=2).err.splitlines()[-1]
+    assert error == ('error: out of memory in plan recompute, 1 sequence of 16 tokens at a time; type --block_size=8'), error
+
+def test_an_evaluation_needs_no_room_for_training(train, tmp_path):
+    options = ('--n_embd=128', '--n_layer=8', '--memory_gb=0.62')
+    out_dir = train('--n_embd=128', '--n_layer=8', '--max_iters=1').out_dir
+    assert 'no plan fits' in train(*options, f'--init_from={out_dir}', out_dir='b', status=2).err
+    told = train(*options, '--eval_only=True', '--init_from=resume').out # six times the weights would not fit
+    assert 'step 1: train loss' in told and ' expected, ' not in told
+
+@pytest.mark.parametrize('plan, device, options, last', [
+    ('auto', 'cuda', {}, 'offload'), ('auto', 'cpu', {}, 'recompute'), ('offload', 'cpu', {}, 'offload'),
+    ('recompute', 'cpu', {}, 'recompute'), ('auto', 'cuda', {'optimizer': 'muon'}, 'recompute'),
+    ('auto', 'cuda', {'lora_rank': 4}, 'recompute'), ('auto', 'cuda', {'freeze': 'wte'}, 'recompute')])
+def test_offload_is_offered_where_it_works_and_helps(plan, device, options, last):
+    config = {'plan': plan, 'optimizer': 'adamw', 'lora_rank': 0, 'freeze': '', **options}
+    assert memory.plans_for(config, device)[-1] == last
+    assert memory.plans_for({**config, 'plan': 'auto'}, device, processes=2)[-1] == 'recompute'
+
 def test_out_of_memory_with_one_sequence_names_the_next_plan():
     said = [memory.advice(plan, 1, 1024, 8).rpartition('type ')[2] for plan in memory.PLANS]
     assert said == ['--plan=selective', '--plan=recompute', '--plan=offload', '--block_size=512']
@@ -256,6 +278,10 @@ def test_a_dry_run_tells_every_plan_and_touches_nothing(run):
     assert [row[0] for row in table] == list(memory.PLANS) and [row[5] for row in table] == ['no', 'no', 'no', 'yes']
     assert not done.out_dir.exists()
 
+@pytest.mark.parametrize('option, message', [('--block_size=2048', 'the model has 1024 positions'), ('--plan=x', "plan 'x' is none")])
+def test_a_dry_run_refuses_what_the_run_would(run, option, message):
+    assert message in run('train.py', 'config/finetune/gpt2_xl.py', '--dry_run=True', '--memory_gb=8', option, status=2).err
+
 def test_a_dry_run_of_a_hugging_face_model_needs_its_config_alone(run, hf_dir, tmp_path):
     shutil.copy(hf_dir / 'config.json', tmp_path)
     def table(source):
@@ -271,5 +297,6 @@ def test_a_dry_run_tells_the_epoch_of_an_earlier_run_of_the_same_model_and_data(
         out = train('--dry_run=True', *options, out_dir='out').out
         return next(line for line in out.splitlines() if line.startswith('device')).split()[4:6]
     assert epoch() == ['4', 's'] # 20 iterations of 200 ms
-    assert epoch('--block_size=8')[0] == 'unknown'
+    for other in ('--block_size=8', '--dropout=0.2', '--optimizer=muon', '--memory_gb=8'): # the last is a GPU
+        assert epoch(other)[0] == 'unknown', other
     assert epoch(f'--out_dir={tmp_path}/none')[0] == 'unknown'

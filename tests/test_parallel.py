@@ -66,6 +66,24 @@ def test_a_sharded_run_has_the_losses_of_one_that_is_not(train, options):
         assert losses(shards)[name] == pytest.approx(values, abs=1e-4), name
     assert (shards.out_dir / 'samples.txt').read_text(encoding='utf-8').count('iteration') == 3
 
+def test_processes_with_different_memory_free_choose_the_same(train, tmp_path):
+    (tmp_path / 'uneven.py').write_text("import os, device\n_free = {'0': 1e9, '1': 0.004e9}[os.environ['RANK']]\n"
+                                        "device.free_memory = lambda device: _free\n")
+    options = ('--batch_size=32', '--gradient_accumulation_steps=4', '--n_layer=4', '--n_embd=32', '--max_iters=2')
+    plenty = train(*options, processes=2)
+    uneven = train(tmp_path / 'uneven.py', *options, processes=2, out_dir='uneven')
+    assert 'plan device, 32 sequences' in plenty.out and 'plan device, 32 sequences' not in uneven.out
+    assert losses(uneven)['loss'] == pytest.approx(losses(plenty)['loss'], abs=1e-5)
+
+def test_an_evaluation_keeps_no_copies_of_the_weights_in_half_precision(train, tmp_path):
+    (tmp_path / 'watch.py').write_text(
+        "import device, os, torch\n_autocast = device.autocast\ndef _watch(place, dtype, cache=True):\n"
+        "    if os.environ['RANK'] == '0':\n        print('autocast', dtype, torch.is_grad_enabled(), cache)\n    return _autocast(place, dtype, cache)\n"
+        "device.autocast = _watch\n")
+    said = train(tmp_path / 'watch.py', '--shard=True', '--dtype=bfloat16', processes=2).out
+    assert {line for line in said.splitlines() if 'autocast' in line} == {
+        'autocast bfloat16 True False', 'autocast bfloat16 False False'}
+
 def test_a_sharded_run_s_checkpoint_is_any_run_s(train):
     options = ('--max_iters=8', '--lr_decay_iters=8', '--eval_interval=4')
     whole = train(*options)

@@ -12,7 +12,7 @@ import pytest
 import checkpoint as checkpoints
 from conftest import ROOT, Result, TINY
 from jobs import Job
-from parallel import launch
+from parallel import launch_id
 
 @pytest.mark.parametrize('options', [('--kills=3', '--runs=accumulation'), ('--kills=1', '--nodes=2')],
                          ids=['a run', 'a node'])
@@ -57,9 +57,9 @@ def test_only_the_same_command_in_the_same_job_goes_on_by_itself(train, monkeypa
                                   ('8', command, False)):
         monkeypatch.setenv('TORCHELASTIC_RUN_ID', run_id)
         monkeypatch.setattr(sys, 'argv', argv)
-        assert checkpoints.is_of(out_dir, launch()) == goes_on
+        assert checkpoints.is_of(out_dir, launch_id()) == goes_on
     monkeypatch.delenv('TORCHELASTIC_RUN_ID') # without torchrun
-    assert launch() is None and not checkpoints.is_of(out_dir, launch())
+    assert launch_id() is None and not checkpoints.is_of(out_dir, launch_id())
 
 def test_the_batch_script_for_slurm_is_a_script():
     with open(os.path.join(ROOT, 'docs', 'multi-gpu.md'), encoding='utf-8') as file:

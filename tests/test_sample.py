@@ -1,6 +1,9 @@
 """
 sample.py as a user runs it.
 """
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -129,3 +132,16 @@ def test_ids_beyond_the_tokenizer_s_are_never_drawn(run, tmp_path):
     torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__, 'config': {'dataset': 'openwebtext'}},
                tmp_path / 'n.pt')
     assert len(samples(run('sample.py', f"--out_dir={tmp_path / 'n.pt'}", *QUICK))) == 2
+
+@pytest.mark.skipif(sys.platform == 'win32', reason="Windows has no SIGINT to send")
+@pytest.mark.parametrize('stream', [True, False])
+def test_ctrl_c_prints_what_there_is(clone, chars, stream):
+    command = [sys.executable, '-u', 'sample.py', f'--out_dir={chars[1]}', '--max_new_tokens=1000000', '--num_samples=2',
+               '--device=cpu', f'--stream={stream}', '--start=def']
+    with subprocess.Popen(command, cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8') as process:
+        first = process.stdout.read(20) if stream else process.stderr.read(400) # of the progress bar
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and len(first) > 10 and 'Traceback' not in err
+    texts = ((first if stream else '') + out).split('\n---------------\n')[:-1]
+    assert len(texts) == 2 and all(text.startswith('def') and len(text) > 5 for text in texts)

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from model import GPT, GPTConfig
-from sampling import FixedStep, KVCache
+from sampling import FixedStep, KVCache, sample_token
 
 class Graph(TorchDispatchMode):
     """ a CUDA graph's semantics on a CPU: keeps the operations that run under it, with their very tensors, and runs
@@ -85,3 +85,11 @@ def test_what_lies_behind_the_token_in_the_cache_is_not_seen():
             layer.k[:, :, 7:], layer.v[:, :, 7:] = junk, junk
         logits.append(FixedStep(model, cache, idx[:, 0])(idx[:, 0]))
     assert logits[0].equal(logits[1])
+
+@pytest.mark.parametrize('temperature', [0.0, 0.8])
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_there_is_no_token_to_draw_where_logits_are_not_finite(temperature, bad):
+    logits = torch.zeros(2, 5)
+    logits[0, 3] = 1e4
+    logits[1, 2] = bad
+    assert sample_token(logits, temperature).tolist() == [3, -1]

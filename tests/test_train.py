@@ -210,6 +210,9 @@ def test_kept_checkpoints_are_of_each_evaluation(train):
     result = train('--keep_checkpoints=True')
     assert sorted(p.name for p in result.out_dir.glob('iter_*')) == ['iter_000000.pt', 'iter_000004.pt', 'iter_000006.pt']
     assert load(result.out_dir / 'iter_000004.pt')['iter_num'] == 4
+    result = train('--keep_checkpoints=True', '--always_save_checkpoint=False', '--learning_rate=0.9', out_dir='worse')
+    assert float(result.column('val_loss')[4]) > float(result.column('val_loss')[0]) # no best
+    assert len(list(result.out_dir.glob('iter_*'))) == 3
 
 def test_wandb_logs_offline_where_it_is_asked_to(train, tmp_path):
     pytest.importorskip('wandb')

@@ -17,6 +17,7 @@ allow_special = False # read <|endoftext|> in the text as that token, rather tha
 workers = 0 # processes, 0 for one a core
 
 import os
+import shlex
 import signal
 import sys
 
@@ -115,7 +116,8 @@ def main():
     print(f"{shorten(folder)}: {n - n_val:,} tokens to train on, {n_val:,} to validate on")
     config = f"config/{'train_shakespeare_char_cpu' if chars else 'finetune/gpt2_small'}.py"
     more = tell_run(config, n - n_val, n_val)
-    print(f"next: python train.py {config} --dataset={name}{f' --out_dir=out-{name}' if chars else ''}{more}")
+    own = f" --out_dir={shlex.quote(f'out-{name}')}" if chars else ''
+    print(f"next: python train.py {config} --dataset={shlex.quote(name)}{own}{more}")
 
 if __name__ == '__main__': # and not in the processes that encode, which read this file too
     configure(globals())
