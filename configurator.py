@@ -12,6 +12,8 @@ import inspect
 import io
 import math
 import os
+import shlex
+import subprocess
 import sys
 import time
 import tokenize
@@ -94,7 +96,7 @@ def check_key(key: str, defaults: dict, where: str) -> None:
         near = difflib.get_close_matches(key, defaults, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists every option"
         if where.endswith('.py'):
-            hint += f" A variable of the file's own begins with _, as _{key}"
+            hint = f"a variable of the file's own begins with _, as _{key}; {hint}"
         raise ValueError(f"unknown option {key!r} in {where}; {hint}")
 
 def check_range(key: str, value, least: int) -> None:
@@ -130,6 +132,10 @@ def match_type(key: str, value, default):
         kind = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}[type(default)]
         raise ValueError(f"{key} is {value!r}; it takes {kind}, such as --{key}={default}")
     return value
+
+def quote(text: str) -> str:
+    """ `text` as one argument of a command that a user may type """
+    return subprocess.list2cmdline([text]) if os.name == 'nt' else shlex.quote(text)
 
 def read_options(script: str) -> tuple[str, list[tuple]]:
     """ a script's docstring, and its options in order: (group, name, default, comment), from its

@@ -164,11 +164,11 @@ def free_memory(device: str) -> int:
         return free // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     return 8 * 2**30 # unknown: what a small laptop has
 
-def memory_to_fill(device: str, memory_gb: float, here: bool = True) -> float:
+def memory_to_fill(device: str, memory_gb: float, elsewhere: bool = False) -> float:
     """ the bytes that a run may fill with tensors: of what is free, and of memory_gb GiB, if given, which
-    this process is then limited to on a GPU as if that were all of it; or of a card that is not here """
+    this process is then limited to on a GPU as if that were all of it; or of a card elsewhere """
     size = memory_gb * 2**30 - CONTEXT
-    if not here:
+    if elsewhere:
         return FILL * size
     free = free_memory(device)
     if memory_gb:

@@ -188,6 +188,11 @@ def json_rows(path: str, progress=lambda n: None):
             raise ValueError(f'{place} is no JSON object; expected one a line, such as {{"text": "..."}}')
         yield place, row
 
+def is_list(path: str) -> bool:
+    """ whether a file of JSON is one list, and not a value a line """
+    with open(path, 'rb') as file:
+        return file.read(BLOCK).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b'[')
+
 def json_items(path: str, progress=lambda n: None):
     """ the place and the dict of each item of a .json file, one list of objects, which memory holds whole """
     name = shorten(path)
@@ -220,7 +225,8 @@ def csv_rows(path: str, progress=lambda n: None):
     """
     lines = (line.replace('\r\n', '\n') for line in read_lines(path, progress)) # also within "quotes"
     first = next(lines, '')
-    reader = csv.reader(itertools.chain([first], lines), delimiter=max(',;\t', key=first.count), strict=True)
+    bare = re.sub(r'"[^"]*"?', '', first) # what is quoted separates nothing
+    reader = csv.reader(itertools.chain([first], lines), delimiter=max(',;\t', key=bare.count), strict=True)
     name, header, begin = shorten(path), None, 1 # the line that a row begins in
     try:
         for fields in reader:

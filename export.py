@@ -17,7 +17,7 @@ adapter = False # only the adapter of a run with LoRA, in PEFT's layout; False m
 dtype = 'float32' # of the weights: float32, bfloat16, float16
 overwrite = False # replace what is at --to, if that holds only what exports write
 
-from configurator import configure
+from configurator import configure, quote
 configure(globals())
 
 import os
@@ -49,7 +49,7 @@ if others and not weights_only:
 
 import importlib.util
 import json
-import shlex
+import signal
 import tempfile
 
 import torch
@@ -82,9 +82,9 @@ def put(write):
         with tempfile.TemporaryDirectory(dir=os.path.dirname(path), prefix='unfinished-') as place:
             new, old = os.path.join(place, 'new'), os.path.join(place, 'old')
             write(new)
-            if os.path.isdir(path): # no folder takes the place of one with files
-                os.rename(path, old)
             try:
+                if os.path.isdir(path): # no folder takes the place of one with files
+                    os.rename(path, old)
                 os.replace(new, path)
             finally:
                 if os.path.exists(old) and not os.path.exists(path):
@@ -197,6 +197,7 @@ def write_adapter(folder, loaded, base, revision):
 # -----------------------------------------------------------------------------
 # work
 
+signal.signal(signal.SIGTERM, signal.default_int_handler) # ends as Ctrl-C does, with nothing left behind
 if adapter:
     found = checkpoints.find(source)
     loaded = checkpoints.load(found) if found else {}
@@ -211,7 +212,7 @@ if adapter:
                          "another") from None
     if checkpoints.find(base) or pretrained.find_tensorflow(base):
         print("its base is a checkpoint, which transformers do not read; next: python export.py "
-              f"--init_from={shlex.quote(base)} --to=FOLDER")
+              f"--init_from={quote(base)} --to=FOLDER")
         base = 'FOLDER'
     named = ''.join(f', {key}={value!r}' for key, value in revision.items())
     print("in transformers:\n"
@@ -227,7 +228,7 @@ else:
         state, template = checkpoints.find_tokenizer(loaded, model.config.vocab_size), loaded.get('template')
         from_state(state) # raises where it is no vocabulary
         put(lambda folder: write_hugging_face(folder, model, state, template))
-    print(f"next: python sample.py --init_from={shlex.quote(to)}")
+    print(f"next: python sample.py --init_from={quote(to)}")
     if not weights_only:
         print("in transformers:\n"
               "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"

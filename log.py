@@ -9,12 +9,12 @@ import io
 import json
 import math
 import os
-import shlex
 import statistics
 import sys
 import time
 from dataclasses import dataclass
 
+from configurator import quote
 from plot import plot_run
 
 COLUMNS = 'iter,epoch,loss,lr,grad_norm,time_ms,tokens_per_sec,mfu,memory_mb,train_loss,val_loss'.split(',')
@@ -52,8 +52,8 @@ class Best:
     def describe(self, out_dir: str, iter_num: int, patience: int, ended: bool) -> str:
         """ for the end of a run, or of a part of it: what there is, and what to type next """
         goes_on = '' if ended else '\nto go on: the same command as before with --init_from=resume'
-        learned = self.evaluated > 0 or not iter_num # whether ckpt.pt may hold some of it
-        path = shlex.quote(out_dir if learned else os.path.join(out_dir, 'last.pt'))
+        learned = max(self.evaluated, self.best_iter) > 0 or not iter_num # whether ckpt.pt may hold it
+        path = quote(out_dir if learned else os.path.join(out_dir, 'last.pt'))
         following = f"next: python sample.py --out_dir={path}{goes_on}"
         if self.best_val_loss == math.inf:
             return f"no evaluation has a checkpoint yet; the latest is {out_dir}/last.pt\n{following}"
@@ -265,13 +265,15 @@ def epoch_times(out_dir: str, config: dict) -> dict[str, float]:
     device """
     alike = ('init_from', 'dataset', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'n_layer',
              'n_head', 'n_embd', 'dropout', 'freeze', 'lora_rank', 'optimizer', 'compile', 'shard', 'dtype',
-             'device', 'processes')
+             'processes')
     try:
         with open(os.path.join(out_dir, 'config.json')) as file:
             settings = json.load(file)
         with open(os.path.join(out_dir, 'log.csv'), newline='') as file:
             rows = [row for row in csv.DictReader(file) if row['time_ms']]
-        if any(settings[key] != config[key] and config[key] not in ('auto', 'resume') for key in alike):
+        kinds = [each['device'].partition(':')[0] for each in (settings, config)] # cuda:1 is as fast as cuda
+        if kinds[0] != kinds[1] or any(
+                settings[key] != config[key] and config[key] not in ('auto', 'resume') for key in alike):
             return {}
         iters, epochs = (float(rows[-1][key]) - float(rows[0][key]) for key in ('iter', 'epoch'))
         iteration = statistics.median(float(row['time_ms']) for row in rows) / 1000

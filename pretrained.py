@@ -96,7 +96,7 @@ def read_tokenizer(source: str, revision: str = 'main') -> dict:
                 raise ValueError(f"its {name} is not GPT-2's vocabulary, nor one of characters as export.py "
                                  "writes it; no other is prepared and sampled here")
     more = [token for token, i in added.items() if i >= BPETokenizer.n_vocab]
-    if more:
+    if more and os.environ.get('RANK', '0') == '0':
         print(f"warning: its tokenizer adds {', '.join(more[:5])}{' ...' * (len(more) > 5)} to GPT-2's "
               "tokens; here they are ordinary text", file=sys.stderr)
     return {'name': 'gpt2'}

@@ -143,7 +143,9 @@ try:
         if all(sample.ended for sample in samples):
             break
 except KeyboardInterrupt: # what there is is printed
-    stopped = True
+    stopped = samples[0].ended = True
+    if stream:
+        samples[0].print_new()
 progress.close()
 tokens.close()
 seconds = time.time() - begin

@@ -19,7 +19,7 @@ eval_iters = 200 # batches of batch_size an evaluation takes from each split, 0 
 eval_only = False # evaluate once, write nothing, and leave
 patience = 0 # evaluations in a row without a new best that end the run, 0 for no such end
 always_save_checkpoint = True # save last.pt at each evaluation, not only at a new best
-keep_checkpoints = False # also keep each evaluation's as iter_000500.pt
+keep_checkpoints = False # save at each evaluation, and keep it as iter_000500.pt, too
 # logging
 log_interval = 1 # iterations from one line to the next
 wandb_log = False # send the rows of log.csv to wandb, too
@@ -130,7 +130,7 @@ share = parallel.share(sequences, world_size) # of them, a process's
 parallel.check_shard(shard, world_size, config)
 
 signals, launch = Signals(say), parallel.launch_id()
-restarted = parallel.all_sum([float(checkpoints.is_of(out_dir, launch))], world_size, device)[0] # any
+restarted = parallel.all_sum([float(checkpoints.is_of(out_dir, launch))], world_size, device)[0] > 0
 if init_from != 'resume' and checkpoints.find(out_dir) and not (eval_only or dry_run):
     if restarted: # torchrun has lost a process, and started all of them again
         init_from = 'resume'
@@ -144,9 +144,9 @@ if init_from != 'resume' and checkpoints.find(out_dir) and not (eval_only or dry
 folders = find_datasets(dataset)
 tokenizer = read_shared_state(folders)
 vocab_size = count_ids(tokenizer)
-card = dry_run and memory_gb > 0 # it need not be here
-place = 'cuda' if card else device
-free = parallel.least(memory_to_fill(device, memory_gb, not card), world_size, device) # all choose the same
+elsewhere = dry_run and memory_gb > 0 # the plan is for a card of so much, which need not be here
+place = 'cuda' if elsewhere else device
+free = parallel.least(memory_to_fill(device, memory_gb, elsewhere), world_size, device) # all choose the same
 plans = memory.plans_for(config, place, world_size)
 
 def shape_of(c):
@@ -154,7 +154,7 @@ def shape_of(c):
     with torch.device('meta'):
         gpt = GPT(c)
         lora.restrict(gpt, config)
-    half = dtype != 'float32' or card and config['dtype'] == 'auto'
+    half = dtype != 'float32' or elsewhere and config['dtype'] == 'auto'
     return memory.shape_of(gpt, block_size, dropout, half, lora_rank > 0, optimizer == 'muon', world_size,
                            shard, place)
 
@@ -216,8 +216,9 @@ def with_room(work, *args, again=True):
         say(f"iter {iter_num}: out of memory with {was} sequences at a time; again with {micro_batch}")
 
 shape = shape_of(model.config)
-if eval_only: # which takes the weights, and little beside them
-    plan, plans, fits, compile = 'device', ('device',), min(batch_size, share), False
+if eval_only and plan != 'offload' and (4 * shape.params < free or 'offload' not in plans):
+    plan, plans, fits = 'device', ('device',), min(batch_size, share) # it takes the weights, and little more
+    compile = False # one pass does not pay for it
 else:
     plan, fits = memory.choose(plan, shape, share, batch_size, free, plans, free_memory('cpu'))
     say(memory.describe(plan, shape, fits, fits < share, free))
@@ -260,7 +261,7 @@ def one_step():
 # each block for itself, so that backward gives its gradients away as it goes, and memory is as planned
 is_compiled = with_room(compile_model, model.compiled_parts(), compile, device, one_step)
 opt.zero_grad(set_to_none=True)
-if world_size > 1 and not shard:
+if world_size > 1 and not shard and not eval_only:
     model = DistributedDataParallel(raw_model, device_ids=[device] if device.startswith('cuda') else None,
                                     gradient_as_bucket_view=True) # no second copy of them
 
@@ -281,7 +282,7 @@ def evaluate():
                 if parallel.all_sum(signals.asked(), world_size, device)[0]:
                     return None
                 x, y = fetch(*data.batch(batch[rank::world_size]), device)
-                with autocast(device, dtype, cache=False):
+                with autocast(device, dtype, cache=False): # each weight is used once
                     total += raw_model(x, y, scale=1.0)[1].item()
             losses[name] += weight * parallel.all_sum([total], world_size, device)[0] / n
     raw_model.train()
@@ -333,12 +334,11 @@ if iter_num >= max_iters and init_from == 'resume' and is_logged(out_dir, iter_n
 if master:
     saver.clear(anew=overwrite and init_from != 'resume')
     wandb_id = start_wandb(config, init_from == 'resume')
-    start_log(out_dir, {**config, 'wandb_id': wandb_id, 'device': device, 'dtype': dtype, 'plan': plan,
-                        'processes': world_size, 'max_iters': max_iters, 'warmup_iters': warmup_iters,
-                        'lr_decay_iters': lr_decay_iters, 'machine': describe_machine(device),
-                        'parameters': raw_model.num_params(), 'trained': n_trained,
-                        'model_args': checkpoints.model_args(raw_model)},
-              resume_at=iter_num if init_from == 'resume' else None)
+    start_log(out_dir, config | dict(
+        wandb_id=wandb_id, device=device, dtype=dtype, plan=plan, processes=world_size, max_iters=max_iters,
+        warmup_iters=warmup_iters, lr_decay_iters=lr_decay_iters, machine=describe_machine(device),
+        parameters=raw_model.num_params(), trained=n_trained, model_args=checkpoints.model_args(raw_model)),
+        resume_at=iter_num if init_from == 'resume' else None)
 
 # -----------------------------------------------------------------------------
 # loop

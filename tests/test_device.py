@@ -57,7 +57,7 @@ def test_memory_gb_limits_the_gpu_that_is_used(monkeypatch, name, index):
 
 def test_a_card_that_is_not_here_is_all_there_is(monkeypatch):
     monkeypatch.setattr(device, 'free_memory', lambda name: 2**30)
-    assert device.memory_to_fill('cpu', 8.0, here=False) == pytest.approx(0.95 * 7.4 * 2**30)
+    assert device.memory_to_fill('cpu', 8.0, elsewhere=True) == pytest.approx(0.95 * 7.4 * 2**30)
     assert device.memory_to_fill('cpu', 8.0) == device.memory_to_fill('cpu', 0.0) == 0.75 * 2**30 # no more than is free
     assert device.memory_to_fill('cpu', 1.0) == pytest.approx(0.75 * 0.4 * 2**30)
 

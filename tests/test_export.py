@@ -195,6 +195,15 @@ def test_an_export_that_replaces_another_leaves_the_folders_beside_it(run, char_
     assert sorted(os.listdir(tmp_path)) == ['hf', 'hf.old', 'hf.tmp']
     assert json.loads((tmp_path / 'hf' / 'config.json').read_text())['dtype'] == 'bfloat16'
 
+def test_an_export_that_is_stopped_while_it_takes_the_old_one_s_place_leaves_that(run, char_run, tmp_path):
+    run('export.py', f'--out_dir={char_run[1]}', f'--to={tmp_path}/hf')
+    for name in ('rename', 'replace'): # stopped right after the first, or instead of the second
+        (tmp_path / 'stop.py').write_text(f"import os\ndef _stop(a, b, _move=os.{name}):\n    if b.endswith(('old', 'hf')):\n"
+            f"        {'_move(a, b)' if name == 'rename' else 'pass'}\n        os.{name} = _move\n        raise KeyboardInterrupt\n"
+            f"    _move(a, b)\nos.{name} = _stop\n")
+        run('export.py', tmp_path / 'stop.py', f'--out_dir={char_run[1]}', f'--to={tmp_path}/hf', '--overwrite=True', status=130)
+        assert sorted(os.listdir(tmp_path)) == ['hf', 'stop.py'] and (tmp_path / 'hf' / 'config.json').exists(), name
+
 def test_a_disk_that_fills_up_leaves_no_part_of_an_export(run, char_run, tmp_path):
     """ a limit on the size of files stands in for a full disk """
     limit = ("import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); del sys.argv[0]; "

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from checkpoint import Saver, load, resume, save
+from configurator import quote
 from conftest import TINY
 from log import append
 
@@ -109,14 +110,17 @@ def test_the_best_that_could_not_be_saved_is_not_the_best(tmp_path):
 
 @pytest.mark.parametrize('evaluated, iter_num, file, says', [
     ((0,), 9, '/last.pt', 'nothing was evaluated since iteration 0: what was learned is in last.pt alone'),
-    ((0, 10), 12, '', 'no evaluation was better than that of the model it started from'), ((0,), 0, '', 'ckpt.pt')])
+    ((0, 10), 12, '', 'no evaluation was better than that of the model it started from'), ((0,), 0, '', '')])
 def test_a_run_that_stops_names_the_file_that_holds_what_it_learned(evaluated, iter_num, file, says):
     from log import Best
     best = Best()
     for at in evaluated:
         best, _ = best.after(at, 3.0 + at)
     told = best.describe('my out', iter_num, 0, ended=False)
-    assert says in told and f"next: python sample.py --out_dir='my out{file}'\nto go on: the same command" in told
+    assert says in told and ('evaluat' in told) == bool(says)
+    assert f"next: python sample.py --out_dir={quote('my out' + file.replace('/', os.sep))}\nto go on: the same command" in told
+    nanogpt_s = Best.of({'iter_num': 5, 'best_val_loss': torch.tensor(1.0)}).describe('out', 7, 0, ended=False)
+    assert nanogpt_s.endswith('--out_dir=out\nto go on: the same command as before with --init_from=resume') and 'alone' not in nanogpt_s
 
 def test_the_best_is_the_best_again_after_a_resume_that_rounds_otherwise():
     from log import Best

@@ -92,7 +92,13 @@ def test_a_list_in_json_is_the_same_as_its_lines(run, clone, tmp_path):
     prepare(run, tmp_path, '--name=lines')
     (tmp_path / 'items.json').write_text(json.dumps(ITEMS, indent=1))
     run('data/instruct/prepare.py', f"--input={tmp_path / 'items.json'}", '--name=listed')
+    (tmp_path / 'dataset_infos.json').write_text('{}') # which a folder's reader leaves alone
+    run('data/instruct/prepare.py', f'--input={tmp_path}', '--name=folder')
+    (tmp_path / 'rows.json').write_text('\n'.join(map(json.dumps, ITEMS)))
+    run('data/instruct/prepare.py', f"--input={tmp_path / 'rows.json'}", '--name=rows')
     for name in ('train.bin', 'val.bin', 'train_mask.bin', 'val_mask.bin'):
+        for other in ('folder', 'rows'):
+            assert (clone / 'data' / other / name).read_bytes() == (clone / 'data' / 'lines' / name).read_bytes()
         assert (clone / 'data' / 'lines' / name).read_bytes() == (clone / 'data' / 'listed' / name).read_bytes()
 
 def test_a_template_may_be_given_as_text_or_as_a_file(run, clone, tmp_path):

@@ -245,6 +245,8 @@ def test_an_evaluation_needs_no_room_for_training(train, tmp_path):
     assert 'no plan fits' in train(*options, f'--init_from={out_dir}', out_dir='b', status=2).err
     told = train(*options, '--eval_only=True', '--init_from=resume').out # six times the weights would not fit
     assert 'step 1: train loss' in told and ' expected, ' not in told
+    offloaded = train(*options[:2], '--eval_only=True', '--init_from=resume', '--plan=offload').out
+    assert 'plan offload' in offloaded and offloaded.splitlines()[-1] == told.splitlines()[-1]
 
 @pytest.mark.parametrize('plan, device, options, last', [
     ('auto', 'cuda', {}, 'offload'), ('auto', 'cpu', {}, 'recompute'), ('offload', 'cpu', {}, 'offload'),

@@ -17,14 +17,13 @@ allow_special = False # read <|endoftext|> in the text as that token, rather tha
 workers = 0 # processes, 0 for one a core
 
 import os
-import shlex
 import signal
 import sys
 
 _folder = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(_folder, '..', '..')) # for the project's modules
 
-from configurator import ROOT, configure, run_file
+from configurator import ROOT, configure, quote, run_file
 
 _little = 100_000 # tokens to train on
 
@@ -116,8 +115,8 @@ def main():
     print(f"{shorten(folder)}: {n - n_val:,} tokens to train on, {n_val:,} to validate on")
     config = f"config/{'train_shakespeare_char_cpu' if chars else 'finetune/gpt2_small'}.py"
     more = tell_run(config, n - n_val, n_val)
-    own = f" --out_dir={shlex.quote(f'out-{name}')}" if chars else ''
-    print(f"next: python train.py {config} --dataset={shlex.quote(name)}{own}{more}")
+    own = f" --out_dir={quote(f'out-{name}')}" if chars else ''
+    print(f"next: python train.py {config} --dataset={quote(name)}{own}{more}")
 
 if __name__ == '__main__': # and not in the processes that encode, which read this file too
     configure(globals())

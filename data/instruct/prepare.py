@@ -7,20 +7,19 @@ $ python data/instruct/prepare.py --input=questions.jsonl --name=questions
 $ python train.py config/finetune/gpt2_small.py --dataset=questions
 """
 # options
-input = '' # a .jsonl file, a .json file that is one list, or a folder of them
+input = '' # a .jsonl file or a folder of them, or a .json file that is one list
 name = 'instruct' # the dataset is written to data/NAME
 template = '' # text with {instruction} and {input}, and \n for a line end; FILE:PATH; '' for Alpaca's
 val_fraction = 0.1 # the share of the items, at the end, that is kept to validate on
 
 import os
-import shlex
 import signal
 import sys
 
 _folder = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(_folder, '..', '..')) # for the project's modules
 
-from configurator import configure
+from configurator import configure, quote
 configure(globals())
 
 import itertools
@@ -29,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset import claim, publish, read_text, shorten, split_off
-from documents import find_files, json_items, json_rows
+from documents import find_files, is_list, json_items, json_rows
 from instruct import TEMPLATE, encode, read_turns, render
 from tokenizer import BPETokenizer
 
@@ -50,11 +49,11 @@ def read_template():
 def write_items(place, text):
     """ write all items, as `text` puts them, into the train files; return each one's length and how many
     tokens count """
-    lengths, n_counted, tokenizer, paths = [], 0, BPETokenizer(), find_files(input, ('.jsonl', '.json'))
+    lengths, n_counted, tokenizer, paths = [], 0, BPETokenizer(), find_files(input, ('.jsonl',))
     with (open(os.path.join(place, 'train.bin'), 'wb') as tokens,
           open(os.path.join(place, 'train_mask.bin'), 'wb') as masks,
           tqdm(total=sum(map(os.path.getsize, paths)), unit='B', unit_scale=True, delay=1) as progress):
-        kinds = (json_items if path.lower().endswith('.json') else json_rows for path in paths)
+        kinds = (json_items if is_list(path) else json_rows for path in paths)
         items = itertools.chain.from_iterable(rows(path, progress.update) for rows, path in zip(kinds, paths))
         for where, item in items:
             try:
@@ -69,7 +68,8 @@ def write_items(place, text):
 
 signal.signal(signal.SIGTERM, signal.default_int_handler) # ends as Ctrl-C does, with nothing left behind
 if not input:
-    raise ValueError("there is no input; type --input=PATH of a .jsonl or .json file or of a folder of them")
+    raise ValueError("there is no input; type --input=PATH of a .jsonl file, of a folder of them, or of a list "
+                     "in .json")
 folder, text = claim(name, 'instruct', val_fraction), read_template()
 with publish(folder) as place:
     lengths, n_counted = write_items(place, text)
@@ -89,4 +89,4 @@ n_long = sum(length > LONGEST for length in lengths)
 if n_long:
     print(f"warning: {n_long:,} items are longer than the {LONGEST:,} tokens that GPT-2 reads at once, so it "
           "learns their ends without the question; shorten them or leave them out")
-print(f"next: python train.py config/finetune/gpt2_small.py --dataset={shlex.quote(name)}")
+print(f"next: python train.py config/finetune/gpt2_small.py --dataset={quote(name)}")
