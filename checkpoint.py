@@ -291,7 +291,12 @@ def tell_changes(before: dict, config: dict) -> str:
     not_options = ('init_from', 'n_layer', 'n_head', 'n_embd', 'bias') # the model's own
     changed = [f"{key} {before[key]!r} -> {config[key]!r}" for key in config
                if key not in not_options and before.get(key, config[key]) != config[key]]
-    return f", with {', '.join(changed)}" if changed else ''
+    told = f", with {', '.join(changed)}" if changed else ''
+    if before.get('dataset', config['dataset']) != config['dataset']:
+        last = os.path.join(config['out_dir'], 'last.pt')
+        told += (f"; the best so far was judged by {before['dataset']}, and stays until one is better; to "
+                 f"count anew, type --init_from={last} --out_dir=ANOTHER")
+    return told
 
 def adapter_state(model: GPT, base: dict) -> dict:
     """ what a checkpoint of LoRA holds in place of the weights; base is

@@ -10,7 +10,6 @@ windows from a random offset, round the end of the file and on from its beginnin
 that every token is a target once an epoch. Both are drawn from (seed, epoch), and iteration i takes
 windows [i*S, (i+1)*S) of the endless row of epochs: what an iteration trains on follows from (seed, i).
 """
-import codecs
 import contextlib
 import difflib
 import functools
@@ -234,8 +233,10 @@ def open_tokens(path: str, block_size: int) -> np.ndarray:
     if size % 2:
         raise ValueError(f"{shorten(path)} has {size} bytes, an odd number, but a token takes two; {again}")
     if size // 2 <= block_size:
+        both = (os.path.join(os.path.dirname(path), f'{name}.bin') for name in ('train', 'val'))
+        least = min(map(os.path.getsize, filter(os.path.exists, both)))
         raise ValueError(f"{shorten(path)} has {size // 2} tokens, too few for block_size = {block_size}; "
-                         f"type --block_size={max(1, size // 4)}, or add text")
+                         f"type --block_size={max(1, least // 4)}, or add text")
     return np.asarray(np.memmap(path, dtype='<u2', mode='r')) # a plain array of it is sliced faster
 
 def open_mask(path: str, n_tokens: int) -> np.ndarray | None:
@@ -392,7 +393,7 @@ def read_text(path: str) -> str:
 def bad_utf8(path: str, error: UnicodeDecodeError, before: int = 0) -> ValueError:
     """ the error for a file that is not UTF-8, found in what follows its `before` first bytes """
     byte = before + error.start
-    wide = byte == 0 and error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    wide = byte == 0 and error.object[:2] in (b'\xff\xfe', b'\xfe\xff')
     kind = 'utf-16 -t utf-8, since it is UTF-16' if wide else 'latin1 -t utf-8, if it is Latin-1'
     return ValueError(f"{shorten(path)} is not UTF-8 at byte {byte:,}; convert it first, as with "
                       f"iconv -f {kind}")

@@ -36,6 +36,8 @@ def pick_device(device: str = 'auto') -> str:
     if device not in there and not (device == 'cuda' and 'cuda:0' in there):
         raise ValueError(f"there is no device {device!r} here; type --device=NAME with one of: auto, "
                          f"{', '.join(there)}")
+    if device.startswith('cuda:'): # or what names none, as pinning does, would take room on the first
+        torch.cuda.set_device(device)
     return device
 
 def pick_dtype(dtype: str, device: str) -> str:

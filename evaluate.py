@@ -71,8 +71,10 @@ PUBLISHED = {'lambada': '{"text": "..."}, of two words or more',
 
 def lambada(item):
     """ the one answer is the last word, with the white space before it """
-    first, *words, last = re.findall(r'\s*\S+', item['text'])
-    return ''.join([first, *words]), [last], 0
+    words = re.findall(r'\s*\S+', item['text'])
+    if len(words) < 2:
+        raise ValueError("no two words")
+    return ''.join(words[:-1]), [words[-1]], 0
 
 def hellaswag(item):
     context = item['ctx'] if 'ctx' in item else f"{item['ctx_a']} {item['ctx_b']}"
@@ -97,6 +99,8 @@ def read_items(parse):
 
 def read_dataset(name, one):
     """ the split of a dataset, or those of a mixture, as texts, and their names """
+    if not name:
+        raise ValueError(f"{one.name} names no dataset; type --dataset=NAME, or --file=PATH of a text")
     folders, most = find_datasets(name), limit or None
     paths = [os.path.join(folder, f'{split}.bin') for folder in folders]
     ids = [open_tokens(path, 1) for path in paths]

@@ -29,11 +29,13 @@ class Best:
     evaluated: int = -1 # the iteration of the latest
 
     @classmethod
-    def of(cls, checkpoint: dict) -> 'Best':
-        """ that of a checkpoint of ours or nanoGPT's, which has the loss alone, as a tensor """
+    def of(cls, checkpoint: dict, dataset: str) -> 'Best':
+        """ that of a checkpoint of ours or nanoGPT's, which has the loss alone, as a tensor; patience begins
+        anew where the run goes on with another dataset """
         iter_num = checkpoint.get('iter_num', 0)
+        same = checkpoint.get('config', {}).get('dataset', dataset) == dataset
         return cls(float(checkpoint.get('best_val_loss', math.inf)), checkpoint.get('best_iter', iter_num),
-                   checkpoint.get('n_worse', 0), checkpoint.get('evaluated', -1))
+                   checkpoint.get('n_worse', 0) * same, checkpoint.get('evaluated', -1))
 
     def after(self, iter_num: int, val_loss: float) -> tuple['Best', bool]:
         """ the best with one more evaluation, counted once though a resumed run repeats it, and whether that
@@ -75,8 +77,8 @@ class Clock:
     tokens: int # an iteration
     flops: float # an iteration
     peak: float | None # FLOP/s of all devices, where they are known
-    first: int # iteration of this start
-    last: int
+    last: int # iteration
+    begin: tuple[int, float] | None = None # the first iteration that was told, and when it began
 
     def __post_init__(self):
         self.start = time.time()
@@ -85,7 +87,9 @@ class Clock:
         """ cells of log.csv, and words, for an iteration that took dt seconds """
         mfu = self.flops / dt / self.peak if self.peak else None
         speed = self.tokens / dt
-        left = (time.time() - self.start) / (iter_num + 1 - self.first) * (self.last - iter_num - 1)
+        self.begin = self.begin or (iter_num, time.time() - dt) # after the first evaluation
+        iteration = (time.time() - self.begin[1]) / (iter_num + 1 - self.begin[0])
+        left = iteration * (self.last - iter_num - 1)
         return ({'time_ms': round(dt * 1000, 3), 'tokens_per_sec': round(speed, 1), 'mfu': mfu},
                 f"time {dt * 1000:.2f}ms, {f'mfu {mfu:.2%}, ' if mfu else ''}{speed:,.0f} tok/s, "
                 f"epoch {epoch:.2f}, eta {datetime.timedelta(seconds=round(left))}")

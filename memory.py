@@ -37,6 +37,8 @@ class Shape:
     buckets: bool = False # gradients lie in DDP's buckets, which stay
     idle: int = 0 # the first blocks, if nothing in or before them is trained: backward never gets there
     device: str = 'cuda' # or cpu, mps, whose attention keeps more
+    inputs: float = 6.0 # of a block's matrices that learn, LoRA's too, in n_embd channels a token
+    dropped: float = 0.0 # of these, what LoRA's dropout is for
 
 def check_length(block_size: int, positions: int) -> None:
     """ raise ValueError for sequences that are longer than a model's positions """
@@ -51,9 +53,19 @@ def shape_of(model, block_size: int, dropout: float, half: bool, lora: bool = Fa
     parts = [model.transformer.wte, model.transformer.wpe, *model.transformer.h]
     learns = [any(p.requires_grad for p in part.parameters()) for part in parts]
     idle = 0 if any(learns[:2]) else [*learns[2:], True].index(True)
+    inputs = dropped = 0.0
+    for block in model.transformer.h[idle:]: # their mean
+        for name, channels in (('attn.c_attn', 1), ('attn.c_proj', 1), ('mlp.c_fc', 1), ('mlp.c_proj', 4)):
+            linear, share = block.get_submodule(name), 1 / (c.n_layer - idle)
+            if name != 'attn.c_proj' and any(p.requires_grad and p.dim() == 2 for p in linear.parameters()):
+                inputs += channels * share # attention keeps the other's itself
+            if hasattr(linear, 'lora_A'): # which is followed by B, and by no dropout or one of its input
+                inputs += linear.lora_A.size(0) / c.n_embd * share
+                dropped += channels * (linear.lora_dropout > 0) * share
     return Shape(n_params, c.n_layer, c.n_head, c.n_embd, c.vocab_size, block_size, dropout, half,
                  n_params - model.num_params(trained=True), lora, model.lm_head.weight.requires_grad, muon,
-                 processes if shard else 1, processes > 1 and not shard, idle, device.split(':')[0])
+                 processes if shard else 1, processes > 1 and not shard, idle, device.split(':')[0],
+                 inputs, dropped)
 
 def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     """ the most bytes on the device in an iteration of micro-batches of B sequences
@@ -64,13 +76,17 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     width, E = tokens * s.n_embd, s.vocab_size * s.n_embd
     matrices, item = 12 * s.n_layer * s.n_embd**2, 2 if s.half else 4
     trained, head = s.params - s.frozen, 4 * E * s.head # the head's gradient
-    # what a block keeps for backward: 36 bytes a token and channel under autocast, 64 in float32
-    block = width * ((36 if s.half else 64) + 2 * (s.dropout > 0)) + 4 * tokens * s.n_head
+    # what a block keeps for backward: 36 bytes a token and channel under autocast, 64 in float32, if all
+    # learns, and masks
+    block = int(width * ((24 if s.half else 40) + item * s.inputs + 2 * (s.dropout > 0)))
+    block += 4 * tokens * s.n_head + int(width * s.dropped * (
+        1.5 if s.device != 'cpu' else 3 if s.half else 4.5))
     products = width * (18 if s.half else 36) + 4 * tokens * s.n_head * (s.dropout == 0) # selective's of it
     if s.device == 'cpu' and s.half: # attention is in float32 there
         block, products = block + 8 * width, products + 2 * width * (s.dropout == 0)
     if s.device == 'mps' or s.device == 'cpu' and s.dropout: # without a kernel that keeps no T x T scores
         block += int(12.5 * B * s.n_head * s.block_size**2)
+    work = width * (6 if s.half else 14) # what a block's backward makes for itself
     kept_blocks = s.n_layer - s.idle
     # of the float32 matrices, which autocast keeps
     casts = 2 * matrices * kept_blocks // s.n_layer if s.half and not s.lora else 0
@@ -88,7 +104,7 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
         backward += 4 * matrices // s.n_layer
     # at the first block, the last in backward, all gradients but its own are made; where they add up, the
     # head's is beside them until then
-    end = made - gathered + max(0, block + 20 * width - 4 * matrices // s.n_layer)
+    end = made - gathered + max(0, block + work - 4 * matrices // s.n_layer)
     end += head if s.shards > 1 or made == gathered else 0
     # what all blocks keep, and what the block whose turn it is makes again
     if plan == 'device':
@@ -97,7 +113,7 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
         products *= plan == 'selective'
         kept = kept_blocks * (4 * width + products) + (12 if kept_blocks else 8) * width
         again = (block - products) * (kept_blocks > 0)
-    return state + gathered + max(kept + max(loss, backward + again + 20 * width), end)
+    return state + gathered + max(kept + max(loss, backward + again + work), end)
 
 def chunk(s: Shape, tokens: int) -> int:
     """ what the chunked loss holds for the rows it is at """

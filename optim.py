@@ -122,7 +122,8 @@ class OffloadedAdamW(torch.optim.AdamW):
             p.copy_(there.copy_(master), non_blocking=self.pinned)
 
     def zero_grad(self, set_to_none: bool = True):
-        self.collect()
+        while self.jobs: # whatever they raise is of gradients that go
+            self.jobs.popleft().exception()
         super().zero_grad(set_to_none)
 
 def weights(model, optimizer) -> dict:

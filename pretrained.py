@@ -28,6 +28,7 @@ def load(source: str, dropout: float = 0.0) -> tuple[GPT, dict]:
     print(f"loading {source} ...", file=sys.stderr)
     os.environ.setdefault('DISABLE_SAFETENSORS_CONVERSION', '1') # which transformers asks a service for
     with readable(source):
+        GPT.pretrained_config(name, revision=revision) # without a network each file takes long to fail
         beside = {'tokenizer': read_tokenizer(name, revision)}
         model = GPT.from_pretrained(name, dropout, revision)
     template = read_template([source]) # of an export

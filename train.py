@@ -239,7 +239,7 @@ params = [p for group in opt.param_groups for p in group['params']]
 scaler = torch.amp.GradScaler(params[0].device.type, enabled=dtype == 'float16')
 iter_num, best, n_bad = 0, Best(), 0 # n_bad iterations in a row were not finite
 if init_from == 'resume':
-    iter_num, best, n_bad = loaded.get('iter_num', 0), Best.of(loaded), loaded.get('n_bad', 0)
+    iter_num, best, n_bad = loaded.get('iter_num', 0), Best.of(loaded, dataset), loaded.get('n_bad', 0)
     say(f"resuming at iteration {iter_num}{checkpoints.tell_changes(loaded.get('config', {}), config)}")
     if 'optimizer' in loaded and not eval_only:
         load_optimizer(opt, loaded['optimizer'])
@@ -367,7 +367,7 @@ def accumulate(windows, n_targets):
 
 signals.listen()
 clock = Clock(sequences * block_size, raw_model.flops_per_token(block_size) * sequences * block_size,
-              (peak_flops(device, dtype) or 0) * world_size, iter_num, max_iters)
+              (peak_flops(device, dtype) or 0) * world_size, max_iters)
 ended = False # whether this was the last evaluation
 while True:
     # once in a while: evaluate and save
@@ -400,7 +400,7 @@ while True:
     if loss is None:
         break
     if plan == 'offload':
-        opt.collect()
+        with_room(opt.collect, again=False)
     scaler.unscale_(opt)
     grad_norm = parallel.full(torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)).item()
     loss, n_ending, n_saving = parallel.all_sum([loss.item(), *signals.asked()], world_size, device)

@@ -119,8 +119,18 @@ def test_a_run_that_stops_names_the_file_that_holds_what_it_learned(evaluated, i
     told = best.describe('my out', iter_num, 0, ended=False)
     assert says in told and ('evaluat' in told) == bool(says)
     assert f"next: python sample.py --out_dir={quote('my out' + file.replace('/', os.sep))}\nto go on: the same command" in told
-    nanogpt_s = Best.of({'iter_num': 5, 'best_val_loss': torch.tensor(1.0)}).describe('out', 7, 0, ended=False)
+    nanogpt_s = Best.of({'iter_num': 5, 'best_val_loss': torch.tensor(1.0)}, 'chars').describe('out', 7, 0, ended=False)
     assert nanogpt_s.endswith('--out_dir=out\nto go on: the same command as before with --init_from=resume') and 'alone' not in nanogpt_s
+
+def test_what_is_left_of_a_run_is_told_without_what_came_before_it(monkeypatch):
+    from log import Clock
+    now = [1000.0]
+    monkeypatch.setattr('time.time', lambda: now[0])
+    clock = Clock(2048, 1.0, None, last=100)
+    now[0] += 500 + 2 # an evaluation, and an iteration of 2 seconds
+    assert clock.lap(40, 0.1, 2.0)[1].endswith('eta 0:01:58')
+    now[0] += 10 * 2 + 20 # ten more, and an evaluation between them
+    assert clock.lap(50, 0.1, 2.0)[1].endswith('eta 0:03:07') # 49 more at 42 / 11 seconds
 
 def test_the_best_is_the_best_again_after_a_resume_that_rounds_otherwise():
     from log import Best

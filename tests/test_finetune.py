@@ -58,6 +58,14 @@ def test_patience_counts_on_over_a_resume(train, base):
     half = train('--init_from=resume', '--patience=4', *options, out_dir='half')
     assert half.column('iter') == whole.column('iter') and half.column('val_loss') == whole.column('val_loss')
 
+def test_patience_begins_anew_with_another_dataset(train, base, clone):
+    shutil.copytree(clone / 'data' / 'chars', clone / 'data' / 'others')
+    options = ('--patience=2', '--eval_interval=1', '--decay_lr=False', f'--init_from={base}')
+    train(*options, '--learning_rate=0.5', '--max_iters=2')
+    done = train(*options[:3], '--init_from=resume', '--dataset=others', '--learning_rate=0.5', '--max_iters=50')
+    assert "the best so far was judged by chars, and stays until one is better; to count anew, type --init_from=" in done.out
+    assert len([line for line in done.out.splitlines() if line.startswith('step ')]) == 3 # of iteration 2 again, and two more
+
 def test_a_finetune_that_never_beats_its_base_leaves_it_and_says_so(train, base):
     result = train(f'--init_from={base}', '--learning_rate=100.0')
     assert 'no evaluation was better than that of the model it started from' in result.out

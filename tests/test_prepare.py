@@ -119,12 +119,12 @@ def test_it_tells_the_epochs_of_a_default_run_and_warns_of_little_text(run, clon
     # 43 windows of 1024, 4 an iteration: 10.75 iterations an epoch, 107.5 in ten, and 5 in half of one
     (48_760, ('43,884 tokens to train on', 'makes 19.3 epochs of them, in 13 iterations of 65,536 tokens',
               'at most 10.0 epochs of them, in 108 iterations of 4,096 tokens, and ends after 4',
-              '--dataset=sized --lora_rank=8 --learning_rate=3e-4 --batch_size=4 --gradient_accumulation_steps=1 '
+              '--dataset=sized --out_dir=out-sized --lora_rank=8 --learning_rate=3e-4 --batch_size=4 --gradient_accumulation_steps=1 '
               '--num_epochs=10 --eval_interval=5 --patience=4\n')),
-    (10_250, ('1,025 to validate on', 'in 25 iterations of 4,096 tokens', '--dataset=sized --lora_rank=8')),
+    (10_250, ('1,025 to validate on', 'in 25 iterations of 4,096 tokens', '--dataset=sized --out_dir=out-sized --lora_rank=8')),
     # a sequence of 1024 and the token after it are one more than there are; 18 windows of 512
     (10_240, ('1,024 to validate on', 'gpt2_small.py with --block_size=512 makes 21.3 epochs', 'warning: 1,024 tokens to validate',
-              'at most 10.0 epochs of them, in 45 iterations of 2,048 tokens', '--dataset=sized --block_size=512 --lora_rank=8')),
+              'at most 10.0 epochs of them, in 45 iterations of 2,048 tokens', '--dataset=sized --out_dir=out-sized --block_size=512 --lora_rank=8')),
     (21, ('2 to validate on', 'warning: 2 tokens to validate on say little', '--block_size=1 '))])
 def test_little_text_is_given_a_run_that_fits_it(run, tmp_path, n, told):
     (tmp_path / 'a.txt').write_text('a' + ' a' * (n - 2))
@@ -135,7 +135,7 @@ def test_the_command_for_little_text_runs_as_told_and_ends_where_patience_says(r
     (tmp_path / 'a.txt').write_text('a b c d ' * 90 + 'every word is another now ' * 10)
     told = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=short').out
     command = told.rpartition('next: python train.py ')[2].split()
-    made = run('train.py', *command, f'--init_from={wide}', '--device=cpu', '--dtype=float32')
+    made = run('train.py', *command, f'--init_from={wide}', '--device=cpu', '--dtype=float32', f"--out_dir={tmp_path / 'out'}")
     epochs, iters = re.search(r'at most ([\d.]+) epochs of them, in (\d+) iterations of', told).groups()
     assert f'{iters} iterations are {epochs} epochs' in made.out
     assert '4 evaluations in a row were no better than that of iteration 0, so it ended' in made.out

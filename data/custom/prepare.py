@@ -115,8 +115,7 @@ def main():
     print(f"{shorten(folder)}: {n - n_val:,} tokens to train on, {n_val:,} to validate on")
     config = f"config/{'train_shakespeare_char_cpu' if chars else 'finetune/gpt2_small'}.py"
     more = tell_run(config, n - n_val, n_val)
-    own = f" --out_dir={quote(f'out-{name}')}" if chars else ''
-    print(f"next: python train.py {config} --dataset={quote(name)}{own}{more}")
+    print(f"next: python train.py {config} --dataset={quote(name)} --out_dir={quote(f'out-{name}')}{more}")
 
 if __name__ == '__main__': # and not in the processes that encode, which read this file too
     configure(globals())

@@ -68,8 +68,8 @@ def write_items(place, text):
 
 signal.signal(signal.SIGTERM, signal.default_int_handler) # ends as Ctrl-C does, with nothing left behind
 if not input:
-    raise ValueError("there is no input; type --input=PATH of a .jsonl file, of a folder of them, or of a list "
-                     "in .json")
+    raise ValueError("there is no input; type --input=PATH of a .jsonl file, of a folder of them, or of a "
+                     "list in .json")
 folder, text = claim(name, 'instruct', val_fraction), read_template()
 with publish(folder) as place:
     lengths, n_counted = write_items(place, text)
@@ -89,4 +89,5 @@ n_long = sum(length > LONGEST for length in lengths)
 if n_long:
     print(f"warning: {n_long:,} items are longer than the {LONGEST:,} tokens that GPT-2 reads at once, so it "
           "learns their ends without the question; shorten them or leave them out")
-print(f"next: python train.py config/finetune/gpt2_small.py --dataset={quote(name)}")
+print(f"next: python train.py config/finetune/gpt2_small.py --dataset={quote(name)} "
+      f"--out_dir={quote(f'out-{name}')}")
