@@ -248,16 +248,16 @@ def test_a_run_goes_on_in_another_plan_as_if_in_one(train, first, second):
 LIMIT = """
 import resource, torch
 _size = next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith('VmSize'))
-resource.setrlimit(resource.RLIMIT_AS, (_size + 700 * 2**20,) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (_size + 450 * 2**20,) * 2)
 """
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='only Linux tells the size from which to limit memory')
 def test_out_of_memory_halves_the_micro_batch_and_repeats_the_iteration(train, tmp_path):
     (tmp_path / 'limit.py').write_text(LIMIT)
     options = ('--n_layer=1', '--n_embd=128', '--block_size=512', '--gradient_accumulation_steps=1', '--eval_iters=1',
-               '--max_iters=1', '--plan=offload', '--batch_size=128')
+               '--max_iters=1', '--plan=offload', '--batch_size=64')
     tight = train(tmp_path / 'limit.py', *options)
-    assert re.search(r'iter 0: out of memory with 128 sequences at a time; again with \d+', tight.out)
+    assert re.search(r'iter 0: out of memory with 64 sequences at a time; again with \d+', tight.out)
     plenty = train(*options, out_dir='plenty')
     assert 'out of memory' not in plenty.out
     for name in ('loss', 'grad_norm', 'val_loss'):
