@@ -228,7 +228,8 @@ else:
         state, template = checkpoints.find_tokenizer(loaded, model.config.vocab_size), loaded.get('template')
         from_state(state) # raises where it is no vocabulary
         put(lambda folder: write_hugging_face(folder, model, state, template))
-    print(f"next: python sample.py --init_from={quote(to)}")
+    asked = ' --instruction=TEXT' * (loaded.get('template') is not None)
+    print(f"next: python sample.py --init_from={quote(to)}{asked}")
     if not weights_only:
         print("in transformers:\n"
               "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"

@@ -51,12 +51,13 @@ class Best:
         """ the same count, and the best as it was before: the latest could not be saved """
         return Best(before.best_val_loss, before.best_iter, self.n_worse, self.evaluated)
 
-    def describe(self, out_dir: str, iter_num: int, patience: int, ended: bool) -> str:
-        """ for the end of a run, or of a part of it: what there is, and what to type next """
+    def describe(self, out_dir: str, iter_num: int, patience: int, ended: bool, asked: bool = False) -> str:
+        """ for the end of a run, or of a part of it: what there is, and what to type next; `asked` says that
+        it learned to answer """
         goes_on = '' if ended else '\nto go on: the same command as before with --init_from=resume'
         learned = max(self.evaluated, self.best_iter) > 0 or not iter_num # whether ckpt.pt may hold it
         path = quote(out_dir if learned else os.path.join(out_dir, 'last.pt'))
-        following = f"next: python sample.py --out_dir={path}{goes_on}"
+        following = f"next: python sample.py --out_dir={path}{' --instruction=TEXT' * asked}{goes_on}"
         if self.best_val_loss == math.inf:
             return f"no evaluation has a checkpoint yet; the latest is {out_dir}/last.pt\n{following}"
         lines = [f"the best val loss, {self.best_val_loss:.4f}, of iteration {self.best_iter}, is that of "

@@ -37,8 +37,8 @@ class Shape:
     buckets: bool = False # gradients lie in DDP's buckets, which stay
     idle: int = 0 # the first blocks, if nothing in or before them is trained: backward never gets there
     device: str = 'cuda' # or cpu, mps, whose attention keeps more
-    inputs: float = 6.0 # of a block's matrices that learn, LoRA's too, in n_embd channels a token
-    dropped: float = 0.0 # of these, what LoRA's dropout is for
+    inputs: float = 6.0 # inputs_of, what the matrices that learn read in a block where all do
+    dropped: float = 0.0 # and what of it LoRA drops
 
 def check_length(block_size: int, positions: int) -> None:
     """ raise ValueError for sequences that are longer than a model's positions """
@@ -53,19 +53,24 @@ def shape_of(model, block_size: int, dropout: float, half: bool, lora: bool = Fa
     parts = [model.transformer.wte, model.transformer.wpe, *model.transformer.h]
     learns = [any(p.requires_grad for p in part.parameters()) for part in parts]
     idle = 0 if any(learns[:2]) else [*learns[2:], True].index(True)
-    inputs = dropped = 0.0
-    for block in model.transformer.h[idle:]: # their mean
-        for name, channels in (('attn.c_attn', 1), ('attn.c_proj', 1), ('mlp.c_fc', 1), ('mlp.c_proj', 4)):
-            linear, share = block.get_submodule(name), 1 / (c.n_layer - idle)
-            if name != 'attn.c_proj' and any(p.requires_grad and p.dim() == 2 for p in linear.parameters()):
-                inputs += channels * share # attention keeps the other's itself
-            if hasattr(linear, 'lora_A'): # which is followed by B, and by no dropout or one of its input
-                inputs += linear.lora_A.size(0) / c.n_embd * share
-                dropped += channels * (linear.lora_dropout > 0) * share
     return Shape(n_params, c.n_layer, c.n_head, c.n_embd, c.vocab_size, block_size, dropout, half,
                  n_params - model.num_params(trained=True), lora, model.lm_head.weight.requires_grad, muon,
                  processes if shard else 1, processes > 1 and not shard, idle, device.split(':')[0],
-                 inputs, dropped)
+                 *inputs_of(model.transformer.h[idle:], c.n_embd))
+
+def inputs_of(blocks, n_embd: int) -> tuple[float, float]:
+    """ what the matrices of a block read and backward needs, and of it what LoRA drops: the mean of these
+    blocks, in n_embd channels a token """
+    kept = dropped = 0.0
+    for block in blocks:
+        for name, channels in (('attn.c_attn', 1), ('attn.c_proj', 1), ('mlp.c_fc', 1), ('mlp.c_proj', 4)):
+            linear = block.get_submodule(name)
+            if name != 'attn.c_proj' and any(p.requires_grad and p.dim() == 2 for p in linear.parameters()):
+                kept += channels # attention keeps the other's, its own output, anyway
+            if hasattr(linear, 'lora_A'):
+                kept += linear.lora_A.size(0) / n_embd # which lora_B reads
+                dropped += channels * (linear.lora_dropout > 0)
+    return kept / max(1, len(blocks)), dropped / max(1, len(blocks))
 
 def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     """ the most bytes on the device in an iteration of micro-batches of B sequences
@@ -77,10 +82,10 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     matrices, item = 12 * s.n_layer * s.n_embd**2, 2 if s.half else 4
     trained, head = s.params - s.frozen, 4 * E * s.head # the head's gradient
     # what a block keeps for backward: 36 bytes a token and channel under autocast, 64 in float32, if all
-    # learns, and masks
+    # learns, and what dropout leaves, with masks of a byte, or on a CPU as wide as their tensors
     block = int(width * ((24 if s.half else 40) + item * s.inputs + 2 * (s.dropout > 0)))
-    block += 4 * tokens * s.n_head + int(width * s.dropped * (
-        1.5 if s.device != 'cpu' else 3 if s.half else 4.5))
+    block += int(width * s.dropped * (1.5 if s.device != 'cpu' else 3 if s.half else 4.5))
+    block += 4 * tokens * s.n_head
     products = width * (18 if s.half else 36) + 4 * tokens * s.n_head * (s.dropout == 0) # selective's of it
     if s.device == 'cpu' and s.half: # attention is in float32 there
         block, products = block + 8 * width, products + 2 * width * (s.dropout == 0)

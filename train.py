@@ -445,5 +445,5 @@ say(f"{'finished' if ended else 'stopped'} at iteration {iter_num} after {clock.
 if master:
     finish_log(wandb_log)
     saver.check()
-say(best.describe(out_dir, iter_num, patience, ended))
+say(best.describe(out_dir, iter_num, patience, ended, asked=template is not None))
 leave(130 if signals.end == signal.SIGINT else 0)

@@ -60,7 +60,7 @@ def test_transformers_read_an_export_with_no_code_of_ours_and_so_do_we(run, trai
     for kind in STATES:
         out = run('export.py', f'--out_dir={tmp_path}/{kind}-run.pt', f'--to={tmp_path}/{kind}').out
         assert ('written as zeros' in out) == (kind == 'char') and ('50,304 ids, its tokenizer 50,257' in out) == (kind == 'bpe')
-        assert f'next: python sample.py --init_from={tmp_path}/{kind}\n' in out
+        assert f'next: python sample.py --init_from={tmp_path}/{kind}{" --instruction=TEXT" * (kind == "bpe")}\n' in out
     questions = {'char': None, 'bpe': [{'role': 'user', 'content': text} for text in ('Look:', QUESTION)]}
     questions['bpe'] += [{'role': 'assistant', 'content': 'That.'}, questions['bpe'][1]]
     tasks = {f'{tmp_path}/{kind}': {'text': TEXTS[kind], 'prompt': PROMPTS[kind], 'question': questions[kind]}

@@ -194,7 +194,8 @@ def test_wandb_s_run_is_the_same_after_a_resume(train, tmp_path):
     assert runs and all(name.endswith(run_id) for name in runs)
 
 def test_a_question_is_put_by_the_template_and_only_answers_are_printed(train, run, masked):
-    train('--dataset=masked', '--max_iters=1')
+    told = train('--dataset=masked', '--max_iters=1').out.splitlines()[-1]
+    assert told.startswith('next: python sample.py --out_dir=') and told.endswith(' --instruction=TEXT')
     greedy = ('--temperature=0', '--num_samples=1', '--max_new_tokens=12', '--device=cpu')
     asked = run('sample.py', '--instruction=say {input}', *greedy)
     started = run('sample.py', '--start=ask: say {input}\nA:', *greedy)
