@@ -18,7 +18,8 @@ import torch
 
 import lora
 import pretrained
-from dataset import find_dataset, read_tokenizer_state
+from configurator import quote
+from dataset import find_dataset, find_datasets, read_tokenizer_state
 from model import GPT, GPT2_SHAPES, GPTConfig
 from tokenizer import BPETokenizer, check_match
 
@@ -213,7 +214,14 @@ def load_model(source: str, dropout: float = 0.0, merge: bool = True) -> tuple[G
         return model, checkpoint
     return pretrained.load(source, dropout)
 
-def resume(out_dir: str, dropout: float, say) -> tuple[GPT, dict]:
+def resume(out_dir: str, config: dict, say) -> tuple[GPT, dict]:
+    """ what `latest` gives, for a run of these options: with other data its patience begins anew """
+    model, loaded = latest(out_dir, config['dropout'], say)
+    if not is_same_data(loaded.get('config', {}), config):
+        loaded['n_worse'] = 0
+    return model, loaded
+
+def latest(out_dir: str, dropout: float, say) -> tuple[GPT, dict]:
     """ the model and the rest of a run's last.pt, or of its ckpt.pt where that one is damaged
 
     Raises FileNotFoundError where there is neither, ValueError where both are.
@@ -292,11 +300,20 @@ def tell_changes(before: dict, config: dict) -> str:
     changed = [f"{key} {before[key]!r} -> {config[key]!r}" for key in config
                if key not in not_options and before.get(key, config[key]) != config[key]]
     told = f", with {', '.join(changed)}" if changed else ''
-    if before.get('dataset', config['dataset']) != config['dataset']:
+    if not is_same_data(before, config):
         last = os.path.join(config['out_dir'], 'last.pt')
-        told += (f"; the best so far was judged by {before['dataset']}, and stays until one is better; to "
-                 f"count anew, type --init_from={last} --out_dir=ANOTHER")
+        source = quote(last if os.path.isfile(last) else config['out_dir'])
+        told += (f"; the best so far was judged by {before['dataset']}: to count anew, type "
+                 f"--init_from={source} --out_dir=ANOTHER")
     return told
+
+def is_same_data(before: dict, config: dict) -> bool:
+    """ whether a run that is resumed goes on with its data, wherever its folders are named from """
+    names = before.get('dataset', config['dataset']), config['dataset']
+    if names[0] == names[1]:
+        return True
+    was, now = ([os.path.abspath(folder) for folder in find_datasets(name)] for name in names)
+    return was == now
 
 def adapter_state(model: GPT, base: dict) -> dict:
     """ what a checkpoint of LoRA holds in place of the weights; base is

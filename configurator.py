@@ -12,8 +12,8 @@ import inspect
 import io
 import math
 import os
+import re
 import shlex
-import subprocess
 import sys
 import time
 import tokenize
@@ -135,7 +135,9 @@ def match_type(key: str, value, default):
 
 def quote(text: str) -> str:
     """ `text` as one argument of a command that a user may type """
-    return subprocess.list2cmdline([text]) if os.name == 'nt' else shlex.quote(text)
+    if os.name == 'nt':
+        return text if re.fullmatch(r'[\w.:/\\-]+', text) else f'"{text}"'
+    return shlex.quote(text)
 
 def read_options(script: str) -> tuple[str, list[tuple]]:
     """ a script's docstring, and its options in order: (group, name, default, comment), from its

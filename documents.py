@@ -189,7 +189,9 @@ def json_rows(path: str, progress=lambda n: None):
         yield place, row
 
 def is_list(path: str) -> bool:
-    """ whether a file of JSON is one list, and not a value a line """
+    """ whether a file of JSON is one list, and not a value a line, as a pipe is """
+    if not os.path.isfile(path):
+        return False
     with open(path, 'rb') as file:
         return file.read(BLOCK).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b'[')
 
@@ -225,7 +227,7 @@ def csv_rows(path: str, progress=lambda n: None):
     """
     lines = (line.replace('\r\n', '\n') for line in read_lines(path, progress)) # also within "quotes"
     first = next(lines, '')
-    bare = re.sub(r'"[^"]*"?', '', first) # what is quoted separates nothing
+    bare = re.sub(r'(^|[,;\t])"(?:[^"]|"")*"?', r'\1', first) # what is quoted separates nothing
     reader = csv.reader(itertools.chain([first], lines), delimiter=max(',;\t', key=bare.count), strict=True)
     name, header, begin = shorten(path), None, 1 # the line that a row begins in
     try:

@@ -29,13 +29,11 @@ class Best:
     evaluated: int = -1 # the iteration of the latest
 
     @classmethod
-    def of(cls, checkpoint: dict, dataset: str) -> 'Best':
-        """ that of a checkpoint of ours or nanoGPT's, which has the loss alone, as a tensor; patience begins
-        anew where the run goes on with another dataset """
+    def of(cls, checkpoint: dict) -> 'Best':
+        """ that of a checkpoint of ours or nanoGPT's, which has the loss alone, as a tensor """
         iter_num = checkpoint.get('iter_num', 0)
-        same = checkpoint.get('config', {}).get('dataset', dataset) == dataset
         return cls(float(checkpoint.get('best_val_loss', math.inf)), checkpoint.get('best_iter', iter_num),
-                   checkpoint.get('n_worse', 0) * same, checkpoint.get('evaluated', -1))
+                   checkpoint.get('n_worse', 0), checkpoint.get('evaluated', -1))
 
     def after(self, iter_num: int, val_loss: float) -> tuple['Best', bool]:
         """ the best with one more evaluation, counted once though a resumed run repeats it, and whether that

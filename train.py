@@ -187,7 +187,7 @@ if init_from == 'scratch':
     torch.manual_seed(seed)
     model = GPT(scratch)
 elif init_from == 'resume':
-    model, loaded = checkpoints.resume(out_dir, dropout, say)
+    model, loaded = checkpoints.resume(out_dir, config, say)
 else:
     model, loaded = checkpoints.load_model(init_from, dropout)
 check_match(loaded.get('tokenizer'), model.config.vocab_size, tokenizer, dataset)
@@ -218,9 +218,9 @@ def with_room(work, *args, again=True):
 shape = shape_of(model.config)
 if eval_only and plan != 'offload' and (4 * shape.params < free or 'offload' not in plans):
     plan, plans, fits = 'device', ('device',), min(batch_size, share) # it takes the weights, and little more
-    compile = False # one pass does not pay for it
 else:
-    plan, fits = memory.choose(plan, shape, share, batch_size, free, plans, free_memory('cpu'))
+    ram_free = math.inf if eval_only else free_memory('cpu') # for gradients and moments
+    plan, fits = memory.choose(plan, shape, share, batch_size, free, plans, ram_free)
     say(memory.describe(plan, shape, fits, fits < share, free))
 micro_batch, n_micro_steps = split_batch(share, fits)
 model.follow(plan)
@@ -239,7 +239,7 @@ params = [p for group in opt.param_groups for p in group['params']]
 scaler = torch.amp.GradScaler(params[0].device.type, enabled=dtype == 'float16')
 iter_num, best, n_bad = 0, Best(), 0 # n_bad iterations in a row were not finite
 if init_from == 'resume':
-    iter_num, best, n_bad = loaded.get('iter_num', 0), Best.of(loaded, dataset), loaded.get('n_bad', 0)
+    iter_num, best, n_bad = loaded.get('iter_num', 0), Best.of(loaded), loaded.get('n_bad', 0)
     say(f"resuming at iteration {iter_num}{checkpoints.tell_changes(loaded.get('config', {}), config)}")
     if 'optimizer' in loaded and not eval_only:
         load_optimizer(opt, loaded['optimizer'])
@@ -259,7 +259,7 @@ def one_step():
         model(x, y)[1].backward()
 
 # each block for itself, so that backward gives its gradients away as it goes, and memory is as planned
-is_compiled = with_room(compile_model, model.compiled_parts(), compile, device, one_step)
+is_compiled = with_room(compile_model, model.compiled_parts(), not eval_only and compile, device, one_step)
 opt.zero_grad(set_to_none=True)
 if world_size > 1 and not shard and not eval_only:
     model = DistributedDataParallel(raw_model, device_ids=[device] if device.startswith('cuda') else None,
@@ -363,6 +363,8 @@ def accumulate(windows, n_targets):
             _, micro_loss = model(x, y, scale=scale)
         micro_loss.backward()
         loss += micro_loss.detach() / (scale * n_targets)
+    if plan == 'offload':
+        opt.collect()
     return loss
 
 signals.listen()
@@ -399,8 +401,6 @@ while True:
     loss = with_room(accumulate, windows, n_targets)
     if loss is None:
         break
-    if plan == 'offload':
-        with_room(opt.collect, again=False)
     scaler.unscale_(opt)
     grad_norm = parallel.full(torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)).item()
     loss, n_ending, n_saving = parallel.all_sum([loss.item(), *signals.asked()], world_size, device)

@@ -53,7 +53,7 @@ def test_csv_is_read_as_it_is_quoted(tmp_path):
     rows = [(place[-6:], row['text'], row['n']) for place, row in csv_rows(str(tmp_path / 'a.csv'))]
     assert rows == [('line 2', 'a, "b"\n\nc', '1'), ('line 6', '', '2'), ('line 7', 'x' * 200_000, '3')]
 
-@pytest.mark.parametrize('text', ['text,"a;b;c"\nhello,1', '"Name, first";text\n1;hello', '"a;b, c;d"\ttext\n1\thello', 'text\nhello'])
+@pytest.mark.parametrize('text', ['text,"a;b;c"\nhello,1', 'width 5";text\n1;hello', '"Name, first";text\n1;hello', '"a;b, c;d"\ttext\n1\thello', 'text\nhello'])
 def test_what_is_quoted_in_a_csv_s_header_separates_nothing(tmp_path, text):
     (tmp_path / 'a.csv').write_text(text)
     assert [row['text'] for _, row in csv_rows(str(tmp_path / 'a.csv'))] == ['hello']

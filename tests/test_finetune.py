@@ -63,8 +63,11 @@ def test_patience_begins_anew_with_another_dataset(train, base, clone):
     options = ('--patience=2', '--eval_interval=1', '--decay_lr=False', f'--init_from={base}')
     train(*options, '--learning_rate=0.5', '--max_iters=2')
     done = train(*options[:3], '--init_from=resume', '--dataset=others', '--learning_rate=0.5', '--max_iters=50')
-    assert "the best so far was judged by chars, and stays until one is better; to count anew, type --init_from=" in done.out
+    assert "the best so far was judged by chars: to count anew, type --init_from=" in done.out
     assert len([line for line in done.out.splitlines() if line.startswith('step ')]) == 3 # of iteration 2 again, and two more
+    again = train(*options[:3], '--init_from=resume', f"--dataset={clone / 'data' / 'others'}", '--learning_rate=0.5', '--max_iters=50')
+    assert 'judged by' not in again.out # it is the same folder
+    assert len([line for line in again.out.splitlines() if line.startswith('step ')]) == 1
 
 def test_a_finetune_that_never_beats_its_base_leaves_it_and_says_so(train, base):
     result = train(f'--init_from={base}', '--learning_rate=100.0')

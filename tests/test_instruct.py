@@ -2,6 +2,7 @@
 instruct.py, and data/instruct/prepare.py as a user runs it.
 """
 import json
+import os
 
 import numpy as np
 import pytest
@@ -88,12 +89,24 @@ def test_the_script_writes_what_a_hand_would(run, clone, tmp_path):
     n, share = len(train[0]) + len(val[0]), (train[1].sum() + val[1].sum()) / (len(train[1]) + len(val[1]))
     assert f'3 items, {n} tokens, of which {share:.1%} are answers' in done.out and 'warning' not in done.out
 
+PIPED = """
+import os, runpy, sys
+read, write = os.pipe()
+os.write(write, open({!r}, 'rb').read()); os.close(write)
+sys.argv = [*sys.argv[1:], f'--input=/dev/fd/{{read}}']
+sys.path.insert(0, '.')
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
 def test_a_list_in_json_is_the_same_as_its_lines(run, clone, tmp_path):
     prepare(run, tmp_path, '--name=lines')
     (tmp_path / 'items.json').write_text(json.dumps(ITEMS, indent=1))
     run('data/instruct/prepare.py', f"--input={tmp_path / 'items.json'}", '--name=listed')
     (tmp_path / 'dataset_infos.json').write_text('{}') # which a folder's reader leaves alone
     run('data/instruct/prepare.py', f'--input={tmp_path}', '--name=folder')
+    if os.path.exists('/dev/fd'): # as of <(zcat items.jsonl.gz)
+        piped = run('data/instruct/prepare.py', '--name=piped', launch=('-c', PIPED.format(str(tmp_path / "items.jsonl"))), env={})
+        assert '3 items' in piped.out
     (tmp_path / 'rows.json').write_text('\n'.join(map(json.dumps, ITEMS)))
     run('data/instruct/prepare.py', f"--input={tmp_path / 'rows.json'}", '--name=rows')
     for name in ('train.bin', 'val.bin', 'train_mask.bin', 'val_mask.bin'):

@@ -53,7 +53,8 @@ def write_items(place, text):
     with (open(os.path.join(place, 'train.bin'), 'wb') as tokens,
           open(os.path.join(place, 'train_mask.bin'), 'wb') as masks,
           tqdm(total=sum(map(os.path.getsize, paths)), unit='B', unit_scale=True, delay=1) as progress):
-        kinds = (json_items if is_list(path) else json_rows for path in paths)
+        kinds = (json_rows if path.lower().endswith('.jsonl') or not is_list(path) else json_items
+                 for path in paths)
         items = itertools.chain.from_iterable(rows(path, progress.update) for rows, path in zip(kinds, paths))
         for where, item in items:
             try:
