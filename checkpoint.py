@@ -224,7 +224,7 @@ def resume(out_dir: str, config: dict, say) -> tuple[GPT, dict]:
 def latest(out_dir: str, dropout: float, say) -> tuple[GPT, dict]:
     """ the model and the rest of a run's last.pt, or of its ckpt.pt where that one is damaged
 
-    Raises FileNotFoundError where there is neither, ValueError where both are.
+    Raises FileNotFoundError where there is neither, ValueError where none can be used.
     """
     paths = [path for path in (os.path.join(out_dir, name) for name in ('last.pt', 'ckpt.pt'))
              if os.path.isfile(path)]
