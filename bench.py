@@ -56,7 +56,7 @@ import memory
 from dataset import Split, find_datasets, open_split, read_shared_state, split_batch
 from device import (DTYPES, autocast, compile_model, fetch, free_memory, is_out_of_memory, memory_mb,
                     memory_to_fill, peak_flops, pick_device, pick_dtype)
-from model import GPT, GPT2_SHAPES, GPTConfig
+from model import GPT, GPT2_SHAPES, GPTConfig, check_length
 from optim import make_optimizer
 from tokenizer import count_ids
 
@@ -125,7 +125,7 @@ def make_training():
     sequences, c = batch_size * gradient_accumulation_steps, model_config()
     if shard:
         raise ValueError("shard is True, but one process is measured here; type --shard=False")
-    memory.check_length(block_size, c.block_size)
+    check_length(block_size, c.block_size)
     with torch.device('meta'):
         shape = GPT(c)
         lora.restrict(shape, config)

@@ -40,12 +40,6 @@ class Shape:
     inputs: float = 6.0 # inputs_of, what the matrices that learn read in a block where all do
     dropped: float = 0.0 # and what of it LoRA drops
 
-def check_length(block_size: int, positions: int) -> None:
-    """ raise ValueError for sequences that are longer than a model's positions """
-    if block_size > positions:
-        raise ValueError(f"block_size is {block_size}, but the model has {positions} positions; type "
-                         f"--block_size={positions} or less")
-
 def shape_of(model, block_size: int, dropout: float, half: bool, lora: bool = False,
              muon: bool = False, processes: int = 1, shard: bool = False, device: str = 'cuda') -> Shape:
     """ that of a run of `model`, a GPT anywhere, on `device`; its parameters that learn require gradients """
@@ -87,8 +81,8 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     block += int(width * s.dropped * (1.5 if s.device != 'cpu' else 3 if s.half else 4.5))
     block += 4 * tokens * s.n_head
     products = width * (18 if s.half else 36) + 4 * tokens * s.n_head * (s.dropout == 0) # selective's of it
-    if s.device == 'cpu' and s.half: # attention is in float32 there
-        block, products = block + 8 * width, products + 2 * width * (s.dropout == 0)
+    if s.device == 'cpu' and s.half and s.dropout: # attention is in float32 there
+        block += 8 * width
     if s.device == 'mps' or s.device == 'cpu' and s.dropout: # without a kernel that keeps no T x T scores
         block += int(12.5 * B * s.n_head * s.block_size**2)
     work = width * (6 if s.half else 14) # what a block's backward makes for itself

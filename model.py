@@ -1,5 +1,5 @@
 """
-GPT-2: the model, its loss, its pretrained weights and how it continues a text.
+GPT-2: the model, its pretrained weights and how it continues a text.
 
 References:
 1) OpenAI's TensorFlow implementation: https://github.com/openai/gpt-2/blob/master/src/model.py
@@ -16,7 +16,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from sampling import FixedStep, KVCache, sample_token
+from loss import ChunkedLoss, CrossEntropy, Lookup
+from sampling import FixedStep, KVCache, one_row, sample_token
 
 @dataclass
 class GPTConfig:
@@ -35,12 +36,34 @@ GPT2_SHAPES = {
     'gpt2-xl': dict(n_layer=48, n_head=25, n_embd=1600), # 1558M
 }
 
+FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+FLASH_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+class HalfAttention(torch.autograd.Function):
+    """ causal attention on a CPU in half precision, with a backward in float32: in half precision torch's is
+    slower, for small heads twice, and no more exact """
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        y, logsumexp = FLASH_CPU(q, k, v, 0.0, True)
+        ctx.save_for_backward(q, k, v, y, logsumexp)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        *halves, logsumexp = ctx.saved_tensors
+        q, k, v, y = (tensor.float() for tensor in halves)
+        grads = FLASH_CPU_BACKWARD(dy.float(), q, k, v, y, logsumexp, 0.0, True)
+        return tuple(grad.to(dy.dtype) for grad in grads)
+
 def attend(q, k, v, dropout: float, mask=None):
     """ causal attention of q (B, n_head, T, head_size), to itself or, for T = 1, to all of k and v that mask,
     if given, does not hide """
     options = dict(attn_mask=mask, dropout_p=dropout, is_causal=q.size(2) > 1)
-    if q.device.type == 'cpu' and q.requires_grad: # its kernel's backward is slow in bfloat16 for small heads
-        with torch.autocast('cpu', enabled=False):
+    if q.device.type == 'cpu' and q.requires_grad and q.dtype != torch.float32:
+        if not dropout:
+            return HalfAttention.apply(q, k, v)
+        with torch.autocast('cpu', enabled=False): # torch has no kernel with dropout
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
     return F.scaled_dot_product_attention(q, k, v, **options)
 
@@ -114,104 +137,6 @@ class Block(nn.Module):
             return checkpoint(self.layers, x, use_reentrant=False,
                               context_fn=partial(create_selective_checkpoint_contexts, keep))
         return self.layers(x, cache)
-
-class CrossEntropy(nn.Module):
-    """ the summed cross-entropy of logits (N, >= V), of which V count, against targets (N, 1), where -1 does
-    not; with grads, `scale` times its gradient is left in the place of the logits
-
-    A module, so that it can be compiled as the blocks are, which fuses its passes over the logits.
-    """
-
-    def forward(self, logits, targets, scale, V: int, grads: bool, wide=None):
-        counts, t = targets >= 0, targets.clamp(min=0)
-        share = counts * scale
-        if torch.compiler.is_compiling():
-            places = torch.arange(logits.size(1), device=logits.device)
-            p = torch.where(places < V, logits.float(), -math.inf)
-            at_target, most = p.gather(1, t), p.amax(dim=1, keepdim=True)
-            norm = (p - most).exp().sum(dim=1, keepdim=True)
-            if grads:
-                logits.copy_((p - most).exp() * (share / norm) - torch.where(places == t, share, 0.0))
-        else: # in `wide`, room for logits in half precision, or in the place of those in float32
-            p = logits if wide is None else wide[:len(logits)].copy_(logits)
-            p[:, V:] = -math.inf
-            at_target, most = p.gather(1, t), p.amax(dim=1, keepdim=True)
-            norm = p.sub_(most).exp_().sum(dim=1, keepdim=True)
-            if grads: # (softmax - one-hot) * scale
-                p.mul_(share / norm).scatter_add_(1, t, -share.expand_as(most).to(p.dtype))
-                logits.copy_(p)
-        return ((norm.log() + most - at_target) * counts).sum()
-
-class Lookup(torch.autograd.Function):
-    """ the rows idx (B, T) of the tied matrix weight (V, C), whose gradient goes into that of the head
-
-    `head` is the list that ChunkedLoss's backward, which comes first, left the head's gradient in; so there
-    is never a second matrix of V x C, which would be all zeros but for these rows.
-    """
-
-    @staticmethod
-    def forward(ctx, idx, weight, head):
-        ctx.head, ctx.shape = head, weight.shape
-        ctx.save_for_backward(idx)
-        return F.embedding(idx, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        idx, = ctx.saved_tensors
-        dw = ctx.head.pop() if ctx.head else grad.new_zeros(ctx.shape)
-        if idx.numel() > len(dw): # a GPU would add the many of a row one by one
-            return None, dw.add_(torch.ops.aten.embedding_dense_backward(grad, idx, len(dw), -1, False)), None
-        return None, dw.index_put_((idx,), grad, accumulate=True), None # in the same order in every run
-
-class ChunkedLoss(torch.autograd.Function):
-    """ `scale` times the summed cross-entropy of x (N, C) @ weight.t() (C, V) against targets (N,), where -1
-    does not count
-
-    Goes through x some rows at a time and makes the gradients in the same pass, so that there is never a
-    matrix of N x V. Matrix products are in autocast's format; sums and the softmax in float32. With a list
-    `head`, weight's gradient is left there for Lookup.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, scale, head=None, cross_entropy=CrossEntropy()):
-        device, (N, C), V = x.device.type, x.shape, weight.size(0)
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        padded = -(-V // 64) * 64 if device == 'cuda' else V # products of aligned rows are faster
-        w = weight
-        if weight.dtype != dtype:
-            w = torch.empty(padded, C, dtype=dtype, device=x.device)
-            w[:V], w[V:] = weight, 0
-        needs_dx, needs_dw = ctx.needs_input_grad[:2]
-        dx = torch.empty_like(x, dtype=dtype) if needs_dx else None
-        dw = torch.zeros(V, C, device=x.device) if needs_dw else None
-        total = torch.zeros((), device=x.device)
-        rows = min(N, max(N // (2 * dtype.itemsize), 2**22 // V, 1)) # of a product: many are faster
-        few = min(rows, max(rows // 8, 2**22 // V, 1)) # of the softmax, for the cache of a CPU
-        # these two serve all rows in turn
-        logits = torch.empty(rows, padded, dtype=dtype, device=x.device)[:, :len(w)]
-        wide = torch.empty(few, padded, device=x.device)[:, :len(w)] if dtype != torch.float32 else None
-        with torch.autocast(device, enabled=False):
-            for i in range(0, N, rows):
-                xi, ti = x[i:i + rows].to(dtype), targets[i:i + rows, None]
-                part = torch.mm(xi, w.t(), out=logits[:len(xi)])
-                for q, t in zip(part.split(few), ti.split(few)):
-                    total += cross_entropy(q, t, scale, V, needs_dx or needs_dw, wide)
-                if needs_dx:
-                    dx[i:i + rows] = part @ w
-                if needs_dw:
-                    for j in range(0, V, 2**13): # a product in half precision of all would be as large as w
-                        dw[j:j + 2**13] += part[:, j:min(j + 2**13, V)].t() @ xi
-        ctx.head = head
-        ctx.save_for_backward(dx, dw)
-        return total * scale
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dw = (tensor if tensor is None else tensor.mul_(grad) for tensor in ctx.saved_tensors)
-        if ctx.head is not None and dw is not None:
-            ctx.head.append(dw)
-            dw = None
-        return dx, dw, None, None, None, None
 
 class GPT(nn.Module):
     """ token ids (B, T) to logits or a loss; raises ValueError for a config of sizes that make no model """
@@ -324,7 +249,8 @@ class GPT(nn.Module):
                 step = step or FixedStep(self, cache, token)
                 logits = step(token)
             else:
-                logits, _ = self(token[:, None], cache=cache)
+                with one_row(token, self.lm_head.weight.dtype):
+                    logits, _ = self(token[:, None], cache=cache)
             token = sample_token(logits[:, -1, :n_vocab].float(), temperature, top_k, top_p)
             yield token
             token = token.clamp(min=0) # -1, where there was none to draw, is none to look up
@@ -393,3 +319,9 @@ def check_shape(config: GPTConfig) -> None:
                          f"heads; type --n_head={near}, for instance")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"dropout is {config.dropout}; type --dropout=P with 0 <= P < 1")
+
+def check_length(block_size: int, positions: int) -> None:
+    """ raise ValueError for sequences that are longer than a model's positions """
+    if block_size > positions:
+        raise ValueError(f"block_size is {block_size}, but the model has {positions} positions; type "
+                         f"--block_size={positions} or less")

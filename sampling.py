@@ -4,6 +4,7 @@ graph on CUDA, and the draw of the next.
 
 Shapes: B sequences of T tokens, V the vocabulary.
 """
+import contextlib
 import math
 
 import torch
@@ -85,6 +86,13 @@ class FixedStep:
             return self.run()
         self.graph.replay()
         return self.logits
+
+def one_row(token, dtype):
+    """ a context for the pass over tokens (B,), in which torch multiplies matrices by a single row in bfloat16
+    itself on a CPU: oneDNN, which is faster for more rows, takes longer for one """
+    if token.numel() == 1 and token.device.type == 'cpu' and dtype == torch.bfloat16:
+        return torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
+    return contextlib.nullcontext()
 
 def sample_token(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None):
     """ a token (B,) for each row of logits (B, V): the likeliest at temperature 0, else drawn from the

@@ -95,7 +95,7 @@ from device import (DTYPES, Signals, autocast, compile_model, describe_machine, 
                     is_out_of_memory, memory_mb, memory_to_fill, peak_flops, pick_device, pick_dtype)
 from log import (Best, Clock, append_row, append_sample, epoch_times, finish_log, is_logged, need_wandb,
                  start_log, start_wandb, steady_output)
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, check_length
 from optim import get_lr, load_optimizer, make_optimizer, set_lr, weights
 from tokenizer import check_match, count_ids, from_state
 
@@ -161,7 +161,7 @@ def shape_of(c):
 scratch = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
 if dry_run: # which needs neither data nor, for GPT-2, weights
     c = checkpoints.config_of(out_dir if init_from == 'resume' else init_from, scratch)
-    memory.check_length(block_size, c.block_size)
+    check_length(block_size, c.block_size)
     epochs = epoch_times(out_dir, {**config, 'device': place, 'processes': world_size})
     say(memory.table(shape_of(c), share, batch_size, free, epochs, plans, free_memory('cpu')))
     leave(0)
@@ -191,7 +191,7 @@ elif init_from == 'resume':
 else:
     model, loaded = checkpoints.load_model(init_from, dropout)
 check_match(loaded.get('tokenizer'), model.config.vocab_size, tokenizer, dataset)
-memory.check_length(block_size, model.config.block_size)
+check_length(block_size, model.config.block_size)
 template = read_template(folders) or loaded.get('template')
 if init_from != 'resume' and lora_rank: # a resumed run has its adapter, and knows its base
     loaded.update(checkpoints.describe_base(init_from, model, out_dir))

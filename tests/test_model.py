@@ -201,6 +201,28 @@ def test_a_compiled_block_that_is_selective_keeps_a_third_and_has_the_same_gradi
     assert 20 * x.numel() < kept[1] < 26 * x.numel() < kept[0] / 3
     assert all(torch.allclose(a, b, rtol=0, atol=1e-2 * b.abs().max()) for a, b in zip(*grads))
 
+@pytest.mark.parametrize('T', [1, 2, 257])
+def test_attention_in_bfloat16_is_float64_s_but_for_rounding_and_keeps_no_float32_for_backward(T):
+    torch.manual_seed(0)
+    qkv, dy, results, kept = torch.randn(3, 2, 3, T, 16).bfloat16(), torch.randn(2, 3, T, 16).bfloat16(), [], []
+    def pack(tensor):
+        kept.append((tensor.dtype, tensor.numel()))
+        return tensor
+    for dtype in (torch.float64, torch.bfloat16):
+        parts = [part.to(dtype, copy=True).requires_grad_() for part in qkv]
+        if dtype == torch.float64:
+            scores = parts[0] @ parts[1].mT / 4 + torch.full((T, T), -torch.inf, dtype=dtype).triu(1)
+            y = scores.softmax(-1) @ parts[2]
+        else:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                y = model_module.attend(*parts, 0.0)
+        y.backward(dy.to(dtype))
+        results.append([y.detach(), *(part.grad for part in parts)])
+    for exact, ours in zip(*results):
+        assert ours.dtype == torch.bfloat16 and (ours - exact).norm() <= 0.005 * exact.norm() + 1e-3 * (T == 1)
+    wide = [n for dtype, n in kept if dtype == torch.float32] # one number for each of q's rows
+    assert wide == [6 * T] and sum(n for _, n in kept) == 4 * 6 * T * 16 + 6 * T
+
 @torch.library.custom_op('tests::draw', mutates_args=())
 def draw(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x).bernoulli_(0.5)
@@ -219,8 +241,9 @@ def test_a_selective_block_drops_the_same_where_attention_has_drawn_in_a_kernel_
         grads.append([p.grad for p in gpt.parameters()])
     assert all(a.equal(b) for a, b in zip(*grads))
 
+@pytest.mark.parametrize('half', [False, True])
 @pytest.mark.parametrize('dropout', [0.0, 0.2])
-def test_recomputing_the_blocks_changes_nothing(dropout):
+def test_recomputing_the_blocks_changes_nothing(dropout, half):
     torch.manual_seed(0)
     model, idx = GPT(GPTConfig(16, 50, 3, 2, 16, dropout)), torch.randint(50, (2, 16))
     grads = []
@@ -228,6 +251,7 @@ def test_recomputing_the_blocks_changes_nothing(dropout):
         model.follow(plan)
         torch.manual_seed(1)
         model.zero_grad()
-        model(idx, idx)[1].backward()
+        with torch.autocast('cpu', torch.bfloat16, enabled=half):
+            model(idx, idx)[1].backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(a.equal(b) and a.equal(c) for a, b, c in zip(*grads))

@@ -93,3 +93,14 @@ def test_there_is_no_token_to_draw_where_logits_are_not_finite(temperature, bad)
     logits[0, 3] = 1e4
     logits[1, 2] = bad
     assert sample_token(logits, temperature).tolist() == [3, -1]
+
+@pytest.mark.parametrize('B, dtype, itself', [(1, torch.bfloat16, True), (2, torch.bfloat16, False), (1, torch.float32, False)])
+def test_one_sequence_in_bfloat16_on_a_cpu_goes_on_with_torch_s_own_products(B, dtype, itself, monkeypatch):
+    gpt, used, forward = GPT(GPTConfig(8, 11, 1, 1, 8)).to(dtype), [], GPT.forward
+    def watch(self, idx, **options):
+        used.append((idx.size(1), torch._C._get_mkldnn_enabled()))
+        return forward(self, idx, **options)
+    before = torch._C._get_mkldnn_enabled()
+    monkeypatch.setattr(GPT, 'forward', watch)
+    gpt.generate(torch.zeros(B, 3, dtype=torch.int64), 4)
+    assert used == [(3, before), *[(1, before and not itself)] * 3] and torch._C._get_mkldnn_enabled() == before
