@@ -88,7 +88,7 @@ class FixedStep:
         return self.logits
 
 def one_row(token, dtype):
-    """ a context for the pass over tokens (B,), in which torch multiplies matrices by a single row in bfloat16
+    """ a context for the pass over tokens (B,), in which torch multiplies matrices by one row in bfloat16
     itself on a CPU: oneDNN, which is faster for more rows, takes longer for one """
     if token.numel() == 1 and token.device.type == 'cpu' and dtype == torch.bfloat16:
         return torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
