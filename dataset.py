@@ -37,6 +37,7 @@ class Split:
     def __init__(self, folder: str, name: str, block_size: int, vocab_size: int, seed: int = 0):
         self.path = os.path.join(folder, f'{name}.bin')
         self.tokens = open_tokens(self.path, block_size)
+        self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, block_size + 1) # each, as a view
         self.mask = open_mask(os.path.join(folder, f'{name}_mask.bin'), len(self.tokens))
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
         self.n_tokens = len(self.tokens)
@@ -68,8 +69,7 @@ class Split:
         return self.cut(np.arange(n) * self.windows // n)
 
     def evaluation_parts(self, limit: int):
-        """ (weight, windows, how many of their targets count) of each part whose mean loss counts by
-        weight """
+        """ (weight, windows, how many of their targets count) of each part, whose mean loss is weighed """
         windows = self.evaluation_windows(limit)
         n = self.count(windows)
         if not n:
@@ -99,15 +99,16 @@ class Split:
 
     def batch(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """ inputs and targets (B, T), int64; a target that does not count is -1 """
-        ids = np.empty((2, len(windows), self.block_size), np.uint16)
-        for row, start in enumerate(windows[:, 0].tolist()):
-            ids[0, row], ids[1, row] = self.read(self.tokens, start), self.read(self.tokens[1:], start)
+        starts, last = windows[:, 0], self.targets - self.block_size
+        ids = self.rows[np.minimum(starts, last)]
         self.check_ids(ids)
-        x, y = ids.astype(np.int64)
+        x, y = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
+        for row in np.flatnonzero(starts > last): # over the end, of tokens that are checked
+            x[row], y[row] = self.read(self.tokens, starts[row]), self.read(self.tokens[1:], starts[row])
         for row in np.flatnonzero(windows[:, 1] < self.block_size):
             y[row, windows[row, 1]:] = -1
         if self.mask is not None:
-            for row, start in enumerate(windows[:, 0].tolist()):
+            for row, start in enumerate(starts.tolist()):
                 y[row, self.read(self.mask[1:], start) == 0] = -1
         return x, y
 
@@ -381,12 +382,11 @@ def fetch(url: str, path: str, sha256: str) -> str:
     return read_text(path)
 
 def read_text(path: str) -> str:
-    """ a text file in UTF-8, its line ends made \\n, as by open; raises ValueError where it is none """
+    """ a text in UTF-8, its line ends made \\n, as by open, without a byte order mark; raises ValueError """
     with open(path, 'rb') as file:
         data = file.read()
     try:
-        text = data.decode('utf-8').removeprefix('\ufeff') # the byte order mark
-        return text.replace('\r\n', '\n').replace('\r', '\n')
+        return data.decode('utf-8').removeprefix('\ufeff').replace('\r\n', '\n').replace('\r', '\n')
     except UnicodeDecodeError as error:
         raise bad_utf8(path, error) from None
 
