@@ -227,7 +227,7 @@ CASES = [ # options, part of what is said
     ('--block_size=17', '--block_size=16 or less'),
     ('--base={root}/none', 'there is no model'),
     ('--base={bpe}', 'type --file=PATH'),
-    ('--dataset={root}', 'is not in the 85 tokens that'),
+    ('--dataset={root}', f'is not in the {len(CHARS)} tokens that'),
     ('--dataset=none', 'there is no data/none/val.bin'),
     ('--dataset={root}/nan --init_from={bpe}', 'nothing to score'),
     ('--out_dir={root}', 'there is no checkpoint in'),
