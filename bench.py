@@ -255,8 +255,8 @@ def spawn(*options):
         return 'does not fit' if 'out of memory' in done.stderr else 'failed'
     return json_module.loads(done.stdout.splitlines()[-1])
 
-def cell(figures, key, unit=1):
-    return figures if isinstance(figures, str) else f"{figures[key] / unit:,.2f}"
+def cell(figures, key, unit=1, digits=2):
+    return figures if isinstance(figures, str) else f"{figures[key] / unit:,.{digits}f}"
 
 def compare(title, ours, theirs):
     """ a row: two kinds of run in turn, three times, and the median of each and of their ratios """
@@ -293,7 +293,7 @@ def run_suite():
         compare(f'sampling 124M, {n} at once, beside transformers in {other}', each,
                 [*each, '--way=transformers', f'--dtype={other}'])
     fetched = spawn('--work=batch', '--batch_size=12', '--block_size=1024', '--iters=300')
-    print(f"\nfetching 12 x 1024 tokens: {cell(fetched, 'ms')} ms")
+    print(f"\nfetching 12 x 1024 tokens: {cell(fetched, 'ms', digits=3)} ms")
     if gpu:
         card_table(place)
 

@@ -81,9 +81,9 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     block += int(width * s.dropped * (1.5 if s.device != 'cpu' else 3 if s.half else 4.5))
     block += 4 * tokens * s.n_head
     products = width * (18 if s.half else 36) + 4 * tokens * s.n_head * (s.dropout == 0) # selective's of it
-    if s.device == 'cpu' and s.half and s.dropout: # attention is in float32 there
-        block += 8 * width
-    if s.device == 'mps' or s.device == 'cpu' and s.dropout: # without a kernel that keeps no T x T scores
+    if s.device == 'cpu' and s.dropout: # attention is kept here, too
+        products += item * width
+    if s.device == 'mps': # without a kernel that keeps no T x T scores
         block += int(12.5 * B * s.n_head * s.block_size**2)
     work = width * (6 if s.half else 14) # what a block's backward makes for itself
     kept_blocks = s.n_layer - s.idle

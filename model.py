@@ -16,6 +16,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from attention import attend
 from loss import ChunkedLoss, CrossEntropy, Lookup
 from sampling import FixedStep, KVCache, one_row, sample_token
 
@@ -35,37 +36,6 @@ GPT2_SHAPES = {
     'gpt2-large': dict(n_layer=36, n_head=20, n_embd=1280), # 774M
     'gpt2-xl': dict(n_layer=48, n_head=25, n_embd=1600), # 1558M
 }
-
-FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-FLASH_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
-class HalfAttention(torch.autograd.Function):
-    """ causal attention on a CPU in half precision, with a backward in float32: in half precision torch's is
-    slower, for small heads twice, and no more exact """
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        y, logsumexp = FLASH_CPU(q, k, v, 0.0, True)
-        ctx.save_for_backward(q, k, v, y, logsumexp)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        *halves, logsumexp = ctx.saved_tensors
-        q, k, v, y = (tensor.float() for tensor in halves)
-        grads = FLASH_CPU_BACKWARD(dy.float(), q, k, v, y, logsumexp, 0.0, True)
-        return tuple(grad.to(dy.dtype) for grad in grads)
-
-def attend(q, k, v, dropout: float, mask=None):
-    """ causal attention of q (B, n_head, T, head_size), to itself or, for T = 1, to all of k and v that mask,
-    if given, does not hide """
-    options = dict(attn_mask=mask, dropout_p=dropout, is_causal=q.size(2) > 1)
-    if q.device.type == 'cpu' and q.requires_grad and q.dtype != torch.float32:
-        if not dropout:
-            return HalfAttention.apply(q, k, v)
-        with torch.autocast('cpu', enabled=False): # torch has no kernel with dropout
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
-    return F.scaled_dot_product_attention(q, k, v, **options)
 
 class CausalSelfAttention(nn.Module):
 
@@ -99,6 +69,7 @@ class MLP(nn.Module):
 
 ATTENTION = [getattr(torch.ops.aten, f'_scaled_dot_product_{kind}').default for kind in (
     'flash_attention', 'efficient_attention', 'cudnn_attention', 'flash_attention_for_cpu')]
+DROPPED_ATTENTION = torch.ops.fitgpt.dropped_attention.default
 PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 LINEAR = torch.ops.aten.linear.default # a product as MPS has it
 
@@ -107,10 +78,11 @@ def is_kept(draws, ctx, op, *args, **options):
     LoRA's (of a rank below n_embd / 4) by shape; that of the MLP's c_proj only where dropout follows, since
     backward stops before it otherwise
 
-    draws says that there is dropout: then attention runs again, since left out it would not draw, and what
-    comes after it would draw otherwise than before. torch passes all arguments but this one.
+    draws says that there is dropout: then torch's attention runs again, since left out it would not draw, and
+    what comes after it would draw otherwise than before; ours draws its seed before. torch passes all
+    arguments but this one.
     """
-    keep = op in ATTENTION and not draws
+    keep = op == DROPPED_ATTENTION or op in ATTENTION and not draws
     if op in PRODUCTS or op == LINEAR:
         n_in, n_out = args[1].shape[::-1] if op == LINEAR else args[-1].shape
         keep = n_out // 4 <= n_in <= n_out * (4 if draws else 1)

@@ -182,9 +182,11 @@ def test_the_loss_never_holds_a_matrix_of_tokens_by_vocabulary():
             model(idx, idx)
     assert max(largest) <= 1024 // 6 * 50257
 
-def test_a_compiled_block_that_is_selective_keeps_a_third_and_has_the_same_gradients():
+@pytest.mark.parametrize('dropout', [0.0, 0.3])
+def test_a_compiled_block_that_is_selective_keeps_a_third_and_has_the_same_gradients(dropout):
     torch.manual_seed(0)
     block, x, kept, grads = Block(GPTConfig(64, 50, 1, 4, 256)), torch.randn(2, 64, 256), [], []
+    block.attn.dropout = dropout
     # traced and cut into two passes, but run by torch's own kernels, so that no C++ compiler is needed
     block.compile(backend='aot_eager_decomp_partition', fullgraph=True)
     for block.selective in (False, True):
@@ -193,6 +195,7 @@ def test_a_compiled_block_that_is_selective_keeps_a_third_and_has_the_same_gradi
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
         block.zero_grad()
+        torch.manual_seed(1)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast('cpu', torch.bfloat16):
             y = block(x)
         kept.append(sum(size for place, size in storages.items() if place not in {p.data_ptr() for p in block.parameters()}))
@@ -200,28 +203,6 @@ def test_a_compiled_block_that_is_selective_keeps_a_third_and_has_the_same_gradi
         grads.append([p.grad for p in block.parameters()])
     assert 20 * x.numel() < kept[1] < 26 * x.numel() < kept[0] / 3
     assert all(torch.allclose(a, b, rtol=0, atol=1e-2 * b.abs().max()) for a, b in zip(*grads))
-
-@pytest.mark.parametrize('T', [1, 2, 257])
-def test_attention_in_bfloat16_is_float64_s_but_for_rounding_and_keeps_no_float32_for_backward(T):
-    torch.manual_seed(0)
-    qkv, dy, results, kept = torch.randn(3, 2, 3, T, 16).bfloat16(), torch.randn(2, 3, T, 16).bfloat16(), [], []
-    def pack(tensor):
-        kept.append((tensor.dtype, tensor.numel()))
-        return tensor
-    for dtype in (torch.float64, torch.bfloat16):
-        parts = [part.to(dtype, copy=True).requires_grad_() for part in qkv]
-        if dtype == torch.float64:
-            scores = parts[0] @ parts[1].mT / 4 + torch.full((T, T), -torch.inf, dtype=dtype).triu(1)
-            y = scores.softmax(-1) @ parts[2]
-        else:
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                y = model_module.attend(*parts, 0.0)
-        y.backward(dy.to(dtype))
-        results.append([y.detach(), *(part.grad for part in parts)])
-    for exact, ours in zip(*results):
-        assert ours.dtype == torch.bfloat16 and (ours - exact).norm() <= 0.005 * exact.norm() + 1e-3 * (T == 1)
-    wide = [n for dtype, n in kept if dtype == torch.float32] # one number for each of q's rows
-    assert wide == [6 * T] and sum(n for _, n in kept) == 4 * 6 * T * 16 + 6 * T
 
 @torch.library.custom_op('tests::draw', mutates_args=())
 def draw(x: torch.Tensor) -> torch.Tensor:

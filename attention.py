@@ -1,0 +1,115 @@
+"""
+Causal attention, as each device does it with the least time and memory.
+
+Shapes: q, k, v and the result are (B, n_head, T, head_size), of B sequences of T tokens.
+"""
+import math
+
+import torch
+from torch.nn import functional as F
+
+FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+FLASH_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+def attend(q, k, v, dropout: float, mask=None):
+    """ causal attention of q to itself or, for T = 1, to all of k and v that mask, if given, does not hide;
+    dropout is a probability """
+    if q.device.type == 'cpu' and dropout:
+        n_dropped = min(round(dropout * 2**16), 2**16 - 1)
+        return dropped_attention(q, k, v, n_dropped, torch.randint(2**62, ()))
+    if q.device.type == 'cpu' and q.requires_grad and q.dtype != torch.float32:
+        return HalfAttention.apply(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=q.size(2) > 1)
+
+class HalfAttention(torch.autograd.Function):
+    """ causal attention on a CPU in half precision, with a backward in float32: in half precision torch's is
+    slower and no more exact """
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        y, logsumexp = FLASH_CPU(q, k, v, 0.0, True)
+        ctx.save_for_backward(q, k, v, y, logsumexp)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        *halves, logsumexp = ctx.saved_tensors
+        q, k, v, y = (tensor.float() for tensor in halves)
+        grads = FLASH_CPU_BACKWARD(dy.float(), q, k, v, y, logsumexp, 0.0, True)
+        return tuple(grad.to(dy.dtype) for grad in grads)
+
+# -----------------------------------------------------------------------------
+# with dropout, for which torch has no kernel on a CPU that does without all T x T scores
+
+SCORES = 2**20 # at a time, few enough for the cache
+
+def score_rows(n_dropped: int, seed, *tensors):
+    """ go through attention some rows of scores at a time: yield which sequence and rows, the sequence's
+    tensors, q and k the first, in float32, the probabilities (n_head, rows, tokens seen), and 1 for each
+    that dropout keeps, or 0 """
+    B, n_head, T, head_size = tensors[0].shape
+    generator = torch.Generator().manual_seed(seed.item())
+    few = max(1, SCORES // (n_head * T))
+    for b in range(B):
+        q, k, *others = parts = [tensor[b].float() for tensor in tensors]
+        for start in range(0, T, few):
+            rows, stop = slice(start, start + few), min(start + few, T)
+            later = torch.full((stop - start, stop), -math.inf).triu_(start + 1)
+            scores = torch.baddbmm(later, q[:, rows], k[:, :stop].mT, alpha=head_size**-0.5)
+            probs = scores.softmax(-1)
+            yield b, rows, parts, probs, draw(probs.shape, generator).ge_(n_dropped - 2**15)
+
+def draw(shape, generator):
+    """ int16 of any value, all as likely; drawn four at once, much faster than by bernoulli_ """
+    n = math.prod(shape)
+    bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-2**63, None, generator=generator)
+    return bits.view(torch.int16)[:n].view(shape)
+
+@torch.library.custom_op('fitgpt::dropped_attention', mutates_args=())
+def dropped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n_dropped: int,
+                      seed: torch.Tensor) -> torch.Tensor:
+    """ causal attention whose dropout, by the seed (), leaves out n_dropped / 2**16 of the probabilities """
+    y, kept_share = torch.empty_like(q), 1 - n_dropped / 2**16
+    with torch.autocast('cpu', enabled=False):
+        for b, rows, (_, _, v), probs, kept in score_rows(n_dropped, seed, q, k, v):
+            y[b, :, rows] = torch.bmm(probs.mul_(kept), v[:, :probs.size(2)]).div_(kept_share)
+    return y
+
+@torch.library.custom_op('fitgpt::dropped_attention_backward', mutates_args=())
+def dropped_attention_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor,
+                               dy: torch.Tensor, n_dropped: int, seed: torch.Tensor) -> list[torch.Tensor]:
+    """ the gradients of q, k and v, as in FlashAttention's appendix B, https://arxiv.org/abs/2205.14135 """
+    grads = [torch.empty_like(tensor) for tensor in (q, k, v)]
+    kept_share, scale = 1 - n_dropped / 2**16, q.size(3)**-0.5
+    with torch.autocast('cpu', enabled=False):
+        for b, rows, (q, k, v, y, dy), probs, kept in score_rows(n_dropped, seed, q, k, v, y, dy):
+            if rows.start == 0:
+                dq, dk, dv = (torch.zeros_like(tensor) for tensor in (q, k, v))
+            n, d = probs.size(2), dy[:, rows] / kept_share
+            dscores = torch.bmm(d, v[:, :n].mT).mul_(kept) # of the probabilities, so far
+            dscores.sub_((dy[:, rows] * y[:, rows]).sum(-1, keepdim=True)).mul_(probs) # and of the scores
+            dv[:, :n].baddbmm_(probs.mul_(kept).mT, d)
+            dk[:, :n].baddbmm_(dscores.mT, q[:, rows], alpha=scale)
+            dq[:, rows] = torch.bmm(dscores, k[:, :n]).mul_(scale)
+            if n == q.size(1):
+                for grad, part in zip(grads, (dq, dk, dv)):
+                    grad[b] = part
+    return grads
+
+@dropped_attention.register_fake
+def _(q, k, v, n_dropped, seed):
+    return torch.empty_like(q)
+
+@dropped_attention_backward.register_fake
+def _(q, k, v, y, dy, n_dropped, seed):
+    return [torch.empty_like(tensor) for tensor in (q, k, v)]
+
+def save_for_backward(ctx, inputs, output):
+    *tensors, ctx.n_dropped, seed = inputs
+    ctx.save_for_backward(*tensors, output, seed)
+
+def backward(ctx, dy):
+    *tensors, seed = ctx.saved_tensors
+    return *dropped_attention_backward(*tensors, dy, ctx.n_dropped, seed), None, None
+
+dropped_attention.register_autograd(backward, setup_context=save_for_backward)
