@@ -13,8 +13,8 @@ FLASH_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_
 
 def attend(q, k, v, dropout: float, mask=None):
     """ causal attention of q to itself or, for T = 1, to all of k and v that mask, if given, does not hide;
-    dropout is a probability """
-    if q.device.type == 'cpu' and dropout:
+    dropout is a probability, which on a CPU is rounded to a multiple of 2**-16 """
+    if q.device.type == 'cpu' and dropout and q.size(2) == k.size(2):
         n_dropped = min(round(dropout * 2**16), 2**16 - 1)
         return dropped_attention(q, k, v, n_dropped, torch.randint(2**62, ()))
     if q.device.type == 'cpu' and q.requires_grad and q.dtype != torch.float32:
@@ -44,20 +44,22 @@ class HalfAttention(torch.autograd.Function):
 SCORES = 2**20 # at a time, few enough for the cache
 
 def score_rows(n_dropped: int, seed, *tensors):
-    """ go through attention some rows of scores at a time: yield which sequence and rows, the sequence's
-    tensors, q and k the first, in float32, the probabilities (n_head, rows, tokens seen), and 1 for each
-    that dropout keeps, or 0 """
+    """ go through attention some sequences, or some rows of one's scores, at a time: yield the slices of
+    both, these sequences' tensors, q and k the first, as (heads, T, head_size) in float32, the probabilities
+    (heads, rows, tokens seen), and 1 for each that dropout keeps, or 0 """
     B, n_head, T, head_size = tensors[0].shape
     generator = torch.Generator().manual_seed(seed.item())
-    few = max(1, SCORES // (n_head * T))
-    for b in range(B):
-        q, k, *others = parts = [tensor[b].float() for tensor in tensors]
+    many = max(1, SCORES // (n_head * T * T))
+    few = max(1, SCORES // (many * n_head * T))
+    for first in range(0, B, many):
+        sequences = slice(first, first + many)
+        q, k, *others = parts = [tensor[sequences].float().flatten(0, 1) for tensor in tensors]
         for start in range(0, T, few):
             rows, stop = slice(start, start + few), min(start + few, T)
             later = torch.full((stop - start, stop), -math.inf).triu_(start + 1)
             scores = torch.baddbmm(later, q[:, rows], k[:, :stop].mT, alpha=head_size**-0.5)
             probs = scores.softmax(-1)
-            yield b, rows, parts, probs, draw(probs.shape, generator).ge_(n_dropped - 2**15)
+            yield sequences, rows, parts, probs, draw(probs.shape, generator).ge_(n_dropped - 2**15)
 
 def draw(shape, generator):
     """ int16 of any value, all as likely; drawn four at once, much faster than by bernoulli_ """
@@ -71,8 +73,9 @@ def dropped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n_dropp
     """ causal attention whose dropout, by the seed (), leaves out n_dropped / 2**16 of the probabilities """
     y, kept_share = torch.empty_like(q), 1 - n_dropped / 2**16
     with torch.autocast('cpu', enabled=False):
-        for b, rows, (_, _, v), probs, kept in score_rows(n_dropped, seed, q, k, v):
-            y[b, :, rows] = torch.bmm(probs.mul_(kept), v[:, :probs.size(2)]).div_(kept_share)
+        for some, rows, (_, _, v), probs, kept in score_rows(n_dropped, seed, q, k, v):
+            part = torch.bmm(probs.mul_(kept), v[:, :probs.size(2)]).div_(kept_share)
+            y[some, :, rows] = part.unflatten(0, (-1, q.size(1)))
     return y
 
 @torch.library.custom_op('fitgpt::dropped_attention_backward', mutates_args=())
@@ -80,9 +83,9 @@ def dropped_attention_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
                                dy: torch.Tensor, n_dropped: int, seed: torch.Tensor) -> list[torch.Tensor]:
     """ the gradients of q, k and v, as in FlashAttention's appendix B, https://arxiv.org/abs/2205.14135 """
     grads = [torch.empty_like(tensor) for tensor in (q, k, v)]
-    kept_share, scale = 1 - n_dropped / 2**16, q.size(3)**-0.5
+    kept_share, scale, n_head = 1 - n_dropped / 2**16, q.size(3)**-0.5, q.size(1)
     with torch.autocast('cpu', enabled=False):
-        for b, rows, (q, k, v, y, dy), probs, kept in score_rows(n_dropped, seed, q, k, v, y, dy):
+        for some, rows, (q, k, v, y, dy), probs, kept in score_rows(n_dropped, seed, q, k, v, y, dy):
             if rows.start == 0:
                 dq, dk, dv = (torch.zeros_like(tensor) for tensor in (q, k, v))
             n, d = probs.size(2), dy[:, rows] / kept_share
@@ -93,7 +96,7 @@ def dropped_attention_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
             dq[:, rows] = torch.bmm(dscores, k[:, :n]).mul_(scale)
             if n == q.size(1):
                 for grad, part in zip(grads, (dq, dk, dv)):
-                    grad[b] = part
+                    grad[some] = part.unflatten(0, (-1, n_head))
     return grads
 
 @dropped_attention.register_fake

@@ -92,7 +92,8 @@ def compile_model(modules, choice, device: str, trial, dynamic: bool | None = No
     except Exception as error: # whatever a compiler's absence or fault raises
         if is_out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+        told = str(error).strip() or type(error).__name__
+        reason = re.sub(r'^backend=.* raised:\s*', '', told).splitlines()[0][:150] # whose words say no more
         print(f"warning: torch.compile does not work here ({reason}); going on without it", file=sys.stderr)
         torch.compiler.set_stance('force_eager')
         return False

@@ -103,7 +103,8 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
     def forward(self, x, cache=None):
-        if self.selective and torch.is_grad_enabled(): # here, so that it is compiled with the rest
+        learns = x.requires_grad or any(p.requires_grad for p in self.parameters())
+        if self.selective and learns and torch.is_grad_enabled(): # here, so that it is compiled with the rest
             # what is compiled gives each draw a seed of its own
             keep = partial(is_kept, self.attn.dropout > 0 and not torch.compiler.is_compiling())
             return checkpoint(self.layers, x, use_reentrant=False,

@@ -201,7 +201,7 @@ if lora_rank:
     lora.shrink(model, DTYPES[dtype])
 
 def with_room(work, *args, again=True):
-    """ work(*args); where there is no room, again with smaller micro-batches, which give the same result """
+    """ work(*args); where there is no room, again with smaller micro-batches, which change dropout alone """
     global micro_batch, n_micro_steps
     while True:
         try:

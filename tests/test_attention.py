@@ -30,13 +30,13 @@ def test_attention_in_bfloat16_is_float64_s_but_for_rounding_and_keeps_no_float3
     wide = [n for dtype, n in kept if dtype == torch.float32] # one number for each of q's rows
     assert wide == [6 * T] and sum(n for _, n in kept) == 4 * 6 * T * 16 + 6 * T
 
-@pytest.mark.parametrize('scores', [2**20, 3 * 24 * 7]) # all rows at once, and 7 with a rest of 3
+@pytest.mark.parametrize('scores', [2**20, 2 * 3 * 24 * 24, 3 * 24 * 7]) # all at once, two sequences and one, 7 rows with a rest of 3
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('dropout', [0.1, 0.75])
 def test_dropout_leaves_out_its_share_of_the_probabilities_and_backward_leaves_out_the_same(dropout, dtype, scores, monkeypatch):
     monkeypatch.setattr(attention, 'SCORES', scores)
     torch.manual_seed(0)
-    q, k, v, dy = torch.randn(4, 2, 3, 24, 24).to(dtype)
+    q, k, v, dy = torch.randn(4, 3, 3, 24, 24).to(dtype)
     same = torch.random.get_rng_state()
     with torch.autocast('cpu', torch.bfloat16):
         left = attention.attend(q, k, torch.eye(24).expand_as(v).to(dtype), dropout) # probabilities, those that are left
@@ -71,3 +71,8 @@ def test_each_of_many_draws_is_as_likely_as_the_next():
     flat = draws.flatten() - draws.mean()
     for lag in (1, 2, 3, 4, 7, 10007): # no draw tells of another
         assert abs((flat[lag:] * flat[:-lag]).mean() / flat.var()) < 5 / flat.numel() ** 0.5
+
+def test_with_dropout_the_last_token_still_sees_all_of_a_cache():
+    q, k, v = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    exact = (q @ k.mT / 8 ** 0.5).softmax(-1) @ v
+    assert torch.allclose(attention.attend(q, k, v, 1e-9), exact, atol=1e-5)

@@ -204,6 +204,15 @@ def test_a_compiled_block_that_is_selective_keeps_a_third_and_has_the_same_gradi
     assert 20 * x.numel() < kept[1] < 26 * x.numel() < kept[0] / 3
     assert all(torch.allclose(a, b, rtol=0, atol=1e-2 * b.abs().max()) for a, b in zip(*grads))
 
+def test_a_selective_block_of_which_nothing_learns_is_not_made_ready_for_backward(monkeypatch):
+    block, used = Block(GPTConfig(8, 50, 1, 1, 8, 0.2)).requires_grad_(False), []
+    monkeypatch.setattr(model_module, 'checkpoint', lambda layers, x, **options: used.append(x.requires_grad) or layers(x))
+    block.selective = True
+    x = torch.zeros(1, 8, 8)
+    for x.requires_grad in (False, True):
+        block(x)
+    assert used == [True]
+
 @torch.library.custom_op('tests::draw', mutates_args=())
 def draw(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x).bernoulli_(0.5)
