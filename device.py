@@ -70,7 +70,7 @@ def fetch(x, y, device: str):
         x, y = x.pin_memory(), y.pin_memory()
     return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
-def compile_model(modules, choice, device: str, trial, dynamic: bool | None = None) -> bool:
+def compile_model(modules, choice, device: str, trial) -> bool:
     """ compile modules in place where `choice` (True, False or 'auto': on CUDA) says so, and tell if they are
 
     `trial()` calls them at once, so that a machine without a compiler costs one warning; it may run out of
@@ -86,7 +86,7 @@ def compile_model(modules, choice, device: str, trial, dynamic: bool | None = No
     # or it would say, in four lines, that a selective block must change nothing in place
     logging.getLogger('torch._higher_order_ops.wrap').setLevel(logging.ERROR)
     for module in modules:
-        module.compile(dynamic=dynamic)
+        module.compile()
     try:
         trial()
     except Exception as error: # whatever a compiler's absence or fault raises

@@ -25,7 +25,6 @@ seed = 1337 # of the draws
 # machine
 device = 'auto' # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto' # auto, float32, bfloat16, float16
-compile = False # True takes a while to begin, and pays for many tokens
 
 from configurator import configure
 configure(globals(), at_least_1=('num_samples', 'max_new_tokens'))
@@ -42,7 +41,7 @@ from tqdm import tqdm
 
 import checkpoint as checkpoints
 from dataset import read_text
-from device import DTYPES, compile_model, pick_device, pick_dtype
+from device import DTYPES, pick_device, pick_dtype
 from instruct import render
 from tokenizer import from_state
 
@@ -121,14 +120,11 @@ class Sample:
 
 samples = [Sample() for _ in range(num_samples)]
 idx = torch.tensor([prompt] * num_samples, device=device)
-compiled = compile_model([model], compile, device, dynamic=True,
-                         trial=lambda: list(model.stream(idx, 2, fixed=False)))
 torch.manual_seed(seed)
 if stream:
     print(shown, end='', flush=True)
 begin = time.time()
-tokens = model.stream(idx, max_new_tokens, temperature, top_k, top_p, tokenizer.n_vocab,
-                      fixed=False if compiled else None) # whose shapes vary
+tokens = model.stream(idx, max_new_tokens, temperature, top_k, top_p, tokenizer.n_vocab)
 progress = tqdm(tokens, total=max_new_tokens, unit='tok', delay=1, leave=False, disable=stream)
 n, stopped = 0, False
 try:

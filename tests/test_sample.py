@@ -46,7 +46,7 @@ def test_greedy_samples_equal_the_uncached_model_s(run, chars):
     assert result == [greedy(model, 'def', 13)] * 2
 
 @pytest.mark.parametrize('options', [('--start=',), ('--start=a=b',), ('--top_k=0', '--top_p=0.5'), ('--top_k=1000',),
-                                     ('--start=' + 'long prompt ' * 5,), ('--dtype=bfloat16',), ('--compile=True',)])
+                                     ('--start=' + 'long prompt ' * 5,), ('--dtype=bfloat16',)])
 def test_each_option_gives_samples_of_the_length_that_was_asked_for(run, chars, options):
     result = run('sample.py', f'--out_dir={chars[1]}', *QUICK, *options)
     prompt = next((o[8:] for o in options if o.startswith('--start=')), '\n')

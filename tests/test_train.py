@@ -114,6 +114,15 @@ def test_each_way_of_training_learns_and_resumes(train, options):
     assert losses[-1] < losses[0] - 0.5 and 'resuming at iteration 20' in result.out
     assert result.column('iter') == [str(i) for i in range(31)]
 
+@pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason="torch.compile wants a C++ compiler on a CPU")
+def test_a_compiled_run_has_the_eager_losses(train):
+    options = '--plan=selective', '--max_iters=4'
+    result = train('--compile=True', *options, out_dir='compiled', timeout=280)
+    assert ', compiled' in result.out and 'warning' not in result.err
+    for name in ('loss', 'val_loss'):
+        eager = [float(v) for v in train(*options, '--overwrite=True').column(name) if v]
+        assert [float(v) for v in result.column(name) if v] == pytest.approx(eager, abs=1e-4)
+
 def test_finetuning_starts_from_hugging_face_s_weights_and_keeps_the_best(run, clone, hf_dir):
     run('data/custom/prepare.py', f'--input={clone}/model.py', '--name=bpe')
     result = run('train.py', '--dataset=bpe', *TINY, f'--init_from={hf_dir}', '--learning_rate=100.0')
