@@ -80,7 +80,8 @@ def dropped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n_dropp
 
 @torch.library.custom_op('fitgpt::dropped_attention_backward', mutates_args=())
 def dropped_attention_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor,
-                               dy: torch.Tensor, n_dropped: int, seed: torch.Tensor) -> list[torch.Tensor]:
+                               dy: torch.Tensor, n_dropped: int,
+                               seed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """ the gradients of q, k and v, as in FlashAttention's appendix B, https://arxiv.org/abs/2205.14135 """
     grads = [torch.empty_like(tensor) for tensor in (q, k, v)]
     kept_share, scale, n_head = 1 - n_dropped / 2**16, q.size(3)**-0.5, q.size(1)
@@ -94,10 +95,10 @@ def dropped_attention_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
             dv[:, :n].baddbmm_(probs.mul_(kept).mT, d)
             dk[:, :n].baddbmm_(dscores.mT, q[:, rows], alpha=scale)
             dq[:, rows] = torch.bmm(dscores, k[:, :n]).mul_(scale)
-            if n == q.size(1):
+            if n == q.size(1): # these were the last rows
                 for grad, part in zip(grads, (dq, dk, dv)):
                     grad[some] = part.unflatten(0, (-1, n_head))
-    return grads
+    return tuple(grads)
 
 @dropped_attention.register_fake
 def _(q, k, v, n_dropped, seed):
@@ -105,7 +106,7 @@ def _(q, k, v, n_dropped, seed):
 
 @dropped_attention_backward.register_fake
 def _(q, k, v, y, dy, n_dropped, seed):
-    return [torch.empty_like(tensor) for tensor in (q, k, v)]
+    return tuple(torch.empty_like(tensor) for tensor in (q, k, v))
 
 def save_for_backward(ctx, inputs, output):
     *tensors, ctx.n_dropped, seed = inputs

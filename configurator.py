@@ -8,8 +8,10 @@ one option. The default in the script decides an option's type, and the comment 
 """
 import ast
 import difflib
+import functools
 import inspect
 import io
+import json
 import math
 import os
 import re
@@ -20,6 +22,7 @@ import tokenize
 import traceback
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
+RUN_OPTIONS = 'dataset', 'block_size', 'lora_rank', 'lora_targets', 'freeze', 'optimizer'
 
 def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[str, ...] = ()) -> dict:
     """ override `options` (a script's globals()) in place, and return the final settings
@@ -33,15 +36,32 @@ def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[st
     if '--help' in argv or '-h' in argv:
         print(describe(options['__file__']))
         sys.exit(0)
-    defaults = {k: options[k] for k in keys}
+    defaults, typed = {k: options[k] for k in keys}, set()
     for arg in argv:
-        options.update(read_argument(arg, {k: options[k] for k in keys}, defaults))
+        settings = read_argument(arg, {k: options[k] for k in keys}, defaults)
+        options.update(settings)
+        typed.update(settings)
+    if options.get('init_from') == 'resume':
+        left_out = options_left_out({k: options[k] for k in keys if k not in typed}, options['out_dir'])
+        sys.excepthook = functools.partial(report, hint=left_out)
     for key in keys:
         check_range(key, options[key], least=int(key in at_least_1))
     changed = [f"{k} = {options[k]!r}" for k in keys if options[k] != defaults[k]]
     if changed and os.environ.get('RANK', '0') == '0':
         print('; '.join(changed), file=sys.stderr)
     return {k: options[k] for k in keys}
+
+def options_left_out(options: dict, out_dir: str) -> str:
+    """ what an error adds where a run is to go on: of these options, which were not typed, those of
+    RUN_OPTIONS that the run in out_dir had otherwise """
+    try:
+        with open(os.path.join(out_dir, 'config.json'), encoding='utf-8') as file:
+            before = json.load(file)
+        had = [f"--{key}={quote(str(before[key]))}" for key in RUN_OPTIONS if key in options and key in before
+               and type(before[key]) is type(options[key]) and before[key] != options[key]]
+    except (OSError, ValueError, TypeError): # no such file, or none of ours
+        return ''
+    return f"; the run in {out_dir} had {' '.join(had)}" if had else ''
 
 def read_argument(arg: str, current: dict, defaults: dict) -> dict:
     """ the settings one argument makes: all that a config file assigns, or a single --key=value """
@@ -189,9 +209,9 @@ def reference(scripts: list[str]) -> str:
         out.append('')
     return '\n'.join(out)
 
-def report(kind, error, trace) -> None:
+def report(kind, error, trace, hint='') -> None:
     """ the scripts' sys.excepthook: what our own files raise on purpose is for the user, in one line and
-    with exit status 2; what a library raises is a bug of ours and keeps its traceback """
+    with exit status 2, and the hint; what a library raises is a bug of ours and keeps its traceback """
     if issubclass(kind, KeyboardInterrupt):
         sys.exit(130)
     if issubclass(kind, BrokenPipeError): # the reader has gone, as in `python sample.py | head`
@@ -208,13 +228,14 @@ def report(kind, error, trace) -> None:
         sys.exit(1)
     if os.environ.get('LOCAL_RANK', '0') != '0':
         time.sleep(3) # torchrun ends this process first, if the error is not its own alone
-    hint = '; run pip install -r requirements.txt' if kind is ModuleNotFoundError else ''
+    if kind is ModuleNotFoundError:
+        hint = '; run pip install -r requirements.txt'
     text = str(error)
     if full:
         text = f"out of memory ({text}); take a smaller model, or type options with less"
     elif isinstance(error, OSError) and error.filename is not None: # the system's own words
         text = f"cannot use {error.filename} ({error.strerror}); type another path, or mend that one"
-    print(f"error: {' '.join(text.split())}{hint}", file=sys.stderr, flush=True)
+    print(f"error: {' '.join(f'{text}{hint}'.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 if __name__ == '__main__':

@@ -86,6 +86,14 @@ def test_a_finished_run_has_nothing_to_resume(whole, run):
     assert 'is trained to iteration 6 already' in done.out
     assert (whole['out_dir'] / 'log.csv').read_bytes() == before
 
+def test_an_error_in_a_resume_names_what_the_run_had_and_was_not_typed_again(whole, run):
+    def error(*typed):
+        return run('train.py', '--init_from=resume', f"--out_dir={whole['out_dir']}", *typed, status=2).err.splitlines()[-1]
+    alone = error()
+    assert alone.startswith('error: there is no data/openwebtext') and alone.endswith(f"; the run in {whole['out_dir']} had --dataset=chars --block_size=16")
+    assert error('--dataset=chars').endswith(f"--block_size=16 or less; the run in {whole['out_dir']} had --block_size=16")
+    assert ' had ' not in error('--dataset=none', '--block_size=16')
+
 def test_evaluation_leaves_the_training_order_and_dropout_alone(whole, train):
     other = train('--dropout=0.2', '--eval_interval=1', '--eval_iters=3')
     assert other.column('loss') == [row['loss'] for row in whole['rows']]
