@@ -14,10 +14,11 @@ FLASH_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_
 def attend(q, k, v, dropout: float, mask=None):
     """ causal attention of q to itself or, for T = 1, to all of k and v that mask, if given, does not hide;
     dropout is a probability, which on a CPU is rounded to a multiple of 2**-16 """
-    if q.device.type == 'cpu' and dropout and q.size(2) == k.size(2):
+    on_cpu = q.device.type == 'cpu' and q.size(2) == k.size(2) # and each token sees itself and those before
+    if on_cpu and dropout:
         n_dropped = min(round(dropout * 2**16), 2**16 - 1)
         return dropped_attention(q, k, v, n_dropped, torch.randint(2**62, ()))
-    if q.device.type == 'cpu' and q.requires_grad and q.dtype != torch.float32:
+    if on_cpu and q.requires_grad and q.dtype != torch.float32:
         return HalfAttention.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=q.size(2) > 1)
 

@@ -22,6 +22,7 @@ import tokenize
 import traceback
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
+# a run cannot go on where these differ, or it is another
 RUN_OPTIONS = 'dataset', 'block_size', 'lora_rank', 'lora_targets', 'freeze', 'optimizer'
 
 def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[str, ...] = ()) -> dict:

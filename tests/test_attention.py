@@ -72,7 +72,9 @@ def test_each_of_many_draws_is_as_likely_as_the_next():
     for lag in (1, 2, 3, 4, 7, 10007): # no draw tells of another
         assert abs((flat[lag:] * flat[:-lag]).mean() / flat.var()) < 5 / flat.numel() ** 0.5
 
-def test_with_dropout_the_last_token_still_sees_all_of_a_cache():
-    q, k, v = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
-    exact = (q @ k.mT / 8 ** 0.5).softmax(-1) @ v
-    assert torch.allclose(attention.attend(q, k, v, 1e-9), exact, atol=1e-5)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('dropout', [0.0, 1e-9])
+def test_the_last_token_sees_all_of_a_cache_also_where_it_could_learn(dropout, dtype):
+    q, k, v = (torch.randn(1, 2, T, 8).to(dtype).requires_grad_() for T in (1, 9, 9))
+    exact = (q.double() @ k.mT.double() / 8 ** 0.5).softmax(-1) @ v.double()
+    assert torch.allclose(attention.attend(q, k, v, dropout).double(), exact, atol=1e-5 if dtype == torch.float32 else 0.03)
