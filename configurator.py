@@ -8,7 +8,6 @@ one option. The default in the script decides an option's type, and the comment 
 """
 import ast
 import difflib
-import functools
 import inspect
 import io
 import json
@@ -22,12 +21,14 @@ import tokenize
 import traceback
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-# a run cannot go on where these differ, or it is another
-RUN_OPTIONS = 'dataset', 'block_size', 'lora_rank', 'lora_targets', 'freeze', 'optimizer'
+# options of one call of train.py, and not of the run that it begins or goes on with
+OF_A_CALL = 'init_from', 'out_dir', 'overwrite', 'eval_only', 'dry_run'
 
-def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[str, ...] = ()) -> dict:
+def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[str, ...] = (),
+              resumes: bool = False) -> dict:
     """ override `options` (a script's globals()) in place, and return the final settings
 
+    Where `resumes` and init_from is 'resume', what argv leaves alone is as it was given to out_dir's run.
     Raises ValueError for what is not an option or not of its type, for a number below 0, or below 1 where
     the option is one of at_least_1.
     """
@@ -37,32 +38,41 @@ def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[st
     if '--help' in argv or '-h' in argv:
         print(describe(options['__file__']))
         sys.exit(0)
-    defaults, typed = {k: options[k] for k in keys}, set()
-    for arg in argv:
-        settings = read_argument(arg, {k: options[k] for k in keys}, defaults)
-        options.update(settings)
-        typed.update(settings)
-    if options.get('init_from') == 'resume':
-        left_out = options_left_out({k: options[k] for k in keys if k not in typed}, options['out_dir'])
-        sys.excepthook = functools.partial(report, hint=left_out)
-    for key in keys:
-        check_range(key, options[key], least=int(key in at_least_1))
-    changed = [f"{k} = {options[k]!r}" for k in keys if options[k] != defaults[k]]
-    if changed and os.environ.get('RANK', '0') == '0':
-        print('; '.join(changed), file=sys.stderr)
-    return {k: options[k] for k in keys}
+    defaults = start = {k: options[k] for k in keys}
+    settings = read_arguments(argv, start, defaults)
+    if resumes and settings['init_from'] == 'resume':
+        start = defaults | options_of_run(settings['out_dir'], defaults)
+        settings = read_arguments(argv, start, defaults)
+    for key, value in settings.items():
+        check_range(key, value, least=int(key in at_least_1))
+    options.update(settings)
+    for title, was, now in (('as before: ', defaults, start), ('', start, settings)):
+        told = [f"{k} = {now[k]!r}" for k in keys if was[k] != now[k] and now[k] == settings[k]]
+        if told and os.environ.get('RANK', '0') == '0':
+            print(title + '; '.join(told), file=sys.stderr)
+    return settings
 
-def options_left_out(options: dict, out_dir: str) -> str:
-    """ what an error adds where a run is to go on: of these options, which were not typed, those of
-    RUN_OPTIONS that the run in out_dir had otherwise """
+def options_of_run(out_dir: str, defaults: dict) -> dict:
+    """ the options that were given to the run in out_dir, by its config.json; empty where there is none of
+    ours """
+    path = os.path.join(out_dir, 'config.json')
     try:
-        with open(os.path.join(out_dir, 'config.json'), encoding='utf-8') as file:
-            before = json.load(file)
-        had = [f"--{key}={quote(str(before[key]))}" for key in RUN_OPTIONS if key in options and key in before
-               and type(before[key]) is type(options[key]) and before[key] != options[key]]
-    except (OSError, ValueError, TypeError): # no such file, or none of ours
-        return ''
-    return f"; the run in {out_dir} had {' '.join(had)}" if had else ''
+        with open(path, encoding='utf-8') as file:
+            settings = json.load(file)
+        before = {**settings, **settings['given']} # without what became of them on its machine
+    except (OSError, KeyError, TypeError):
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and type the run's options "
+                         "again") from None
+    return {k: match_type(k, before[k], defaults[k]) for k in defaults if k in before and k not in OF_A_CALL}
+
+def read_arguments(argv: list[str], start: dict, defaults: dict) -> dict:
+    """ the settings from `start` on, after each argument in turn """
+    settings = dict(start)
+    for arg in argv:
+        settings.update(read_argument(arg, settings, defaults))
+    return settings
 
 def read_argument(arg: str, current: dict, defaults: dict) -> dict:
     """ the settings one argument makes: all that a config file assigns, or a single --key=value """
@@ -210,9 +220,9 @@ def reference(scripts: list[str]) -> str:
         out.append('')
     return '\n'.join(out)
 
-def report(kind, error, trace, hint='') -> None:
+def report(kind, error, trace) -> None:
     """ the scripts' sys.excepthook: what our own files raise on purpose is for the user, in one line and
-    with exit status 2, and the hint; what a library raises is a bug of ours and keeps its traceback """
+    with exit status 2; what a library raises is a bug of ours and keeps its traceback """
     if issubclass(kind, KeyboardInterrupt):
         sys.exit(130)
     if issubclass(kind, BrokenPipeError): # the reader has gone, as in `python sample.py | head`
@@ -229,14 +239,14 @@ def report(kind, error, trace, hint='') -> None:
         sys.exit(1)
     if os.environ.get('LOCAL_RANK', '0') != '0':
         time.sleep(3) # torchrun ends this process first, if the error is not its own alone
-    if kind is ModuleNotFoundError:
-        hint = '; run pip install -r requirements.txt'
     text = str(error)
     if full:
         text = f"out of memory ({text}); take a smaller model, or type options with less"
     elif isinstance(error, OSError) and error.filename is not None: # the system's own words
         text = f"cannot use {error.filename} ({error.strerror}); type another path, or mend that one"
-    print(f"error: {' '.join(f'{text}{hint}'.split())}", file=sys.stderr, flush=True)
+    if kind is ModuleNotFoundError:
+        text += '; run pip install -r requirements.txt'
+    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 if __name__ == '__main__':

@@ -52,7 +52,10 @@ class Best:
     def describe(self, out_dir: str, iter_num: int, patience: int, ended: bool, asked: bool = False) -> str:
         """ for the end of a run, or of a part of it: what there is, and what to type next; `asked` says that
         it learned to answer """
-        goes_on = '' if ended else '\nto go on: the same command as before with --init_from=resume'
+        waited = 0 < patience <= self.n_worse
+        launch = 'python' if os.environ.get('WORLD_SIZE', '1') == '1' else 'torchrun ...'
+        goes_on = (f"\nto go on: {launch} train.py --init_from=resume --out_dir={quote(out_dir)}"
+                   f"{' --patience=0' * waited}") if waited or not ended else ''
         learned = max(self.evaluated, self.best_iter) > 0 or not iter_num # whether ckpt.pt may hold it
         path = quote(out_dir if learned else os.path.join(out_dir, 'last.pt'))
         following = f"next: python sample.py --out_dir={path}{' --instruction=TEXT' * asked}{goes_on}"
@@ -60,9 +63,9 @@ class Best:
             return f"no evaluation has a checkpoint yet; the latest is {out_dir}/last.pt\n{following}"
         lines = [f"the best val loss, {self.best_val_loss:.4f}, of iteration {self.best_iter}, is that of "
                  f"{out_dir}/ckpt.pt; the latest is {out_dir}/last.pt"]
-        if 0 < patience <= self.n_worse:
+        if waited:
             lines.insert(0, f"{self.n_worse} evaluations in a row were no better than that of iteration "
-                            f"{self.best_iter}, so it ended; --init_from=resume --patience=0 goes on")
+                            f"{self.best_iter}, so it ended")
         if not learned:
             lines.append("nothing was evaluated since iteration 0: what was learned is in last.pt alone")
         elif self.best_iter == 0 and iter_num:
@@ -125,8 +128,11 @@ def replacing(path: str):
         yield file
     os.replace(path + '.tmp', path)
 
-def start_log(out_dir: str, settings: dict, resume_at: int | None = None) -> None:
-    """ make out_dir, its config.json, and log.csv with the rows of the iterations before `resume_at` """
+def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None = None) -> None:
+    """ make out_dir, its config.json, and log.csv with the rows of the iterations before `resume_at`
+
+    config is the options as they were given; facts is what became of some of them, and all else of the run.
+    """
     path = os.path.join(out_dir, 'log.csv')
     try:
         os.makedirs(out_dir, exist_ok=True)
@@ -143,7 +149,8 @@ def start_log(out_dir: str, settings: dict, resume_at: int | None = None) -> Non
             writer.writeheader()
             writer.writerows(rows)
         with replacing(os.path.join(out_dir, 'config.json')) as file:
-            json.dump(settings, file, indent=2)
+            given = {key: value for key, value in config.items() if facts.get(key, value) != value}
+            json.dump({**config, **facts, 'given': given}, file, indent=2)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} is no log of train.py ({error}); move it away and "
                          "type this again") from None

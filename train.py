@@ -72,8 +72,8 @@ backend = 'auto' # of torch.distributed: auto, nccl, gloo
 seed = 1337 # of the weights, of the order of the data and of dropout
 
 from configurator import configure
-config = configure(globals(), at_least_1=('batch_size', 'gradient_accumulation_steps', 'block_size',
-                                          'eval_interval', 'log_interval'))
+config = configure(globals(), resumes=True, at_least_1=(
+    'batch_size', 'gradient_accumulation_steps', 'block_size', 'eval_interval', 'log_interval'))
 
 # -----------------------------------------------------------------------------
 # set-up
@@ -334,7 +334,7 @@ if iter_num >= max_iters and init_from == 'resume' and is_logged(out_dir, iter_n
 if master:
     saver.clear(anew=overwrite and init_from != 'resume')
     wandb_id = start_wandb(config, init_from == 'resume')
-    start_log(out_dir, config | dict(
+    start_log(out_dir, config, dict(
         wandb_id=wandb_id, device=device, dtype=dtype, plan=plan, processes=world_size, max_iters=max_iters,
         warmup_iters=warmup_iters, lr_decay_iters=lr_decay_iters, machine=describe_machine(device),
         parameters=raw_model.num_params(), trained=n_trained, model_args=checkpoints.model_args(raw_model)),

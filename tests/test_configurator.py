@@ -121,14 +121,37 @@ rate = 0.5
 configure(globals())
 """
 
-def call(tmp_path, body, *args):
-    (tmp_path / 'script.py').write_text(f'import sys; sys.path.insert(0, {ROOT!r})' + SCRIPT + body)
+RESUMES = SCRIPT.replace('configure(globals())', "init_from = 'scratch'\nout_dir = '.'\nconfigure(globals(), resumes=True)\n")
+
+def call(tmp_path, body, *args, script=SCRIPT):
+    (tmp_path / 'script.py').write_text(f'import sys; sys.path.insert(0, {ROOT!r})' + script + body)
     return subprocess.run([sys.executable, 'script.py', *args], cwd=tmp_path, capture_output=True, encoding='utf-8')
 
 def test_arguments_apply_from_left_to_right(tmp_path):
     (tmp_path / 'c.py').write_text('size = 5; rate = size / 2')
     assert call(tmp_path, 'print(size, rate)', '--size=2', 'c.py', '--rate=3').stdout == '5 3.0\n'
     assert call(tmp_path, 'print(size, rate)', 'c.py', '--size=2').stdout == '2 2.5\n'
+
+def test_a_resumed_run_s_options_come_before_those_of_a_config_and_the_command_line(tmp_path):
+    (tmp_path / 'c.py').write_text('size = size + 1')
+    (tmp_path / 'config.json').write_text('{"size": 9, "rate": 2, "init_from": "gpt2", "other": [], "given": {"size": 5}}')
+    def printed(*args):
+        return call(tmp_path, 'print(size, rate, init_from)', *args, script=RESUMES).stdout
+    assert printed('--rate=3', 'c.py') == '2 3.0 scratch\n'
+    assert printed('--init_from=resume') == '5 2.0 resume\n'
+    assert printed('c.py', '--rate=0.5', '--init_from=resume') == '6 0.5 resume\n'
+    assert printed('--init_from=resume', '--out_dir=none') == '1 0.5 resume\n'
+
+@pytest.mark.parametrize('text, message', [
+    ('{', 'config.json is damaged (Expecting'), ('[]', ''), ('{}', ''), ('{"given": 3}', ''), ('{"size": "x"}', ''),
+    ('{"size": "x", "given": {}}', "size is 'x'; it takes a whole number"), ('{"rate": NaN, "given": {}}', 'rate is nan')])
+def test_a_config_json_that_no_run_wrote_is_passed_over_or_told(tmp_path, text, message):
+    (tmp_path / 'config.json').write_text(text)
+    done = call(tmp_path, '', '--init_from=resume', script=RESUMES)
+    if message:
+        assert message in done.stderr and done.returncode == 2 and done.stderr.count('\n') == 1
+    else:
+        assert (done.returncode, done.stderr) == (0, "init_from = 'resume'\n")
 
 def test_a_library_s_error_keeps_its_traceback_and_ctrl_c_has_none(tmp_path):
     bug = call(tmp_path, 'import json; json.loads("{")')

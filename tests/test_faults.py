@@ -118,9 +118,9 @@ def test_a_run_that_stops_names_the_file_that_holds_what_it_learned(evaluated, i
         best, _ = best.after(at, 3.0 + at)
     told = best.describe('my out', iter_num, 0, ended=False)
     assert says in told and ('evaluat' in told) == bool(says)
-    assert f"next: python sample.py --out_dir={quote('my out' + file.replace('/', os.sep))}\nto go on: the same command" in told
+    assert f"next: python sample.py --out_dir={quote('my out' + file.replace('/', os.sep))}\nto go on: python train.py --init_from=resume --out_dir={quote('my out')}" in told
     nanogpt_s = Best.of({'iter_num': 5, 'best_val_loss': torch.tensor(1.0)}).describe('out', 7, 0, ended=False)
-    assert nanogpt_s.endswith('--out_dir=out\nto go on: the same command as before with --init_from=resume') and 'alone' not in nanogpt_s
+    assert nanogpt_s.endswith('--out_dir=out\nto go on: python train.py --init_from=resume --out_dir=out') and 'alone' not in nanogpt_s
 
 def test_what_is_left_of_a_run_is_told_without_what_came_before_it(monkeypatch):
     from log import Clock

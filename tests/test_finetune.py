@@ -96,8 +96,8 @@ def test_lora_keeps_the_adapter_alone_and_resumes_and_samples_and_merges(train, 
     product = 32 / 4 * kept['model'][name + '.lora_B'] @ kept['model'][name + '.lora_A']
     assert torch.allclose(model.state_dict()[name + '.weight'], was[name + '.weight'] + product, atol=1e-6)
     assert run('sample.py', '--num_samples=1', '--max_new_tokens=5', '--device=cpu').out
-    forgotten = train('--init_from=resume', '--max_iters=9', status=2)
-    assert "the checkpoint's adapter has 4; type --lora_rank=4" in forgotten.err
+    whole_again = train('--init_from=resume', '--max_iters=9', '--lora_rank=0', status=2)
+    assert "the checkpoint's adapter has 4; type --lora_rank=4" in whole_again.err
 
 def test_an_adapter_whose_base_is_gone_or_another_is_refused(train, run, base, tmp_path):
     mine = tmp_path / 'mine'

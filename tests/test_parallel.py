@@ -96,8 +96,8 @@ def test_a_sharded_run_s_checkpoint_is_any_run_s(train):
     for name, tensor in a['model'].items():
         assert torch.allclose(tensor, b['model'][name], atol=1e-6), name
     shutil.copytree(whole.out_dir.parent / 'shards', whole.out_dir.parent / 'again')
-    one = train(*options, '--init_from=resume', out_dir='shards') # by one process
-    four = train(*options, '--init_from=resume', '--shard=True', processes=4, out_dir='again')
+    one = train(*options, '--init_from=resume', '--shard=False', out_dir='shards') # by one process
+    four = train(*options, '--init_from=resume', processes=4, out_dir='again')
     for result in (one, four):
         assert losses(result)['loss'] == pytest.approx(losses(whole)['loss'], abs=1e-5)
 
