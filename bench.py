@@ -166,7 +166,7 @@ def make_training():
 
     def iteration(i):
         for x, y in batches(i):
-            with autocast(device, dtype, cache=chosen == 'device'):
+            with autocast(device, dtype):
                 _, loss = net(x, y, scale=1 / n_tokens)
             loss.backward()
         if chosen == 'offload':

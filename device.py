@@ -54,10 +54,10 @@ def pick_dtype(dtype: str, device: str) -> str:
         return 'bfloat16'
     return 'float32'
 
-def autocast(device: str, dtype: str, cache: bool = True):
+def autocast(device: str, dtype: str, cache: bool = False):
     """ a context in which matrix products run in `dtype`, and whatever needs float32 stays in it
 
-    With `cache`, a weight's copy in `dtype` is kept until the context ends.
+    With `cache`, a weight's copy in `dtype` is kept until the context ends, for weights that are used often.
     """
     if dtype == 'float32':
         return contextlib.nullcontext()

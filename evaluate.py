@@ -195,7 +195,8 @@ def score(one, texts):
     sizes = torch.tensor([len(coder.token_bytes(i)) * (i != coder.eot) for i in range(coder.n_vocab)])
     rows, model = windows(texts, one.T, one.stride), one.model.to(device)
     total = sum(np.count_nonzero(counts[1:]) for _, counts in texts)
-    with autocast(device, dtype), tqdm(total=total, desc=one.name, unit='tok', delay=1, leave=False) as bar:
+    bar = tqdm(total=total, desc=one.name, unit='tok', delay=1, leave=False)
+    with autocast(device, dtype, cache=True), bar:
         while batch := [row for _, row in zip(range(batch_size), rows)]:
             text, x, y = zip(*batch)
             x, y = pad_sequence(x, True).to(device), pad_sequence(y, True, -1) # (B, T), filled up at the end

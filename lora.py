@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from model import Linear
+
 TARGETS = 'attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj' # the matrices of a block
 
 def freeze_parts(model, names: str) -> None:
@@ -61,7 +63,7 @@ def restrict(model, config: dict) -> None:
     if config['freeze']:
         freeze_parts(model, config['freeze'])
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """ a Linear that `add` has given lora_A, lora_B, their scale and their dropout """
 
     def forward(self, x):
@@ -116,7 +118,7 @@ def merge(model) -> None:
     for linear in layers(model):
         linear.weight += linear.lora_scale * linear.lora_B @ linear.lora_A
         del linear.lora_A, linear.lora_B
-        linear.__class__ = nn.Linear
+        linear.__class__ = Linear
     model.draws = model.config.dropout > 0
     model.requires_grad_(True)
 

@@ -4,7 +4,7 @@ How much memory a run takes on its device, worked out before it starts, and the 
 The plans, fastest first:
   device     weights, gradients, moments and activations, all on the device
   selective  of what a block makes, attention and the products that backward needs are kept; the rest, which
-             is cheap, is made again, and so are the weights' copies in half precision
+             is cheap, is made again
   recompute  only what enters each block is kept, and backward runs the block again: a third more products
   offload    as recompute, and the device holds the blocks' matrices in half precision alone; the float32
              weights, the gradients and AdamW's moments are in RAM, where the CPU updates them
@@ -87,8 +87,6 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
         block += int(12.5 * B * s.n_head * s.block_size**2)
     work = width * (6 if s.half else 14) # what a block's backward makes for itself
     kept_blocks = s.n_layer - s.idle
-    # of the float32 matrices, which autocast keeps
-    casts = 2 * matrices * kept_blocks // s.n_layer if s.half and not s.lora else 0
     grads = 4 * trained
     loss = head + 2 * E * (s.half and not s.lora) + chunk(s, tokens) # and the head's copy in half precision
     if plan == 'offload': # a gradient leaves as soon as it is made
@@ -96,7 +94,8 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     else:
         state = 12 * trained + (item if s.lora else 4) * s.frozen - 4 * matrices * (s.muon and not s.frozen)
         gathered, made = grads if accumulates or s.buckets else 0, grads
-    backward = head + (2 * matrices * (casts > 0) + 4 * matrices * (not s.lora)) // s.n_layer
+    casts = 2 * matrices * (s.half and not s.lora) # of the float32 matrices, in a block's backward
+    backward = head + (casts + 4 * matrices * (not s.lora)) // s.n_layer
     if s.shards > 1: # and, put together, the embeddings, two blocks, and a block's gradient on its way
         state, gathered, made = (size // s.shards for size in (state, gathered, made))
         state += 4 * (s.params - matrices) + 8 * matrices // s.n_layer
@@ -107,7 +106,7 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     end += head if s.shards > 1 or made == gathered else 0
     # what all blocks keep, and what the block whose turn it is makes again
     if plan == 'device':
-        kept, again = kept_blocks * block + casts + 8 * width, 0
+        kept, again = kept_blocks * block + 8 * width, 0
     else:
         products *= plan == 'selective'
         kept = kept_blocks * (4 * width + products) + (12 if kept_blocks else 8) * width

@@ -37,13 +37,41 @@ GPT2_SHAPES = {
     'gpt2-xl': dict(n_layer=48, n_head=25, n_embd=1600), # 1558M
 }
 
+class HalfLinear(torch.autograd.Function):
+    """ x (..., n_in) in half precision times weight (n_out, n_in), plus bias, both rounded to x's format """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        needs_dx, needs_dw, needs_db = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        dx = grad @ weight.to(grad.dtype) if needs_dx else None
+        dw = (rows.t() @ x.flatten(0, -2)).to(weight.dtype) if needs_dw else None
+        return dx, dw, rows.sum(0).float() if needs_db else None
+
+class Linear(nn.Linear):
+    """ a Linear that under autocast keeps no copy of its weight in half precision for backward, which rounds
+    it again """
+
+    def forward(self, x):
+        device = x.device.type
+        learns = torch.is_grad_enabled() and torch.is_autocast_enabled(device)
+        if not learns or torch.compiler.is_compiling(): # what is compiled does so by is_cast
+            return super().forward(x)
+        return HalfLinear.apply(x.to(torch.get_autocast_dtype(device)), self.weight, self.bias)
+
 class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias) # queries, keys, values
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias) # queries, keys, values
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None):
@@ -60,8 +88,8 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -88,6 +116,12 @@ def is_kept(draws, ctx, op, *args, **options):
         keep = n_out // 4 <= n_in <= n_out * (4 if draws else 1)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
+def is_cast(ctx, op, *args, **options):
+    """ whether a compiled block's backward makes again what `op` makes: a weight's copy in half precision, as
+    in Linear; all else is for the compiler to choose """
+    again = op == torch.ops.aten._to_copy.default and args[0].dim() == 2
+    return CheckpointPolicy.MUST_RECOMPUTE if again else CheckpointPolicy.PREFER_SAVE
+
 class Block(nn.Module):
 
     def __init__(self, config):
@@ -104,9 +138,10 @@ class Block(nn.Module):
 
     def forward(self, x, cache=None):
         learns = x.requires_grad or any(p.requires_grad for p in self.parameters())
-        if self.selective and learns and torch.is_grad_enabled(): # here, so that it is compiled with the rest
+        compiles = torch.compiler.is_compiling()
+        if (self.selective or compiles) and learns and torch.is_grad_enabled():
             # what is compiled gives each draw a seed of its own
-            keep = partial(is_kept, self.attn.dropout > 0 and not torch.compiler.is_compiling())
+            keep = partial(is_kept, self.attn.dropout > 0 and not compiles) if self.selective else is_cast
             return checkpoint(self.layers, x, use_reentrant=False,
                               context_fn=partial(create_selective_checkpoint_contexts, keep))
         return self.layers(x, cache)

@@ -252,10 +252,9 @@ loaded = None # frees the moments, which the optimizer has copied
 # -----------------------------------------------------------------------------
 # compile and DDP
 
-keeps_casts = plan == 'device' and not shard # the weights' copies in half precision
 def one_step():
     x, y = fetch(*train_data.batch(train_data.training_windows(0, micro_batch)), device)
-    with autocast(device, dtype, cache=keeps_casts):
+    with autocast(device, dtype):
         model(x, y)[1].backward()
 
 # each block for itself, so that backward gives its gradients away as it goes, and memory is as planned
@@ -282,7 +281,7 @@ def evaluate():
                 if parallel.all_sum(signals.asked(), world_size, device)[0]:
                     return None
                 x, y = fetch(*data.batch(batch[rank::world_size]), device)
-                with autocast(device, dtype, cache=False): # each weight is used once
+                with autocast(device, dtype):
                     total += raw_model(x, y, scale=1.0)[1].item()
             losses[name] += weight * parallel.all_sum([total], world_size, device)[0] / n
     raw_model.train()
@@ -359,7 +358,7 @@ def accumulate(windows, n_targets):
             torch.manual_seed(seed + step * micro_batch)
         if model is not raw_model: # the processes exchange gradients once, in the last backward
             model.require_backward_grad_sync = micro_step == n_micro_steps - 1
-        with autocast(device, dtype, cache=keeps_casts):
+        with autocast(device, dtype):
             _, micro_loss = model(x, y, scale=scale)
         micro_loss.backward()
         loss += micro_loss.detach() / (scale * n_targets)
