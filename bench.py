@@ -56,7 +56,7 @@ import memory
 from dataset import Split, find_datasets, open_split, read_shared_state, split_batch
 from device import (DTYPES, autocast, compile_model, fetch, free_memory, is_out_of_memory, memory_mb,
                     memory_to_fill, peak_flops, pick_device, pick_dtype)
-from model import GPT, GPT2_SHAPES, GPTConfig, check_length
+from model import GPT, GPT2_SHAPES, GPTConfig, Linear, check_length
 from optim import make_optimizer
 from tokenizer import count_ids
 
@@ -152,6 +152,9 @@ def make_training():
         opt = torch.optim.AdamW(learn, lr=learning_rate, betas=(beta1, beta2), fused=fused)
     params = [p for group in opt.param_groups for p in group['params']]
     net = AllLogits(model) if plain else model
+    for module in model.modules() if plain else ():
+        if isinstance(module, Linear): # nanoGPT's keeps a copy of its weight for backward
+            module.__class__ = torch.nn.Linear
     if data == 'real':
         split = open_split(find_datasets(dataset), 'train', block_size, c.vocab_size, seed=seed)
     else:
@@ -166,7 +169,7 @@ def make_training():
 
     def iteration(i):
         for x, y in batches(i):
-            with autocast(device, dtype):
+            with autocast(device, dtype, cache=plain):
                 _, loss = net(x, y, scale=1 / n_tokens)
             loss.backward()
         if chosen == 'offload':

@@ -18,7 +18,7 @@ import torch
 
 import lora
 import pretrained
-from configurator import quote
+from configurator import OF_A_CALL, quote
 from dataset import find_dataset, find_datasets, read_tokenizer_state
 from model import GPT, GPT2_SHAPES, GPTConfig
 from tokenizer import BPETokenizer, check_match
@@ -221,16 +221,22 @@ def resume(out_dir: str, config: dict, say) -> tuple[GPT, dict]:
         loaded['n_worse'] = 0
     return model, loaded
 
+def to_resume(out_dir: str) -> list[str]:
+    """ the checkpoints that a run in out_dir may go on from, the latest first; raises FileNotFoundError where
+    there is none """
+    paths = [os.path.join(out_dir, name) for name in ('last.pt', 'ckpt.pt')]
+    paths = [path for path in paths if os.path.isfile(path)]
+    if not paths:
+        raise FileNotFoundError(f"there is no checkpoint in {out_dir} to resume; type --out_dir with a run's "
+                                "folder, or --init_from=scratch to start one")
+    return paths
+
 def latest(out_dir: str, dropout: float, say) -> tuple[GPT, dict]:
     """ the model and the rest of a run's last.pt, or of its ckpt.pt where that one is damaged
 
     Raises FileNotFoundError where there is neither, ValueError where none can be used.
     """
-    paths = [path for path in (os.path.join(out_dir, name) for name in ('last.pt', 'ckpt.pt'))
-             if os.path.isfile(path)]
-    if not paths:
-        raise FileNotFoundError(f"there is no checkpoint in {out_dir} to resume; type --out_dir with a run's "
-                                "folder, or --init_from=scratch to start one")
+    paths = to_resume(out_dir)
     try:
         return load_model(paths[0], dropout, merge=False)
     except ValueError as error:
@@ -296,7 +302,7 @@ def tell_changes(before: dict, config: dict) -> str:
         raise ValueError(f"the run froze {before.get('freeze', '')!r}, and freeze is {config['freeze']!r}; "
                          f"type --freeze={before.get('freeze', '')}, "
                          "or --init_from=ITS_FOLDER to start afresh")
-    not_options = ('init_from', 'n_layer', 'n_head', 'n_embd', 'bias') # the model's own
+    not_options = (*OF_A_CALL, 'n_layer', 'n_head', 'n_embd', 'bias') # the last are the model's own
     changed = [f"{key} {before[key]!r} -> {config[key]!r}" for key in config
                if key not in not_options and before.get(key, config[key]) != config[key]]
     told = f", with {', '.join(changed)}" if changed else ''

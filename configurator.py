@@ -39,40 +39,40 @@ def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[st
         print(describe(options['__file__']))
         sys.exit(0)
     defaults = start = {k: options[k] for k in keys}
-    settings = read_arguments(argv, start, defaults)
-    if resumes and settings['init_from'] == 'resume':
-        start = defaults | options_of_run(settings['out_dir'], defaults)
-        settings = read_arguments(argv, start, defaults)
+    typed = {}
+    for arg in argv:
+        typed.update(read_argument(arg, defaults | typed, defaults))
+    if resumes and typed.get('init_from', defaults['init_from']) == 'resume':
+        start = defaults | options_of_run(typed.get('out_dir', defaults['out_dir']), defaults, typed)
+    settings = start | typed
     for key, value in settings.items():
         check_range(key, value, least=int(key in at_least_1))
     options.update(settings)
     for title, was, now in (('as before: ', defaults, start), ('', start, settings)):
-        told = [f"{k} = {now[k]!r}" for k in keys if was[k] != now[k] and now[k] == settings[k]]
-        if told and os.environ.get('RANK', '0') == '0':
-            print(title + '; '.join(told), file=sys.stderr)
+        say_once(title, [f"{k} = {now[k]!r}" for k in keys if was[k] != now[k] and now[k] == settings[k]])
     return settings
 
-def options_of_run(out_dir: str, defaults: dict) -> dict:
-    """ the options that were given to the run in out_dir, by its config.json; empty where there is none of
-    ours """
+def say_once(title: str, parts: list[str]) -> None:
+    """ print what there is to say, by the first of a run's processes """
+    if parts and os.environ.get('RANK', '0') == '0':
+        print(title + '; '.join(parts), file=sys.stderr)
+
+def options_of_run(out_dir: str, defaults: dict, typed: dict) -> dict:
+    """ the options that were given to the run in out_dir, by its config.json, but for those `typed` now; none
+    where it does not say """
     path = os.path.join(out_dir, 'config.json')
     try:
         with open(path, encoding='utf-8') as file:
             settings = json.load(file)
         before = {**settings, **settings['given']} # without what became of them on its machine
+        return {k: match_type(k, before[k], defaults[k]) for k in defaults
+                if k in before and k not in typed and k not in OF_A_CALL}
     except (OSError, KeyError, TypeError):
+        say_once(f"no options of the run in {path}: ", ["what is not typed is the default"])
         return {}
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, and type the run's options "
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot use {path} ({error}); mend it, or delete it and type the run's options "
                          "again") from None
-    return {k: match_type(k, before[k], defaults[k]) for k in defaults if k in before and k not in OF_A_CALL}
-
-def read_arguments(argv: list[str], start: dict, defaults: dict) -> dict:
-    """ the settings from `start` on, after each argument in turn """
-    settings = dict(start)
-    for arg in argv:
-        settings.update(read_argument(arg, settings, defaults))
-    return settings
 
 def read_argument(arg: str, current: dict, defaults: dict) -> dict:
     """ the settings one argument makes: all that a config file assigns, or a single --key=value """
@@ -85,16 +85,27 @@ def read_argument(arg: str, current: dict, defaults: dict) -> dict:
     if not arg.endswith('.py'):
         raise ValueError(f"{arg!r} is neither a config file (*.py) nor an option; options are typed "
                          "--key=value")
-    names = run_file(arg, dict(current)) # so that a config may compute from what is set so far
+    names = run_file(arg, current) # so that a config may compute from what is set so far
     settings = {k: v for k, v in names.items() if not k.startswith('_') and not inspect.ismodule(v)
                 and (k in defaults or not callable(v))}
     for key in settings:
         check_key(key, defaults, where=arg)
     return {key: match_type(key, value, defaults[key]) for key, value in settings.items()}
 
+class Names(dict):
+    """ a config file's variables, which knows those that it assigns """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.assigned = {}
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        self.assigned[key] = value
+
 def run_file(path: str, names: dict) -> dict:
-    """ run a config file, found from here or from the project's folder, over `names`; an error in it is told
-    in one line """
+    """ run a config file, found from here or from the project's folder, over `names`, and return what it
+    assigns; an error in it is told in one line """
     if not os.path.exists(path) and os.path.exists(os.path.join(ROOT, path)):
         path = os.path.join(ROOT, path)
     try:
@@ -107,6 +118,7 @@ def run_file(path: str, names: dict) -> dict:
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not text in UTF-8; a config file is a few lines of Python") from None
     try:
+        names = Names(names)
         exec(compile(source, path, 'exec'), names)
     except (Exception, SystemExit) as error:
         frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
@@ -114,7 +126,7 @@ def run_file(path: str, names: dict) -> dict:
         hint = ', or import there what it uses' if isinstance(error, NameError) else ''
         raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}; mend that line"
                          + hint) from None
-    return names
+    return names.assigned
 
 def config_files() -> list[str]:
     """ the config files that come with the project, as a user types them """

@@ -83,7 +83,8 @@ def compile_model(modules, choice, device: str, trial) -> bool:
         return False
     # one code serves all blocks: frozen and not, training and not, of several batch sizes
     torch._dynamo.config.recompile_limit = 64
-    # or it would say, in four lines, that a selective block must change nothing in place
+    torch._dynamo.config.optimize_ddp = False # which splits a whole model; blocks are small enough
+    # or it would say, in four lines, that a block in a checkpoint must change nothing in place
     logging.getLogger('torch._higher_order_ops.wrap').setLevel(logging.ERROR)
     for module in modules:
         module.compile()

@@ -52,7 +52,7 @@ class Best:
     def describe(self, out_dir: str, iter_num: int, patience: int, ended: bool, asked: bool = False) -> str:
         """ for the end of a run, or of a part of it: what there is, and what to type next; `asked` says that
         it learned to answer """
-        waited = 0 < patience <= self.n_worse
+        waited = ended and 0 < patience <= self.n_worse
         launch = 'python' if os.environ.get('WORLD_SIZE', '1') == '1' else 'torchrun ...'
         goes_on = (f"\nto go on: {launch} train.py --init_from=resume --out_dir={quote(out_dir)}"
                    f"{' --patience=0' * waited}") if waited or not ended else ''
@@ -239,7 +239,7 @@ def write_report(out_dir: str) -> None:
             last = file.read().split(RULE)[-1]
         lines += ['What it wrote last:', '', *('    ' + line for line in last.splitlines()), '']
     lines += ['The configuration:', '',
-              *(f'    {k} = {v!r}' for k, v in settings.items() if k != 'model_args'), '']
+              *(f'    {k} = {v!r}' for k, v in settings.items() if k not in ('model_args', 'given')), '']
     with replacing(os.path.join(out_dir, 'report.md')) as file:
         file.write('\n'.join(lines))
 
@@ -254,7 +254,7 @@ def start_wandb(config: dict, resuming: bool) -> str | None:
     """ start a run of wandb where one is asked for, or go on with that of the run that is resumed, and return
     its id, which an earlier run may have had, too """
     run_id = None
-    with contextlib.suppress(OSError, ValueError): # where there is no earlier config.json
+    with contextlib.suppress(OSError, ValueError, AttributeError): # where there is no config.json of a run
         if resuming:
             with open(os.path.join(config['out_dir'], 'config.json')) as file:
                 run_id = json.load(file).get('wandb_id')
@@ -288,5 +288,5 @@ def epoch_times(out_dir: str, config: dict) -> dict[str, float]:
         iters, epochs = (float(rows[-1][key]) - float(rows[0][key]) for key in ('iter', 'epoch'))
         iteration = statistics.median(float(row['time_ms']) for row in rows) / 1000
         return {settings['plan']: iteration * iters / epochs}
-    except (OSError, ValueError, KeyError, IndexError, ZeroDivisionError): # no run, or another program's
+    except (OSError, ValueError, TypeError, KeyError, IndexError, ZeroDivisionError): # no run, or another program's
         return {}

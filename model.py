@@ -139,7 +139,8 @@ class Block(nn.Module):
     def forward(self, x, cache=None):
         learns = x.requires_grad or any(p.requires_grad for p in self.parameters())
         compiles = torch.compiler.is_compiling()
-        if (self.selective or compiles) and learns and torch.is_grad_enabled():
+        lean = self.selective or compiles and isinstance(self.mlp.c_fc, Linear)
+        if lean and learns and torch.is_grad_enabled():
             # what is compiled gives each draw a seed of its own
             keep = partial(is_kept, self.attn.dropout > 0 and not compiles) if self.selective else is_cast
             return checkpoint(self.layers, x, use_reentrant=False,

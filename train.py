@@ -141,6 +141,8 @@ if init_from != 'resume' and checkpoints.find(out_dir) and not (eval_only or dry
 # -----------------------------------------------------------------------------
 # memory
 
+if init_from == 'resume':
+    checkpoints.to_resume(out_dir) # first of all, since its options are this run's
 folders = find_datasets(dataset)
 tokenizer = read_shared_state(folders)
 vocab_size = count_ids(tokenizer)
@@ -328,7 +330,7 @@ if eval_only:
     leave(0)
 if iter_num >= max_iters and init_from == 'resume' and is_logged(out_dir, iter_num):
     say(f"{out_dir} is trained to iteration {iter_num} already; type "
-        f"--{'num_epochs' if num_epochs else 'max_iters'}=N with a larger N to go on")
+        f"--{'num_epochs' if max_iters < config['max_iters'] else 'max_iters'}=N with a larger N to go on")
     leave(0)
 if master:
     saver.clear(anew=overwrite and init_from != 'resume')
@@ -404,8 +406,7 @@ while True:
     grad_norm = parallel.full(torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)).item()
     loss, n_ending, n_saving = parallel.all_sum([loss.item(), *signals.asked()], world_size, device)
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
-    # a scaled gradient that overflows is float16's everyday business
-    overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
+    overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1 # float16's own
     n_bad = 0 if finite or overflow else n_bad + 1
     if finite or scaler.is_enabled(): # the scaler steps over what is not finite, and scales less
         with_room(scaler.step, opt, again=False) # AdamW makes its moments in the first
@@ -444,5 +445,5 @@ say(f"{'finished' if ended else 'stopped'} at iteration {iter_num} after {clock.
 if master:
     finish_log(wandb_log)
     saver.check()
-say(best.describe(out_dir, iter_num, patience, ended, asked=template is not None))
+say(best.describe(out_dir, iter_num, patience * (iter_num < max_iters), ended, asked=template is not None))
 leave(130 if signals.end == signal.SIGINT else 0)

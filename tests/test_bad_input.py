@@ -104,6 +104,7 @@ CASES = [ # script, options, part of what is said
     ('train.py', '--init_from={root}/good.pt --lora_rank=4 --optimizer=muon', 'type --optimizer=adamw'),
     ('train.py', '--sample_interval=1 --sample_start=東', "the character '東' is not in"),
     ('train.py', '--init_from=resume', 'there is no checkpoint in'),
+    ('train.py', '--init_from=resume --dataset=none', 'there is no checkpoint in'),
     ('train.py', '--init_from=resume --out_dir={root}/hostile_last', 'could run code'),
     ('train.py', '--init_from=resume --out_dir={root}/hostile_best', 'could run code'),
     ('train.py', '--init_from=resum', "there is no model 'resum'"),

@@ -87,7 +87,7 @@ def test_a_config_computes_and_may_import_and_define(tmp_path):
     path = tmp_path / 'c.py'
     path.write_text("import math\n_k = 2\ndef half(x): return x // 2\nbatch_size = half(_k * 8) + batch_size\n"
                     "learning_rate = 1\ncompile = False\n")
-    assert read(str(path)) == {'batch_size': 20, 'learning_rate': 1.0, 'compile': False, 'decay_lr': True, 'start': '\n'}
+    assert read(str(path)) == {'batch_size': 20, 'learning_rate': 1.0, 'compile': False}
 
 @pytest.mark.parametrize('text, message', [
     ('batch_sise = 4', 'did you mean batch_size'), ('tokens = 4', "file's own begins with _, as _tokens"),
@@ -139,11 +139,11 @@ def test_a_resumed_run_s_options_come_before_those_of_a_config_and_the_command_l
         return call(tmp_path, 'print(size, rate, init_from)', *args, script=RESUMES).stdout
     assert printed('--rate=3', 'c.py') == '2 3.0 scratch\n'
     assert printed('--init_from=resume') == '5 2.0 resume\n'
-    assert printed('c.py', '--rate=0.5', '--init_from=resume') == '6 0.5 resume\n'
+    assert printed('c.py', '--rate=0.5', '--init_from=resume') == '2 0.5 resume\n' # a file computes from the defaults, each time
     assert printed('--init_from=resume', '--out_dir=none') == '1 0.5 resume\n'
 
 @pytest.mark.parametrize('text, message', [
-    ('{', 'config.json is damaged (Expecting'), ('[]', ''), ('{}', ''), ('{"given": 3}', ''), ('{"size": "x"}', ''),
+    ('{', 'config.json (Expecting'), ('[' * 100000, 'config.json (maximum recursion'), ('[]', ''), ('{}', ''), ('{"given": 3}', ''), ('{"size": "x"}', ''),
     ('{"size": "x", "given": {}}', "size is 'x'; it takes a whole number"), ('{"rate": NaN, "given": {}}', 'rate is nan')])
 def test_a_config_json_that_no_run_wrote_is_passed_over_or_told(tmp_path, text, message):
     (tmp_path / 'config.json').write_text(text)
@@ -151,7 +151,9 @@ def test_a_config_json_that_no_run_wrote_is_passed_over_or_told(tmp_path, text, 
     if message:
         assert message in done.stderr and done.returncode == 2 and done.stderr.count('\n') == 1
     else:
-        assert (done.returncode, done.stderr) == (0, "init_from = 'resume'\n")
+        told = f"no options of the run in .{os.sep}config.json: what is not typed is the default\ninit_from = 'resume'\n"
+        assert (done.returncode, done.stderr) == (0, told)
+    assert call(tmp_path, '', '--init_from=resume', '--size=3', '--rate=3', script=RESUMES).returncode == (2 if text[1:] in ('', '[' * 99999) else 0)
 
 def test_a_library_s_error_keeps_its_traceback_and_ctrl_c_has_none(tmp_path):
     bug = call(tmp_path, 'import json; json.loads("{")')

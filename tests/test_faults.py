@@ -122,6 +122,21 @@ def test_a_run_that_stops_names_the_file_that_holds_what_it_learned(evaluated, i
     nanogpt_s = Best.of({'iter_num': 5, 'best_val_loss': torch.tensor(1.0)}).describe('out', 7, 0, ended=False)
     assert nanogpt_s.endswith('--out_dir=out\nto go on: python train.py --init_from=resume --out_dir=out') and 'alone' not in nanogpt_s
 
+def test_patience_is_said_to_end_a_run_only_where_it_did():
+    from log import Best
+    best = Best(1.0, 80, 3, 100)
+    assert 'so it ended' in best.describe('out', 100, 3, ended=True) and '--patience=0' in best.describe('out', 100, 3, ended=True)
+    for patience, ended in ((3, False), (4, True)):
+        told = best.describe('out', 100, patience, ended)
+        assert 'so it ended' not in told and '--patience' not in told
+
+def test_another_program_s_config_json_is_no_earlier_run(tmp_path):
+    from log import epoch_times, start_wandb
+    (tmp_path / 'config.json').write_text('[]')
+    (tmp_path / 'log.csv').write_text('time_ms\n1\n')
+    assert start_wandb({'out_dir': str(tmp_path), 'wandb_log': False}, True) is None
+    assert epoch_times(str(tmp_path), {'device': 'cpu'}) == {}
+
 def test_what_is_left_of_a_run_is_told_without_what_came_before_it(monkeypatch):
     from log import Clock
     now = [1000.0]

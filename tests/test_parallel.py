@@ -75,7 +75,7 @@ def test_processes_with_different_memory_free_choose_the_same(train, tmp_path):
     assert 'plan device, 32 sequences' in plenty.out and 'plan device, 32 sequences' not in uneven.out
     assert losses(uneven)['loss'] == pytest.approx(losses(plenty)['loss'], abs=1e-5)
 
-def test_training_and_evaluation_keep_no_copies_of_the_weights_in_half_precision(train, tmp_path):
+def test_training_and_evaluation_ask_autocast_for_no_copies_of_the_weights(train, tmp_path):
     (tmp_path / 'watch.py').write_text(
         "import device, os, torch\n_autocast = device.autocast\ndef _watch(place, dtype, cache=False):\n"
         "    if os.environ['RANK'] == '0':\n        print('autocast', dtype, torch.is_grad_enabled(), cache)\n    return _autocast(place, dtype, cache)\n"

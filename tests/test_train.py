@@ -90,7 +90,8 @@ def test_a_finished_run_has_nothing_to_resume(whole, run):
     assert (whole['out_dir'] / 'log.csv').read_bytes() == before
 
 def test_a_resumed_run_keeps_what_was_typed_when_it_was_last_resumed(train, run):
-    train('--num_epochs=1e-9', '--eval_only=False', '--plan=device') # one iteration
+    train('--num_epochs=1e-9') # one iteration
+    assert 'trained to iteration 1 already; type --num_epochs=N' in run('train.py', '--init_from=resume').out
     run('train.py', '--init_from=resume', '--num_epochs=0', '--max_iters=2', '--keep_checkpoints=True')
     settings = json.loads((run('train.py', '--init_from=resume', '--max_iters=3').out_dir / 'config.json').read_text())
     assert settings['init_from'] == 'scratch' and settings['keep_checkpoints'] and settings['max_iters'] == 3

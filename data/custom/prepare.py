@@ -44,7 +44,7 @@ def options_of(config):
     with open(os.path.join(ROOT, 'train.py'), encoding='utf-8') as file:
         options = {}
         exec(file.read().partition('from configurator')[0], options)
-    return run_file(os.path.join(ROOT, config), options)
+    return options | run_file(os.path.join(ROOT, config), options)
 
 def fit_block(options, n_train, n_val):
     """ {'block_size': N} where the config's sequences are too long for so few tokens """
