@@ -95,7 +95,7 @@ def test_a_resumed_run_keeps_what_was_typed_when_it_was_last_resumed(train, run)
     run('train.py', '--init_from=resume', '--num_epochs=0', '--max_iters=2', '--keep_checkpoints=True')
     settings = json.loads((run('train.py', '--init_from=resume', '--max_iters=3').out_dir / 'config.json').read_text())
     assert settings['init_from'] == 'scratch' and settings['keep_checkpoints'] and settings['max_iters'] == 3
-    assert settings['given'] == {'lr_decay_iters': 0} and settings['lr_decay_iters'] == 3
+    assert settings['given'] == {'lr_decay_iters': 0, 'plan': 'auto'} and settings['lr_decay_iters'] == 3
 
 def test_evaluation_leaves_the_training_order_and_dropout_alone(whole, train):
     other = train('--dropout=0.2', '--eval_interval=1', '--eval_iters=3')
