@@ -288,5 +288,5 @@ def epoch_times(out_dir: str, config: dict) -> dict[str, float]:
         iters, epochs = (float(rows[-1][key]) - float(rows[0][key]) for key in ('iter', 'epoch'))
         iteration = statistics.median(float(row['time_ms']) for row in rows) / 1000
         return {settings['plan']: iteration * iters / epochs}
-    except (OSError, ValueError, TypeError, KeyError, IndexError, ZeroDivisionError): # no run, or another program's
-        return {}
+    except (OSError, ValueError, TypeError, KeyError, IndexError, ZeroDivisionError):
+        return {} # no run, or another program's
