@@ -247,7 +247,7 @@ def launchers():
         return [['--standalone', f'--nproc_per_node={procs}', *shared]]
     os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1' # else no agent can come back
     store = f'--rdzv_endpoint=127.0.0.1:{free_port()}'
-    quick = 'last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2'
+    quick = 'last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=4'
     shared += [f'--nnodes={nodes}', f'--nproc_per_node={procs}', '--rdzv_backend=c10d', store, '--rdzv_id=s']
     return [[*shared, f'--rdzv_conf={quick},is_host={int(node == 0)}', f'--local_addr=127.0.0.{1 + node}']
             for node in range(nodes)]
@@ -276,7 +276,8 @@ def stress_jobs():
             time.sleep(moments.uniform(0, 0.1))
             what, since = kill_one(jobs, command), time.time()
             at = check_whole(out_dir, at)
-            jobs[0].wait_for('^resuming at iteration', n + 1)
+            # torchrun gives a process that does not notice 30 seconds
+            jobs[0].wait_for('^resuming at iteration', n + 1, timeout=120)
             killed[f'{nodes} x {procs}'] += 1
             print(f"kill {n + 1}: {what}; last.pt of iteration {at}; resumed after "
                   f"{time.time() - since:.1f} s")

@@ -19,7 +19,7 @@ from parallel import launch_id
 def test_what_is_killed_goes_on_as_if_nothing_had_been(options):
     """ a short form of `python tests/stress_kill.py`, which compares log.csv, weights and moments """
     done = subprocess.run([sys.executable, 'tests/stress_kill.py', *options], cwd=ROOT, capture_output=True,
-                          encoding='utf-8', timeout=200)
+                          encoding='utf-8', timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     n = options[0].removeprefix('--kills=')
     assert re.search(rf'^{n} kills .* 0 corrupt checkpoints, 0 lost saves, 0 differences$', done.stdout, re.M)
