@@ -8,6 +8,7 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/gp
 Parameter names are nanoGPT's. Shapes: B sequences of T tokens, C = n_embd channels.
 """
 import math
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,32 +39,37 @@ GPT2_SHAPES = {
 }
 
 class HalfLinear(torch.autograd.Function):
-    """ x (..., n_in) in half precision times weight (n_out, n_in), plus bias, both rounded to x's format """
+    """ x (..., n_in) in half precision times weight (n_out, n_in), plus bias, both rounded to x's format; or
+    `unused`, of the result's shape, where only what is kept for backward counts """
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, unused):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        if unused is not None:
+            return unused.detach()
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        needs_dx, needs_dw, needs_db = ctx.needs_input_grad
+        needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
         dx = grad @ weight.to(grad.dtype) if needs_dx else None
         dw = (rows.t() @ x.flatten(0, -2)).to(weight.dtype) if needs_dw else None
-        return dx, dw, rows.sum(0).float() if needs_db else None
+        return dx, dw, rows.sum(0).float() if needs_db else None, None
 
 class Linear(nn.Linear):
     """ a Linear that under autocast keeps no copy of its weight in half precision for backward, which rounds
     it again """
+
+    unused = None # a tensor in the result's place, in a block that is run again and ends here
 
     def forward(self, x):
         device = x.device.type
         learns = torch.is_grad_enabled() and torch.is_autocast_enabled(device)
         if not learns or torch.compiler.is_compiling(): # what is compiled does so by is_cast
             return super().forward(x)
-        return HalfLinear.apply(x.to(torch.get_autocast_dtype(device)), self.weight, self.bias)
+        return HalfLinear.apply(x.to(torch.get_autocast_dtype(device)), self.weight, self.bias, self.unused)
 
 class CausalSelfAttention(nn.Module):
 
@@ -140,12 +146,31 @@ class Block(nn.Module):
         learns = x.requires_grad or any(p.requires_grad for p in self.parameters())
         compiles = torch.compiler.is_compiling()
         lean = self.selective or compiles and isinstance(self.mlp.c_fc, Linear)
-        if lean and learns and torch.is_grad_enabled():
-            # what is compiled gives each draw a seed of its own
-            keep = partial(is_kept, self.attn.dropout > 0 and not compiles) if self.selective else is_cast
-            return checkpoint(self.layers, x, use_reentrant=False,
-                              context_fn=partial(create_selective_checkpoint_contexts, keep))
-        return self.layers(x, cache)
+        if not (lean and learns and torch.is_grad_enabled()):
+            return self.layers(x, cache)
+        # what is compiled gives each draw a seed of its own
+        keep = partial(is_kept, self.attn.dropout > 0 and not compiles) if self.selective else is_cast
+        contexts = partial(create_selective_checkpoint_contexts, keep)
+        if not compiles:
+            contexts = partial(self.passes, x, contexts)
+        return checkpoint(self.layers, x, use_reentrant=False, context_fn=contexts)
+
+    def passes(self, x, contexts=lambda: (nullcontext(), nullcontext())):
+        """ for checkpoint, the contexts of the two passes over x: one, and one for backward, which ends
+        before the last product """
+        first, second = contexts()
+        return first, self.second(x, second)
+
+    @contextmanager
+    def second(self, x, context):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        self.mlp.c_proj.unused = torch.empty_like(x, dtype=dtype)
+        try:
+            with context:
+                yield
+        finally:
+            self.mlp.c_proj.unused = None
 
 class GPT(nn.Module):
     """ token ids (B, T) to logits or a loss; raises ValueError for a config of sizes that make no model """
@@ -214,7 +239,8 @@ class GPT(nn.Module):
         x = self.transformer.drop(x.to(self.transformer.ln_f.weight.dtype))
         for i, block in enumerate(self.transformer.h):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.draws)
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.draws,
+                               context_fn=partial(block.passes, x))
             else:
                 x = block(x, cache[i] if cache else None)
         return self.transformer.ln_f(x)

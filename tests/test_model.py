@@ -3,6 +3,7 @@ import os
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
@@ -232,6 +233,27 @@ def test_a_selective_block_of_which_nothing_learns_is_not_made_ready_for_backwar
     for x.requires_grad in (False, True):
         block(x)
     assert used == [True]
+
+class Products(TorchDispatchMode):
+    """ counts the products of matrices """
+    n = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.n += op in model_module.PRODUCTS
+        return op(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize('dropout', [0.0, 0.3])
+def test_a_block_that_is_run_again_for_backward_makes_its_last_product_once(dropout):
+    gpt, idx, counts = GPT(GPTConfig(16, 50, 3, 2, 32, dropout)), torch.zeros(2, 16, dtype=torch.long), {}
+    for plan in ('device', 'selective', 'recompute'):
+        gpt.follow(plan)
+        with torch.autocast('cpu', torch.bfloat16, cache_enabled=False):
+            loss = gpt(idx, idx)[1]
+        with Products() as products:
+            loss.backward()
+        counts[plan] = products.n
+    assert counts['device'] == 3 * 4 * 2 and counts['selective'] == counts['device']
+    assert counts['recompute'] == counts['device'] + 3 * 3 # of a block's four, all but the last
 
 @torch.library.custom_op('tests::draw', mutates_args=())
 def draw(x: torch.Tensor) -> torch.Tensor:
