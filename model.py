@@ -8,7 +8,7 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/gp
 Parameter names are nanoGPT's. Shapes: B sequences of T tokens, C = n_embd channels.
 """
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,13 +40,13 @@ GPT2_SHAPES = {
 
 class HalfLinear(torch.autograd.Function):
     """ x (..., n_in) in half precision times weight (n_out, n_in), plus bias, both rounded to x's format; or
-    `unused`, of the result's shape, where only what is kept for backward counts """
+    `stand_in`, of the result's shape, where only what is kept for backward counts """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, unused):
+    def forward(ctx, x, weight, bias, stand_in):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        if unused is not None:
-            return unused.detach()
+        if stand_in is not None:
+            return stand_in.detach() # a selective checkpoint lets in nothing else that was not done before
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -62,14 +62,15 @@ class Linear(nn.Linear):
     """ a Linear that under autocast keeps no copy of its weight in half precision for backward, which rounds
     it again """
 
-    unused = None # a tensor in the result's place, in a block that is run again and ends here
+    stand_in = None # SecondPass's, for a result that nothing needs
 
     def forward(self, x):
         device = x.device.type
         learns = torch.is_grad_enabled() and torch.is_autocast_enabled(device)
         if not learns or torch.compiler.is_compiling(): # what is compiled does so by is_cast
             return super().forward(x)
-        return HalfLinear.apply(x.to(torch.get_autocast_dtype(device)), self.weight, self.bias, self.unused)
+        return HalfLinear.apply(x.to(torch.get_autocast_dtype(device)), self.weight, self.bias,
+                                self.stand_in)
 
 class CausalSelfAttention(nn.Module):
 
@@ -109,8 +110,8 @@ LINEAR = torch.ops.aten.linear.default # a product as MPS has it
 
 def is_kept(draws, ctx, op, *args, **options):
     """ whether a selective block keeps what `op` makes: attention and the products of its matrices, told from
-    LoRA's (of a rank below n_embd / 4) by shape; that of the MLP's c_proj only where dropout follows, since
-    backward stops before it otherwise
+    LoRA's (of a rank below n_embd / 4) by shape; that of the MLP's c_proj only in float32 with dropout after
+    it, since backward stops before it otherwise
 
     draws says that there is dropout: then torch's attention runs again, since left out it would not draw, and
     what comes after it would draw otherwise than before; ours draws its seed before. torch passes all
@@ -119,7 +120,7 @@ def is_kept(draws, ctx, op, *args, **options):
     keep = op == DROPPED_ATTENTION or op in ATTENTION and not draws
     if op in PRODUCTS or op == LINEAR:
         n_in, n_out = args[1].shape[::-1] if op == LINEAR else args[-1].shape
-        keep = n_out // 4 <= n_in <= n_out * (4 if draws else 1)
+        keep = n_out // 4 <= n_in <= n_out * (4 if draws and args[0].dtype == torch.float32 else 1)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 def is_cast(ctx, op, *args, **options):
@@ -152,25 +153,34 @@ class Block(nn.Module):
         keep = partial(is_kept, self.attn.dropout > 0 and not compiles) if self.selective else is_cast
         contexts = partial(create_selective_checkpoint_contexts, keep)
         if not compiles:
-            contexts = partial(self.passes, x, contexts)
+            contexts = partial(self.two_passes, x, contexts)
         return checkpoint(self.layers, x, use_reentrant=False, context_fn=contexts)
 
-    def passes(self, x, contexts=lambda: (nullcontext(), nullcontext())):
-        """ for checkpoint, the contexts of the two passes over x: one, and one for backward, which ends
-        before the last product """
+    def two_passes(self, x, contexts=lambda: (nullcontext(), nullcontext())):
+        """ for checkpoint, the contexts of a pass over x, and of a SecondPass for backward """
         first, second = contexts()
-        return first, self.second(x, second)
+        return first, SecondPass(self.mlp.c_proj, x, second)
 
-    @contextmanager
-    def second(self, x, context):
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        self.mlp.c_proj.unused = torch.empty_like(x, dtype=dtype)
-        try:
-            with context:
-                yield
-        finally:
-            self.mlp.c_proj.unused = None
+class SecondPass:
+    """ the context of a block that is run again for backward, over x; under autocast it ends before its last
+    product: torch stops at the last tensor that backward needs, which a HalfLinear keeps as it returns
+
+    What it returns is not set to anything: of what comes after, only dropout's mask counts, which does not
+    depend on it.
+    """
+
+    def __init__(self, last, x, context):
+        self.last, self.x, self.context = last, x, context
+
+    def __enter__(self):
+        device = self.x.device.type
+        if torch.is_autocast_enabled(device):
+            self.last.stand_in = torch.empty_like(self.x, dtype=torch.get_autocast_dtype(device))
+        self.context.__enter__()
+
+    def __exit__(self, *error):
+        self.last.stand_in = None
+        return self.context.__exit__(*error)
 
 class GPT(nn.Module):
     """ token ids (B, T) to logits or a loss; raises ValueError for a config of sizes that make no model """
@@ -240,7 +250,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.draws,
-                               context_fn=partial(block.passes, x))
+                               context_fn=partial(block.two_passes, x))
             else:
                 x = block(x, cache[i] if cache else None)
         return self.transformer.ln_f(x)

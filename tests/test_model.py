@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
+import lora
 import model as model_module
 from model import GPT, GPT2_SHAPES, Block, ChunkedLoss, CrossEntropy, GPTConfig, Linear
 from sampling import sample_token
@@ -242,18 +243,35 @@ class Products(TorchDispatchMode):
         self.n += op in model_module.PRODUCTS
         return op(*args, **(kwargs or {}))
 
-@pytest.mark.parametrize('dropout', [0.0, 0.3])
-def test_a_block_that_is_run_again_for_backward_makes_its_last_product_once(dropout):
-    gpt, idx, counts = GPT(GPTConfig(16, 50, 3, 2, 32, dropout)), torch.zeros(2, 16, dtype=torch.long), {}
+@pytest.mark.parametrize('dtype, dropout, rank', [(torch.bfloat16, 0.0, 0), (torch.bfloat16, 0.3, 0), (torch.bfloat16, 0.3, 2),
+                                                  (torch.float32, 0.0, 0)])
+def test_a_block_that_is_run_again_for_backward_makes_its_last_product_once(dtype, dropout, rank):
+    torch.manual_seed(0)
+    gpt, idx, made, grads = GPT(GPTConfig(16, 50, 3, 2, 32, dropout)), torch.zeros(2, 16, dtype=torch.long), {}, {}
+    if rank:
+        lora.add(gpt, rank, 4.0, 0.0, 'mlp.c_proj')
     for plan in ('device', 'selective', 'recompute'):
         gpt.follow(plan)
-        with torch.autocast('cpu', torch.bfloat16, cache_enabled=False):
+        gpt.zero_grad()
+        torch.manual_seed(1)
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32, cache_enabled=False):
             loss = gpt(idx, idx)[1]
         with Products() as products:
             loss.backward()
-        counts[plan] = products.n
-    assert counts['device'] == 3 * 4 * 2 and counts['selective'] == counts['device']
-    assert counts['recompute'] == counts['device'] + 3 * 3 # of a block's four, all but the last
+        made[plan], grads[plan] = products.n, [p.grad for p in gpt.parameters() if p.grad is not None]
+        assert all(block.mlp.c_proj.stand_in is None for block in gpt.transformer.h)
+        assert all(torch.equal(a, b) for a, b in zip(grads[plan], grads['device'], strict=True))
+    narrow = 2 * (rank > 0) # LoRA's own
+    assert made['selective'] == made['device'] + 3 * narrow
+    assert made['recompute'] == made['device'] + 3 * (3 + narrow) # of a block's four, all but the last
+
+def test_backward_may_go_twice_through_a_block_that_is_run_again():
+    gpt, idx = GPT(GPTConfig(16, 50, 2, 2, 32)), torch.zeros(2, 16, dtype=torch.long)
+    gpt.follow('recompute')
+    with torch.autocast('cpu', torch.bfloat16, cache_enabled=False):
+        loss = gpt.hidden(idx).square().sum()
+    first, second = (torch.autograd.grad(loss, gpt.transformer.wpe.weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 @torch.library.custom_op('tests::draw', mutates_args=())
 def draw(x: torch.Tensor) -> torch.Tensor:
