@@ -6,7 +6,7 @@ The plans, fastest first:
   selective  of what a block makes, attention and the products that backward needs are kept; the rest, which
              is cheap, is made again
   recompute  only what enters each block is kept, and backward runs the block again: a third more products, or
-             a fifth where it is not compiled; half as many again where the matrices are frozen
+             a fifth where it is not compiled (beside frozen matrices, half as much again)
   offload    as recompute, and the device holds the blocks' matrices in half precision alone; the float32
              weights, the gradients and AdamW's moments are in RAM, where the CPU updates them
 S, the sequences of an iteration, stays the same, and so does what is computed.
@@ -181,8 +181,9 @@ def advice(plan: str, B: int, block_size: int, sequences: int, plans: tuple[str,
 def count(sequences: int) -> str:
     return f"{sequences} sequence{'s' if sequences > 1 else ''}"
 
-COSTS = {'device': 'no speed', 'selective': 'cheap operations twice', 'recompute': 'a third more products',
-         'offload': 'a third more products, weights and gradients cross the bus'}
+COSTS = {'device': 'no speed', 'selective': 'cheap operations twice',
+         'recompute': 'a fifth to a half more products',
+         'offload': 'a fifth to a third more products, weights and gradients cross the bus'}
 
 def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) -> str:
     """ the plan of a run, for its user """

@@ -165,8 +165,8 @@ class SecondPass:
     """ the context of a block that is run again for backward, over x; under autocast it ends before its last
     product: torch stops at the last tensor that backward needs, which a HalfLinear keeps as it returns
 
-    What it returns is not set to anything: of what comes after, only dropout's mask counts, which does not
-    depend on it.
+    The stand-in's values are whatever was in memory: of what comes after, only dropout's mask counts, which
+    does not depend on them.
     """
 
     def __init__(self, last, x, context):

@@ -247,6 +247,7 @@ def launchers():
         return [['--standalone', f'--nproc_per_node={procs}', *shared]]
     os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1' # else no agent can come back
     store = f'--rdzv_endpoint=127.0.0.1:{free_port()}'
+    # a heartbeat may come as late as at every other interval, so that two of them would be too few
     quick = 'last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=4'
     shared += [f'--nnodes={nodes}', f'--nproc_per_node={procs}', '--rdzv_backend=c10d', store, '--rdzv_id=s']
     return [[*shared, f'--rdzv_conf={quick},is_host={int(node == 0)}', f'--local_addr=127.0.0.{1 + node}']
