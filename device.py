@@ -66,9 +66,10 @@ def autocast(device: str, dtype: str, cache: bool = False):
 def fetch(x, y, device: str):
     """ inputs and targets, numpy arrays (B, T), as tensors on the device """
     x, y = torch.from_numpy(x), torch.from_numpy(y)
-    if device.startswith('cuda'): # pinned memory is copied while the GPU computes
+    pinned = device.startswith('cuda') # and copied while the GPU computes
+    if pinned: # what is not, MPS may read after it is gone
         x, y = x.pin_memory(), y.pin_memory()
-    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    return x.to(device, non_blocking=pinned), y.to(device, non_blocking=pinned)
 
 def compile_model(modules, choice, device: str, trial) -> bool:
     """ compile modules in place where `choice` (True, False or 'auto': on CUDA) says so, and tell if they are

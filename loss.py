@@ -22,7 +22,9 @@ class CrossEntropy(nn.Module):
         if torch.compiler.is_compiling():
             places = torch.arange(logits.size(1), device=logits.device)
             p = torch.where(places < V, logits.float(), -math.inf)
-            at_target, most = p.gather(1, t), p.amax(dim=1, keepdim=True)
+            # a sum, since a compiled gather may read what is written below (torch 2.9 to 2.11)
+            at_target = torch.where(places == t, p, 0.0).sum(dim=1, keepdim=True)
+            most = p.amax(dim=1, keepdim=True)
             norm = (p - most).exp().sum(dim=1, keepdim=True)
             if grads:
                 logits.copy_((p - most).exp() * (share / norm) - torch.where(places == t, share, 0.0))

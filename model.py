@@ -161,6 +161,8 @@ class Block(nn.Module):
         first, second = contexts()
         return first, SecondPass(self.mlp.c_proj, x, second)
 
+FORGOTTEN = 'mps' # the device whose draws torch's checkpoint does not repeat
+
 class SecondPass:
     """ the context of a block that is run again for backward, over x; under autocast it ends before its last
     product: torch stops at the last tensor that backward needs, which a HalfLinear keeps as it returns
@@ -171,15 +173,21 @@ class SecondPass:
 
     def __init__(self, last, x, context):
         self.last, self.x, self.context = last, x, context
+        self.rng = torch.mps.get_rng_state() if x.device.type == FORGOTTEN else None
 
     def __enter__(self):
         device = self.x.device.type
+        if self.rng is not None:
+            self.later = torch.mps.get_rng_state()
+            torch.mps.set_rng_state(self.rng)
         if torch.is_autocast_enabled(device):
             self.last.stand_in = torch.empty_like(self.x, dtype=torch.get_autocast_dtype(device))
         self.context.__enter__()
 
     def __exit__(self, *error):
         self.last.stand_in = None
+        if self.rng is not None:
+            torch.mps.set_rng_state(self.later)
         return self.context.__exit__(*error)
 
 class GPT(nn.Module):

@@ -11,6 +11,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 def start_processes(backend: str, device: str) -> tuple[int, int, str]:
     """ join the processes that torchrun started, if it did: (rank, world_size, this process's device)
@@ -97,6 +98,15 @@ def launch_id() -> str | None:
     if job == 'none': # no --rdzv_id was given: the job is that of this agent
         job = f'{socket.gethostname()}:{os.getppid()}'
     return job and ' '.join([job, *sys.argv])
+
+def replicate_model(model, device: str):
+    """ the model with gradients that are the processes' mean (DDP); until they are set to None, they lie in
+    DDP's buckets, and micro-batches add up there without a second copy of them """
+    for p in model.parameters():
+        if p.requires_grad: # DDP takes in those that are there as it starts
+            p.grad = torch.zeros_like(p)
+    return DistributedDataParallel(model, device_ids=[device] if device.startswith('cuda') else None,
+                                   gradient_as_bucket_view=True)
 
 def shard_model(model, world_size: int, device: str) -> None:
     """ leave each process its share of every parameter (FSDP2), which goes to the device; a block is put

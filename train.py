@@ -84,7 +84,6 @@ import sys
 import time
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint as checkpoints
 import lora
@@ -263,8 +262,7 @@ def one_step():
 is_compiled = with_room(compile_model, model.compiled_parts(), not eval_only and compile, device, one_step)
 opt.zero_grad(set_to_none=True)
 if world_size > 1 and not shard and not eval_only:
-    model = DistributedDataParallel(raw_model, device_ids=[device] if device.startswith('cuda') else None,
-                                    gradient_as_bucket_view=True) # no second copy of them
+    model = parallel.replicate_model(raw_model, device)
 
 # -----------------------------------------------------------------------------
 # evaluation
@@ -408,8 +406,9 @@ while True:
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1 # float16's own
     n_bad = 0 if finite or overflow else n_bad + 1
-    if finite or scaler.is_enabled(): # the scaler steps over what is not finite, and scales less
+    if finite:
         with_room(scaler.step, opt, again=False) # AdamW makes its moments in the first
+    if finite or scaler.is_enabled(): # which scales less after what is not
         scaler.update()
     if not finite:
         say(f"iter {iter_num}: loss {loss}, gradient norm {grad_norm}; no update")
@@ -418,7 +417,7 @@ while True:
         raise ValueError(f"five iterations in a row were not finite, up to {iter_num}; nothing of them is in "
                          f"a checkpoint of {out_dir}; type --init_from=resume with a lower --learning_rate "
                          "or --dtype=float32")
-    opt.zero_grad(set_to_none=True)
+    opt.zero_grad(set_to_none=model is raw_model)
     dt = time.time() - t0
 
     # report: everything below is only bookkeeping

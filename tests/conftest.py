@@ -46,7 +46,7 @@ def write_chars(folder):
     stoi = {char: i for i, char in enumerate(CHARS)}
     itos = {i: char for i, char in enumerate(CHARS)}
     ids = np.array([stoi[char] for char in TEXT], dtype=np.uint16)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     ids[:int(len(ids) * 0.9)].tofile(folder / 'train.bin')
     ids[int(len(ids) * 0.9):].tofile(folder / 'val.bin')
     with open(folder / 'meta.pkl', 'wb') as file:

@@ -1,6 +1,7 @@
 import io
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch._inductor.compile_fx
@@ -27,6 +28,14 @@ def test_a_cpu_computes_in_bfloat16_only_where_its_hardware_does(monkeypatch, am
 def test_a_gpu_without_bfloat16_computes_in_float16(monkeypatch, emulated, expected):
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: including_emulation or emulated)
     assert device.pick_dtype('auto', 'cuda') == expected
+
+@pytest.mark.parametrize('name, pinned', [('cuda:1', True), ('mps', False), ('cpu', False)])
+def test_only_what_is_pinned_is_copied_while_its_memory_may_go(monkeypatch, name, pinned):
+    at_work = []
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda self: at_work.append('pinned') or self)
+    monkeypatch.setattr(torch.Tensor, 'to', lambda self, device, non_blocking: (self.tolist(), device, non_blocking))
+    assert device.fetch(np.arange(2), np.arange(3), name) == (([0, 1], name, pinned), ([0, 1, 2], name, pinned))
+    assert len(at_work) == 2 * pinned
 
 @pytest.fixture
 def model():

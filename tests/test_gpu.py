@@ -7,7 +7,8 @@ import torch
 from model import GPT, GPTConfig
 from sampling import FixedStep, KVCache
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+              pytest.mark.xdist_group('gpu'), pytest.mark.timeout(1200)] # one at a time
 CUDA = '--device=cuda', '--compile=False' # the compiler takes minutes
 
 def losses(result):

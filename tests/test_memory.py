@@ -284,7 +284,7 @@ def test_an_evaluation_needs_no_room_for_training(train, tmp_path):
 @pytest.mark.parametrize('plan, device, options, last', [
     ('auto', 'cuda', {}, 'offload'), ('auto', 'cpu', {}, 'recompute'), ('offload', 'cpu', {}, 'offload'),
     ('recompute', 'cpu', {}, 'recompute'), ('auto', 'cuda', {'optimizer': 'muon'}, 'recompute'),
-    ('auto', 'cuda', {'lora_rank': 4}, 'recompute'), ('auto', 'cuda', {'freeze': 'wte'}, 'recompute')])
+    ('auto', 'cuda', {'lora_rank': 4}, 'recompute'), ('auto', 'mps', {}, 'recompute'), ('auto', 'cuda', {'freeze': 'wte'}, 'recompute')])
 def test_offload_is_offered_where_it_works_and_helps(plan, device, options, last):
     config = {'plan': plan, 'optimizer': 'adamw', 'lora_rank': 0, 'freeze': '', **options}
     assert memory.plans_for(config, device)[-1] == last

@@ -291,6 +291,23 @@ def test_a_selective_block_drops_the_same_where_attention_has_drawn_in_a_kernel_
         grads.append([p.grad for p in gpt.parameters()])
     assert all(a.equal(b) for a, b in zip(*grads))
 
+def test_a_block_that_is_run_again_drops_the_same_where_torch_does_not_repeat_a_device_s_draws(monkeypatch):
+    """ as on MPS """
+    monkeypatch.setattr(model_module, 'FORGOTTEN', 'cpu')
+    monkeypatch.setattr(torch.mps, 'get_rng_state', torch.get_rng_state)
+    monkeypatch.setattr(torch.mps, 'set_rng_state', torch.set_rng_state)
+    torch.manual_seed(0)
+    gpt, idx, grads, draws = GPT(GPTConfig(16, 50, 3, 2, 16, 0.2)), torch.randint(50, (2, 16)), [], []
+    gpt.draws = False # torch's own repeating is off
+    for plan in ('device', 'recompute'):
+        gpt.follow(plan)
+        torch.manual_seed(1)
+        gpt.zero_grad()
+        gpt(idx, idx)[1].backward()
+        grads.append([p.grad for p in gpt.parameters()])
+        draws.append(torch.rand(1)) # as if nothing had been drawn twice
+    assert all(a.equal(b) for a, b in zip(*grads)) and draws[0] == draws[1]
+
 @pytest.mark.parametrize('half', [False, True])
 @pytest.mark.parametrize('dropout', [0.0, 0.2])
 def test_recomputing_the_blocks_changes_nothing(dropout, half):

@@ -105,6 +105,35 @@ def test_a_sharded_run_s_checkpoint_is_any_run_s(train):
 def test_what_cannot_be_sharded_is_told(train, options, processes):
     assert 'start train.py by torchrun' in train('--shard=True', *options, processes=processes, status=2).err
 
+REPLICATE = """
+    import torch
+    import parallel
+    from model import GPT, GPTConfig
+
+    rank, world_size, device = parallel.start_processes('gloo', 'cpu')
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(16, 50, 2, 2, 32))
+    gpt.transformer.wpe.weight.requires_grad_(False)
+    params = [p for p in gpt.parameters() if p.requires_grad]
+    model, opt = parallel.replicate_model(gpt, device), torch.optim.AdamW(params)
+    for it in range(3): # torch rebuilds its buckets in the second
+        for last in (False, False, True):
+            model.require_backward_grad_sync = last
+            idx = torch.full((2, 16), 10 * it + rank)
+            model(idx, idx)[1].backward()
+            storages = {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in params}
+            if rank == 0:
+                print('gradients:', len(storages) < len(params), sum(storages.values()) / 4 / sum(p.numel() for p in params))
+        opt.step()
+        opt.zero_grad(set_to_none=False)
+    parallel.stop_processes(world_size)
+"""
+
+def test_micro_batches_of_several_processes_add_up_in_one_copy_of_the_gradients(clone, run):
+    (clone / 'replicate.py').write_text(textwrap.dedent(REPLICATE))
+    lines = re.findall(r'^gradients: (.*)', run('replicate.py', processes=2).out, re.MULTILINE)
+    assert lines == 9 * ['True 1.0']
+
 TRACK = """
     import sys
     import torch, torch.distributed as dist
@@ -123,25 +152,28 @@ TRACK = """
         parallel.shard_model(gpt, world_size, device)
         opt = make_optimizer('adamw', gpt, 1e-3, 0.0, 0.1, (0.9, 0.95))
         tracker, idx = MemTracker(), torch.zeros(2, 512, dtype=torch.int64)
+        def iterate():
+            with torch.autocast('cpu', torch.bfloat16, cache_enabled=False):
+                loss = gpt(idx, idx, scale=1.0)[1]
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+        iterate() # in which the moments come, and torch 2.11 tries each operation's shards
         tracker.track_external(gpt, opt)
         with tracker:
-            for _ in range(2): # the moments come with the first
-                with torch.autocast('cpu', torch.bfloat16, cache_enabled=False):
-                    loss = gpt(idx, idx, scale=1.0)[1]
-                loss.backward()
-                opt.step()
-                opt.zero_grad()
-                tracker.reset_mod_stats()
+            iterate()
         most = next(iter(tracker.get_tracker_snapshot('peak').values()))['Total']
         if rank == 0:
-            print(plan, most, memory.peak(plan, shape, 2, accumulates=False))
-        del gpt, opt, tracker, loss
+            print('peak:', plan, most, memory.peak(plan, shape, 2, accumulates=False))
+        del gpt, opt, tracker
     parallel.stop_processes(world_size)
 """
 
 def test_the_predicted_peak_of_a_sharded_run_is_within_a_tenth_of_a_real_iteration_s(clone, run):
     (clone / 'track.py').write_text(textwrap.dedent(TRACK))
-    for line in run('track.py', processes=2).out.splitlines():
+    lines = re.findall(r'^peak: (.*)', run('track.py', processes=2).out, re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
         plan, measured, predicted = line.split()
         print(f'{plan}: {int(measured) / 2**20:.0f} MiB, {int(predicted) / int(measured) - 1:+.1%} predicted')
         assert abs(int(predicted) / int(measured) - 1) < 0.1, line
