@@ -31,13 +31,16 @@ def test_a_compiled_model_gives_the_eager_losses(train):
     assert ', compiled' in result.out
     assert losses(result) == pytest.approx(expected, abs=1e-2)
 
+@pytest.mark.parametrize('compiled', [False, True])
 @pytest.mark.parametrize('plan', ['device', 'selective', 'recompute', 'offload'])
-def test_a_124M_model_takes_the_memory_predicted_in_plan(run, plan):
+def test_a_124M_model_takes_the_memory_predicted_in_plan(run, plan, compiled):
     out = run('bench.py', '--init_from=gpt2', f'--plan={plan}', '--batch_size=1', '--iters=2', '--json=True',
-              '--gradient_accumulation_steps=2', *CUDA, timeout=280).out
+              '--gradient_accumulation_steps=2', '--device=cuda', f'--compile={compiled}', timeout=600).out
     figures = json.loads(out.splitlines()[-1])
     # what is reserved is more than what tensors take: the allocator's gaps, and cuBLAS's room, 32 MiB a thread
-    assert 0.95 * figures['predicted_mb'] < figures['memory_mb'] < 1.1 * figures['predicted_mb'] + 64
+    assert figures['memory_mb'] < 1.1 * figures['predicted_mb'] + 64
+    assert figures['compiled'] == compiled # and then it may keep less
+    assert compiled or 0.95 * figures['predicted_mb'] < figures['memory_mb']
 
 def test_a_graph_gives_the_tokens_of_a_growing_cache():
     torch.manual_seed(0)
