@@ -99,14 +99,22 @@ def launch_id() -> str | None:
         job = f'{socket.gethostname()}:{os.getppid()}'
     return job and ' '.join([job, *sys.argv])
 
-def replicate_model(model, device: str):
+def replicate_model(model, device: str, step):
     """ the model with gradients that are the processes' mean (DDP); until they are set to None, they lie in
-    DDP's buckets, and micro-batches add up there without a second copy of them """
+    DDP's buckets, and micro-batches add up there without a second copy of them
+
+    DDP makes its buckets anew, beside the old ones, in the second forward: so step(model), a forward and a
+    backward, is called twice here, before there are an optimizer's moments.
+    """
     for p in model.parameters():
-        if p.requires_grad: # DDP takes in those that are there as it starts
+        if p.requires_grad: # DDP copies what is there into its buckets, and lets p.grad point to them
             p.grad = torch.zeros_like(p)
-    return DistributedDataParallel(model, device_ids=[device] if device.startswith('cuda') else None,
-                                   gradient_as_bucket_view=True)
+    replica = DistributedDataParallel(model, device_ids=[device] if device.startswith('cuda') else None,
+                                      gradient_as_bucket_view=True)
+    for _ in range(2):
+        step(replica)
+        model.zero_grad(set_to_none=False)
+    return replica
 
 def shard_model(model, world_size: int, device: str) -> None:
     """ leave each process its share of every parameter (FSDP2), which goes to the device; a block is put

@@ -242,18 +242,15 @@ iter_num, best, n_bad = 0, Best(), 0 # n_bad iterations in a row were not finite
 if init_from == 'resume':
     iter_num, best, n_bad = loaded.get('iter_num', 0), Best.of(loaded), loaded.get('n_bad', 0)
     say(f"resuming at iteration {iter_num}{checkpoints.tell_changes(loaded.get('config', {}), config)}")
-    if 'optimizer' in loaded and not eval_only:
-        load_optimizer(opt, loaded['optimizer'])
     if loaded.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(loaded['scaler'])
     config['init_from'] = loaded.get('config', {}).get('init_from', 'resume') # where it all began
 parallel.check_same(iter_num, world_size, device, out_dir)
-loaded = None # frees the moments, which the optimizer has copied
 
 # -----------------------------------------------------------------------------
 # compile and DDP
 
-def one_step():
+def one_step(model=raw_model):
     x, y = fetch(*train_data.batch(train_data.training_windows(0, micro_batch)), device)
     with autocast(device, dtype):
         model(x, y)[1].backward()
@@ -262,7 +259,10 @@ def one_step():
 is_compiled = with_room(compile_model, model.compiled_parts(), not eval_only and compile, device, one_step)
 opt.zero_grad(set_to_none=True)
 if world_size > 1 and not shard and not eval_only:
-    model = parallel.replicate_model(raw_model, device)
+    model = parallel.replicate_model(raw_model, device, one_step)
+if init_from == 'resume' and 'optimizer' in loaded and not eval_only:
+    load_optimizer(opt, loaded['optimizer'])
+loaded = None # frees the moments, which the optimizer has copied
 
 # -----------------------------------------------------------------------------
 # evaluation
@@ -417,7 +417,7 @@ while True:
         raise ValueError(f"five iterations in a row were not finite, up to {iter_num}; nothing of them is in "
                          f"a checkpoint of {out_dir}; type --init_from=resume with a lower --learning_rate "
                          "or --dtype=float32")
-    opt.zero_grad(set_to_none=model is raw_model)
+    opt.zero_grad(set_to_none=model is raw_model) # zeros stay in DDP's buckets
     dt = time.time() - t0
 
     # report: everything below is only bookkeeping

@@ -115,15 +115,18 @@ REPLICATE = """
     gpt = GPT(GPTConfig(16, 50, 2, 2, 32))
     gpt.transformer.wpe.weight.requires_grad_(False)
     params = [p for p in gpt.parameters() if p.requires_grad]
-    model, opt = parallel.replicate_model(gpt, device), torch.optim.AdamW(params)
-    for it in range(3): # torch rebuilds its buckets in the second
+    storages = lambda: {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in params}
+    idx = torch.zeros(2, 16, dtype=torch.int64)
+    model, opt = parallel.replicate_model(gpt, device, lambda model: model(idx, idx)[1].backward()), torch.optim.AdamW(params)
+    buckets = storages()
+    assert all(p.grad.count_nonzero() == 0 for p in params)
+    for it in range(3):
         for last in (False, False, True):
             model.require_backward_grad_sync = last
             idx = torch.full((2, 16), 10 * it + rank)
             model(idx, idx)[1].backward()
-            storages = {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in params}
             if rank == 0:
-                print('gradients:', len(storages) < len(params), sum(storages.values()) / 4 / sum(p.numel() for p in params))
+                print('gradients:', storages() == buckets, sum(buckets.values()) / 4 / sum(p.numel() for p in params))
         opt.step()
         opt.zero_grad(set_to_none=False)
     parallel.stop_processes(world_size)
