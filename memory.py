@@ -131,10 +131,11 @@ def ram(plan: str, shape: Shape) -> int:
 def plans_for(config: dict, device: str, processes: int = 1) -> tuple[str, ...]:
     """ the plans that a run of train.py's options may take; raises ValueError where they name another """
     wanted = config['plan']
-    other = config['optimizer'] != 'adamw' or config['lora_rank'] or config['freeze'] or processes > 1
-    # on a CPU, offloading gains nothing, and is there to be tried; MPS shares the RAM and bears one thread
-    other = other or device == 'mps' or device == 'cpu' and wanted != 'offload'
-    plans = PLANS[:3] if other else PLANS
+    cannot = config['optimizer'] != 'adamw' or config['lora_rank'] or config['freeze'] or processes > 1
+    # on a CPU, offloading gains nothing, and is there to be tried; MPS shares the RAM, too, and may crash
+    # where offload's thread copies while another computes
+    cannot = cannot or device == 'mps' or device == 'cpu' and wanted != 'offload'
+    plans = PLANS[:3] if cannot else PLANS
     if wanted != 'auto' and wanted not in plans:
         why = 'is for one process and adamw, nothing frozen, no MPS' if wanted in PLANS else 'is none'
         raise ValueError(f"plan {wanted!r} {why}; type --plan=NAME with one of: "

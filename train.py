@@ -259,7 +259,7 @@ def one_step(model=raw_model):
 is_compiled = with_room(compile_model, model.compiled_parts(), not eval_only and compile, device, one_step)
 opt.zero_grad(set_to_none=True)
 if world_size > 1 and not shard and not eval_only:
-    model = parallel.replicate_model(raw_model, device, one_step)
+    model = with_room(parallel.replicate_model, raw_model, device, one_step)
 if init_from == 'resume' and 'optimizer' in loaded and not eval_only:
     load_optimizer(opt, loaded['optimizer'])
 loaded = None # frees the moments, which the optimizer has copied

@@ -273,6 +273,15 @@ def test_backward_may_go_twice_through_a_block_that_is_run_again():
     first, second = (torch.autograd.grad(loss, gpt.transformer.wpe.weight, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
+def grads_in(plan, gpt, idx, half=False):
+    """ every gradient, in that plan, with the draws of one seed """
+    gpt.follow(plan)
+    gpt.zero_grad()
+    torch.manual_seed(1)
+    with torch.autocast('cpu', torch.bfloat16, enabled=half):
+        gpt(idx, idx)[1].backward()
+    return [p.grad for p in gpt.parameters()]
+
 @torch.library.custom_op('tests::draw', mutates_args=())
 def draw(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x).bernoulli_(0.5)
@@ -282,14 +291,8 @@ def test_a_selective_block_drops_the_same_where_attention_has_drawn_in_a_kernel_
     monkeypatch.setattr(model_module, 'ATTENTION', [torch.ops.tests.draw.default])
     monkeypatch.setattr(model_module, 'attend', lambda q, k, v, *rest: F.scaled_dot_product_attention(q, k, v * draw(v.detach()), is_causal=True))
     torch.manual_seed(0)
-    gpt, idx, grads = GPT(GPTConfig(16, 50, 3, 2, 16, 0.2)), torch.randint(50, (2, 16)), []
-    for plan in ('device', 'selective'):
-        gpt.follow(plan)
-        torch.manual_seed(1)
-        gpt.zero_grad()
-        gpt(idx, idx)[1].backward()
-        grads.append([p.grad for p in gpt.parameters()])
-    assert all(a.equal(b) for a, b in zip(*grads))
+    gpt, idx = GPT(GPTConfig(16, 50, 3, 2, 16, 0.2)), torch.randint(50, (2, 16))
+    assert all(map(torch.equal, grads_in('device', gpt, idx), grads_in('selective', gpt, idx)))
 
 def test_a_block_that_is_run_again_drops_the_same_where_torch_does_not_repeat_a_device_s_draws(monkeypatch):
     """ as on MPS """
@@ -297,28 +300,17 @@ def test_a_block_that_is_run_again_drops_the_same_where_torch_does_not_repeat_a_
     monkeypatch.setattr(torch.mps, 'get_rng_state', torch.get_rng_state)
     monkeypatch.setattr(torch.mps, 'set_rng_state', torch.set_rng_state)
     torch.manual_seed(0)
-    gpt, idx, grads, draws = GPT(GPTConfig(16, 50, 3, 2, 16, 0.2)), torch.randint(50, (2, 16)), [], []
+    gpt, idx = GPT(GPTConfig(16, 50, 3, 2, 16, 0.2)), torch.randint(50, (2, 16))
     gpt.draws = False # torch's own repeating is off
-    for plan in ('device', 'recompute'):
-        gpt.follow(plan)
-        torch.manual_seed(1)
-        gpt.zero_grad()
-        gpt(idx, idx)[1].backward()
-        grads.append([p.grad for p in gpt.parameters()])
-        draws.append(torch.rand(1)) # as if nothing had been drawn twice
-    assert all(a.equal(b) for a, b in zip(*grads)) and draws[0] == draws[1]
+    expected, then = grads_in('device', gpt, idx), torch.rand(1)
+    assert all(map(torch.equal, expected, grads_in('recompute', gpt, idx)))
+    assert torch.rand(1) == then # as if nothing had been drawn twice
 
 @pytest.mark.parametrize('half', [False, True])
 @pytest.mark.parametrize('dropout', [0.0, 0.2])
 def test_recomputing_the_blocks_changes_nothing(dropout, half):
     torch.manual_seed(0)
-    model, idx = GPT(GPTConfig(16, 50, 3, 2, 16, dropout)), torch.randint(50, (2, 16))
-    grads = []
-    for plan in ('device', 'selective', 'recompute'):
-        model.follow(plan)
-        torch.manual_seed(1)
-        model.zero_grad()
-        with torch.autocast('cpu', torch.bfloat16, enabled=half):
-            model(idx, idx)[1].backward()
-        grads.append([p.grad for p in model.parameters()])
-    assert all(a.equal(b) and a.equal(c) for a, b, c in zip(*grads))
+    gpt, idx = GPT(GPTConfig(16, 50, 3, 2, 16, dropout)), torch.randint(50, (2, 16))
+    expected = grads_in('device', gpt, idx, half)
+    for plan in ('selective', 'recompute'):
+        assert all(map(torch.equal, expected, grads_in(plan, gpt, idx, half)))
