@@ -6,6 +6,7 @@ tokenizer, scaler and version beside it. It is a zip, which keeps a checksum of 
 """
 import contextlib
 import glob
+import math
 import os
 import shutil
 import struct
@@ -179,9 +180,10 @@ def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> G
     base = checkpoint.get('base')
     if not isinstance(base, str):
         raise ValueError(f"{path} does not say which model its adapter is for; type --out_dir with another")
-    near = os.path.join(os.path.dirname(os.path.abspath(path)), '..', *base.split(os.sep)[-2:])
-    if os.path.isabs(base) and not os.path.exists(base) and os.path.exists(near):
-        base = near # both folders have moved
+    beside, parts = os.path.join(os.path.dirname(os.path.abspath(path)), '..'), base.split(os.sep)
+    if os.path.isabs(base) and not os.path.exists(base): # both folders have moved
+        near = [os.path.join(beside, *parts[-n:]) for n in (2, 1)]
+        base = next((there for there in near if os.path.exists(there)), base)
     try:
         model, _ = load_model(base, dropout)
     except OSError as error:
@@ -215,8 +217,12 @@ def load_model(source: str, dropout: float = 0.0, merge: bool = True) -> tuple[G
     return pretrained.load(source, dropout)
 
 def resume(out_dir: str, config: dict, say) -> tuple[GPT, dict]:
-    """ what `latest` gives, for a run of these options: with other data its patience begins anew """
+    """ what `latest` gives, for a run of these options: with other data its patience begins anew; raises
+    ValueError where they add an adapter """
     model, loaded = latest(out_dir, config['dropout'], say)
+    if config['lora_rank'] and 'lora' not in loaded:
+        raise ValueError(f"the run in {out_dir} has no adapter, and lora_rank is {config['lora_rank']}; type "
+                         f"--lora_rank=0, or --init_from={quote(out_dir)} --out_dir=ANOTHER")
     if not is_same_data(loaded.get('config', {}), config):
         loaded['n_worse'] = 0
     return model, loaded
@@ -249,6 +255,12 @@ def latest(out_dir: str, dropout: float, say) -> tuple[GPT, dict]:
     except ValueError as error:
         raise ValueError(f"{paths[0]} cannot be used, and neither can the other: {error}") from None
 
+def way_back(out_dir: str) -> str:
+    """ the options that train the best model of out_dir anew, since a later one may be spoiled; or begin
+    anew, where there is none """
+    path = find(out_dir)
+    return f"--init_from={quote(path)} --out_dir=ANOTHER" if path else "the same"
+
 def is_of(out_dir: str, launch: str | None) -> bool:
     """ whether the run in out_dir was started by this very command in this job of torchrun's """
     for name in ('last.pt', 'ckpt.pt') if launch else ():
@@ -280,6 +292,23 @@ def find_tokenizer(loaded: dict, vocab_size: int) -> dict:
     check_match(state, vocab_size, state, 'its dataset')
     return state
 
+def check_new(out_dir: str, init_from: str, overwrite: bool) -> None:
+    """ raise FileExistsError where a new run in out_dir would lose what is there: a run, the model it starts
+    from, or another program's files """
+    # by its name on the hub, too, which would be this folder from then on
+    if init_from != 'scratch' and os.path.abspath(init_from) == os.path.abspath(out_dir):
+        raise FileExistsError(f"init_from and out_dir are both {out_dir}; type --init_from=resume to go on "
+                              "with a run, or --out_dir=ANOTHER")
+    if find(out_dir) and not overwrite:
+        raise FileExistsError(f"{out_dir} already holds a run; type --init_from=resume to go on with it, "
+                              "--out_dir=ANOTHER to keep it, or --overwrite=True to lose it")
+    settings = os.path.join(out_dir, 'config.json')
+    if os.path.exists(settings):
+        with open(settings, encoding='utf-8', errors='replace') as file:
+            if '"init_from"' not in file.read():
+                raise FileExistsError(f"{settings} is not of train.py, which would write its own; type "
+                                      "--out_dir=ANOTHER")
+
 def describe_base(source: str, model: GPT, out_dir: str) -> dict:
     """ what an adapter's checkpoint in out_dir says of the model that `source` names, and that it is for
 
@@ -296,8 +325,17 @@ def describe_base(source: str, model: GPT, out_dir: str) -> dict:
 def tell_changes(before: dict, config: dict) -> str:
     """ which options differ from those of the run that is resumed, for its first line
 
-    Raises ValueError where another part is frozen, since its moments would be those of others.
+    Raises ValueError where another part is frozen, since its moments would be those of others; or where an
+    iteration has more sequences or fewer, since these count what of the data was read.
     """
+    last = os.path.join(config['out_dir'], 'last.pt')
+    anew = f"--init_from={quote(last if os.path.isfile(last) else config['out_dir'])} --out_dir=ANOTHER"
+    was, now = ([c.get(key, 0) for key in ('batch_size', 'gradient_accumulation_steps')]
+                for c in (before, config))
+    if math.prod(was) not in (0, math.prod(now)) and not config['eval_only']:
+        raise ValueError(f"an iteration of this run is {was[0]} x {was[1]} sequences (batch_size x "
+                         f"gradient_accumulation_steps), not {now[0]} x {now[1]}; keep the product, or type "
+                         f"{anew} to start anew from its weights")
     if before.get('freeze', '') != config['freeze']:
         raise ValueError(f"the run froze {before.get('freeze', '')!r}, and freeze is {config['freeze']!r}; "
                          f"type --freeze={before.get('freeze', '')}, "
@@ -307,10 +345,7 @@ def tell_changes(before: dict, config: dict) -> str:
                if key not in not_options and before.get(key, config[key]) != config[key]]
     told = f", with {', '.join(changed)}" if changed else ''
     if not is_same_data(before, config):
-        last = os.path.join(config['out_dir'], 'last.pt')
-        source = quote(last if os.path.isfile(last) else config['out_dir'])
-        told += (f"; the best so far was judged by {before['dataset']}: to count anew, type "
-                 f"--init_from={source} --out_dir=ANOTHER")
+        told += f"; the best so far was judged by {before['dataset']}: to count anew, type {anew}"
     return told
 
 def is_same_data(before: dict, config: dict) -> bool:

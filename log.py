@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -128,8 +129,11 @@ def replacing(path: str):
         yield file
     os.replace(path + '.tmp', path)
 
+open_rows = {} # {log.csv: an evaluation that ended a run which goes on, and where in the file it stands}
+
 def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None = None) -> None:
-    """ make out_dir, its config.json, and log.csv with the rows of the iterations before `resume_at`
+    """ make out_dir, its config.json, and log.csv with the rows of the iterations before `resume_at`, and of
+    its evaluation
 
     config is the options as they were given; facts is what became of some of them, and all else of the run.
     """
@@ -140,14 +144,18 @@ def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None = N
         if resume_at is not None and os.path.exists(path):
             with open(path, newline='') as file:
                 rows = [row for row in csv.DictReader(file) # without one that was cut short
-                        if None not in row.values() and int(row['iter']) < resume_at]
+                        if None not in row.values() and int(row['iter']) <= resume_at]
             if rows and list(rows[0]) != COLUMNS:
                 raise ValueError('other columns')
         keep_samples(os.path.join(out_dir, 'samples.txt'), resume_at or 0)
+        again = rows.pop() if rows and int(rows[-1]['iter']) == resume_at else None
         with replacing(path) as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
+            if again and again['val_loss']: # stays until its iteration is made, which need not evaluate again
+                open_rows[path] = again, file.tell()
+                writer.writerow(again)
         with replacing(os.path.join(out_dir, 'config.json')) as file:
             given = {key: value for key, value in config.items() if facts.get(key, value) != value}
             json.dump({**config, **facts, 'given': given}, file, indent=2)
@@ -158,12 +166,13 @@ def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None = N
         raise OSError(f"cannot write to {out_dir} ({error.strerror}); type --out_dir=ANOTHER") from None
 
 def keep_samples(path: str, resume_at: int) -> None:
-    """ of samples.txt, if there is one, only what was written before this iteration """
+    """ take away from samples.txt, if there is one, what a run wrote at this iteration and later """
     if os.path.exists(path):
-        with open(path, encoding='utf-8', newline='') as file:
-            parts = file.read().split(f'{RULE}iteration ')[1:]
-        with replacing(path) as file:
-            file.writelines(f'{RULE}iteration {part}' for part in parts if int(part.split()[0]) < resume_at)
+        with open(path, 'rb') as file:
+            heads = re.finditer(rf'^{RULE}iteration (\d+)$'.encode(), file.read(), re.MULTILINE)
+        start = next((head.start() for head in heads if int(head[1]) >= resume_at), None)
+        if start is not None:
+            os.truncate(path, start)
 
 waiting = {} # {file: text that it did not take yet}
 
@@ -191,11 +200,17 @@ def finish_log(to_wandb: bool) -> None:
 def append_row(out_dir: str, row: dict, to_wandb: bool = False) -> None:
     """ add a row to log.csv, with empty cells for what was not measured; after an evaluation, draw it
     all anew """
-    cells, row = io.StringIO(), {k: v for k, v in row.items() if v is not None}
-    csv.DictWriter(cells, COLUMNS).writerow({k: repr(v) for k, v in row.items()})
+    path, cells, row = (os.path.join(out_dir, 'log.csv'), io.StringIO(),
+                        {k: v for k, v in row.items() if v is not None})
+    written, (before, start) = {k: repr(v) for k, v in row.items()}, open_rows.pop(path, ({}, 0))
+    if before.get('iter') == written['iter']: # one row of both
+        with contextlib.suppress(OSError):
+            os.truncate(path, start)
+        written = {**before, **written}
+    csv.DictWriter(cells, COLUMNS).writerow(written)
     if to_wandb:
         need_wandb().log(row)
-    append(os.path.join(out_dir, 'log.csv'), cells.getvalue())
+    append(path, cells.getvalue())
     if 'val_loss' in row:
         try:
             write_report(out_dir)
@@ -235,7 +250,8 @@ def write_report(out_dir: str) -> None:
     speed = f", {statistics.median(timed):,.0f} tokens/s" if timed else ''
     lines += ['', f"On {settings['machine']}, {settings['device']} in {settings['dtype']}{speed}.", '']
     if os.path.exists(os.path.join(out_dir, 'samples.txt')):
-        with open(os.path.join(out_dir, 'samples.txt'), encoding='utf-8', newline='') as file:
+        with open(os.path.join(out_dir, 'samples.txt'), encoding='utf-8', errors='replace',
+                  newline='') as file:
             last = file.read().split(RULE)[-1]
         lines += ['What it wrote last:', '', *('    ' + line for line in last.splitlines()), '']
     lines += ['The configuration:', '',

@@ -130,12 +130,10 @@ parallel.check_shard(shard, world_size, config)
 
 signals, launch = Signals(say), parallel.launch_id()
 restarted = parallel.all_sum([float(checkpoints.is_of(out_dir, launch))], world_size, device)[0] > 0
-if init_from != 'resume' and checkpoints.find(out_dir) and not (eval_only or dry_run):
-    if restarted: # torchrun has lost a process, and started all of them again
-        init_from = 'resume'
-    elif not overwrite:
-        raise FileExistsError(f"{out_dir} already holds a run; type --init_from=resume to go on with it, "
-                              "--out_dir=ANOTHER to keep it, or --overwrite=True to lose it")
+if restarted: # torchrun has lost a process, and started all of them again
+    init_from = 'resume'
+elif init_from != 'resume' and not (eval_only or dry_run):
+    checkpoints.check_new(out_dir, init_from, overwrite)
 
 # -----------------------------------------------------------------------------
 # memory
@@ -331,13 +329,13 @@ if iter_num >= max_iters and init_from == 'resume' and is_logged(out_dir, iter_n
         f"--{'num_epochs' if max_iters < config['max_iters'] else 'max_iters'}=N with a larger N to go on")
     leave(0)
 if master:
-    saver.clear(anew=overwrite and init_from != 'resume')
     wandb_id = start_wandb(config, init_from == 'resume')
     start_log(out_dir, config, dict(
         wandb_id=wandb_id, device=device, dtype=dtype, plan=plan, processes=world_size, max_iters=max_iters,
         warmup_iters=warmup_iters, lr_decay_iters=lr_decay_iters, machine=describe_machine(device),
         parameters=raw_model.num_params(), trained=n_trained, model_args=checkpoints.model_args(raw_model)),
         resume_at=iter_num if init_from == 'resume' else None)
+    saver.clear(anew=overwrite and init_from != 'resume') # last, when nothing can refuse any more
 
 # -----------------------------------------------------------------------------
 # loop
@@ -413,10 +411,11 @@ while True:
     if not finite:
         say(f"iter {iter_num}: loss {loss}, gradient norm {grad_norm}; no update")
     if n_bad >= 5:
+        n_bad = 0 # a resumed run may have five again
         save(tells=True)
         raise ValueError(f"five iterations in a row were not finite, up to {iter_num}; nothing of them is in "
-                         f"a checkpoint of {out_dir}; type --init_from=resume with a lower --learning_rate "
-                         "or --dtype=float32")
+                         f"a checkpoint of {out_dir}; type {checkpoints.way_back(out_dir)} with a lower "
+                         "--learning_rate, or --dtype=float32")
     opt.zero_grad(set_to_none=model is raw_model) # zeros stay in DDP's buckets
     dt = time.time() - t0
 

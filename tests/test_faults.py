@@ -278,7 +278,10 @@ def test_what_is_no_number_makes_no_update_and_is_in_no_checkpoint(inject, optio
 def test_the_fifth_in_a_row_that_is_no_number_ends_the_run(inject, losses, gradients):
     done = inject(losses, gradients, '--max_iters=12', status=2)
     assert done.err.splitlines()[-1].startswith('error: five iterations in a row were not finite, up to 6;')
-    assert all_finite(done.out_dir) and load(done.out_dir / 'last.pt')['iter_num'] == 6
+    assert done.err.endswith(f"type --init_from={done.out_dir / 'ckpt.pt'} --out_dir=ANOTHER with a lower --learning_rate, "
+                             "or --dtype=float32\n")
+    last = load(done.out_dir / 'last.pt')
+    assert all_finite(done.out_dir) and last['iter_num'] == 6 and last['n_bad'] == 0
     assert inject([], [], '--init_from=resume', '--max_iters=12').column('iter') == [str(i) for i in range(13)]
 
 # -----------------------------------------------------------------------------

@@ -115,12 +115,49 @@ def test_an_adapter_whose_base_is_gone_or_another_is_refused(train, run, base, t
 def test_an_adapter_does_not_overwrite_its_base_and_both_may_move(train, run, base, tmp_path):
     mine = tmp_path / 'old' / 'mine'
     shutil.copytree(base, mine)
-    done = train(f'--init_from={mine}', '--lora_rank=2', '--overwrite=True', f'--out_dir={mine}', status=2)
-    assert 'holds the model that the adapter is for' in done.err
+    for source, message in ((mine, 'init_from and out_dir are both'), (mine / 'ckpt.pt', 'holds the model that the adapter')):
+        done = train(f'--init_from={source}', '--lora_rank=2', '--overwrite=True', f'--out_dir={mine}', status=2)
+        assert message in done.err
     assert load(mine / 'ckpt.pt')['iter_num'] == load(base / 'ckpt.pt')['iter_num']
     train(f'--init_from={mine}', '--lora_rank=2', '--max_iters=1', f"--out_dir={tmp_path / 'old' / 'adapter'}")
     shutil.move(tmp_path / 'old', tmp_path / 'new')
     assert run('sample.py', '--num_samples=1', '--max_new_tokens=5', f"--out_dir={tmp_path / 'new' / 'adapter'}").out
+
+def test_an_adapter_for_a_folder_of_hugging_face_s_moves_with_it(run, base, tmp_path):
+    old, new = tmp_path / 'old', tmp_path / 'new'
+    run('export.py', f'--out_dir={base}', f"--to={old / 'hf'}")
+    run('train.py', '--dataset=chars', *TINY, f"--init_from={old / 'hf'}", '--lora_rank=2', '--max_iters=1', f"--out_dir={old / 'lora'}")
+    shutil.move(old, new)
+    assert run('sample.py', '--num_samples=1', '--max_new_tokens=5', f"--out_dir={new / 'lora'}").out
+
+def test_a_run_spares_the_folder_it_starts_from_and_what_other_programs_wrote(train, run, base, tmp_path):
+    hf = tmp_path / 'hf'
+    run('export.py', f'--out_dir={base}', f'--to={hf}')
+    before = {path.name: path.read_bytes() for path in hf.iterdir()}
+    for source in (f'--init_from={hf}', f'--init_from={base}', '--init_from=scratch'):
+        for more in ((), ('--overwrite=True',)):
+            assert 'type --' in train(source, *more, f'--out_dir={hf}', status=2).err
+    assert {path.name: path.read_bytes() for path in hf.iterdir()} == before
+    assert 'are both gpt2' in train('--init_from=gpt2', '--out_dir=gpt2', status=2).err
+
+def test_an_adapter_does_not_take_the_place_of_a_resumed_run_s_weights(train, run, base, tmp_path):
+    run('export.py', f'--out_dir={base}', f"--to={tmp_path / 'out' / 'ckpt.pt'}", '--weights_only=True')
+    before = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
+    assert 'has no adapter' in train('--init_from=resume', '--lora_rank=2', '--max_iters=20', status=2).err
+    assert (tmp_path / 'out' / 'ckpt.pt').read_bytes() == before
+
+def test_a_text_of_the_user_s_in_samples_txt_stays(train, tmp_path):
+    (tmp_path / 'out').mkdir()
+    mine = 'é: my own\n'.encode('latin-1') # no UTF-8
+    (tmp_path / 'out' / 'samples.txt').write_bytes(mine)
+    options = '--sample_interval=3', '--sample_tokens=5'
+    whole = train(*options).out_dir / 'samples.txt'
+    text = whole.read_bytes()
+    assert text.startswith(mine) and text.count(b'- iteration ') == 3 and (tmp_path / 'out' / 'report.md').exists()
+    train(*options, '--overwrite=True')
+    assert whole.read_bytes() == text # an earlier run's samples go
+    train(*options, '--init_from=resume', '--max_iters=7')
+    assert whole.read_bytes() == text
 
 def test_another_freeze_or_another_adapter_is_not_resumed(train, base):
     train(f'--init_from={base}', '--freeze=h.0', '--max_iters=1')
@@ -186,6 +223,13 @@ def test_a_report_tells_the_run(train):
         if row['val_loss']:
             assert f"| {row['iter']} | {float(row['epoch']):.2f} | {float(row['train_loss']):.4f} | " in text
     assert 'n_layer = 2' in text and 'torch ' in text and 'iteration 6' in text.split('What it wrote last')[1]
+
+def test_a_run_that_wandb_does_not_let_start_leaves_the_one_before(train, clone):
+    files = {path: path.read_bytes() for path in train('--max_iters=1').out_dir.iterdir()}
+    env = {'WANDB_API_KEY': '', 'WANDB_MODE': 'online', 'HOME': str(clone), 'WANDB_BASE_URL': 'http://127.0.0.1:9', 'NETRC': str(clone / 'none')}
+    done = train('--overwrite=True', '--wandb_log=True', env=env, status=2)
+    assert 'wandb does not start' in done.err
+    assert {path: path.read_bytes() for path in files} == files
 
 def test_wandb_s_run_is_the_same_after_a_resume(train, tmp_path):
     env = {'WANDB_MODE': 'offline', 'WANDB_DIR': str(tmp_path), 'WANDB_SILENT': 'true'}

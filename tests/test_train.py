@@ -221,6 +221,22 @@ def test_a_run_is_not_overwritten_unless_asked(whole, train, tmp_path):
     assert (tmp_path / 'out' / 'ckpt.pt').read_bytes() == before
     assert train('--overwrite=True', '--max_iters=1').column('iter') == ['0', '1']
 
+def test_an_evaluation_that_ended_a_run_stays_where_it_goes_on(train):
+    ended = train('--max_iters=5', '--eval_interval=4')
+    best = ended.column('val_loss')[5]
+    longer = train('--max_iters=8', '--eval_interval=4', '--init_from=resume')
+    assert best and longer.column('iter') == list('012345678') and longer.column('val_loss')[5] == best
+    assert all(longer.column('loss')[:8])
+    later = train('--max_iters=10', '--eval_interval=5', '--init_from=resume', '--log_interval=3') # iteration 8 is not logged
+    assert later.column('val_loss')[5] == best and later.column('iter') == [*'012345678', '9', '10'] and later.column('val_loss')[8]
+
+def test_a_resumed_iteration_has_as_many_sequences_as_before(train):
+    train('--max_iters=2')
+    done = train('--init_from=resume', '--max_iters=4', '--batch_size=8', status=2)
+    assert 'an iteration of this run is 4 x 2 sequences' in done.err and 'not 8 x 2' in done.err
+    train('--init_from=resume', '--eval_only=True', '--batch_size=8')
+    train('--init_from=resume', '--max_iters=4', '--batch_size=8', '--gradient_accumulation_steps=1')
+
 def test_num_epochs_sets_the_iterations_and_caps_the_warm_up(train):
     windows = math.ceil((int(len(TEXT) * 0.9) - 1) / 16)
     result = train('--num_epochs=0.1', '--warmup_iters=1000', '--max_iters=1000')
