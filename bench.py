@@ -172,8 +172,8 @@ def make_training():
             with autocast(device, dtype, cache=plain):
                 _, loss = net(x, y, scale=1 / n_tokens)
             loss.backward()
-        if chosen == 'offload':
-            opt.collect()
+            if chosen == 'offload':
+                opt.collect()
         torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
         opt.step()
         opt.zero_grad(set_to_none=True)

@@ -256,10 +256,11 @@ def latest(out_dir: str, dropout: float, say) -> tuple[GPT, dict]:
         raise ValueError(f"{paths[0]} cannot be used, and neither can the other: {error}") from None
 
 def way_back(out_dir: str) -> str:
-    """ the options that train the best model of out_dir anew, since a later one may be spoiled; or begin
-    anew, where there is none """
+    """ what to type where iterations were not finite: what trains the best model of out_dir anew, since a
+    later one may be spoiled, or the same, where there is none """
     path = find(out_dir)
-    return f"--init_from={quote(path)} --out_dir=ANOTHER" if path else "the same"
+    return (f"nothing of them is in a checkpoint of {out_dir}; type "
+            f"{f'--init_from={quote(path)} --out_dir=ANOTHER' if path else 'the same'}")
 
 def is_of(out_dir: str, launch: str | None) -> bool:
     """ whether the run in out_dir was started by this very command in this job of torchrun's """

@@ -23,6 +23,7 @@ import traceback
 ROOT = os.path.dirname(os.path.abspath(__file__))
 # options of one call of train.py, and not of the run that it begins or goes on with
 OF_A_CALL = 'init_from', 'out_dir', 'overwrite', 'eval_only', 'dry_run'
+PATHS = 'init_from', 'out_dir', 'base', 'dataset', 'file', 'to', 'input' # options that name files
 
 def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[str, ...] = (),
               resumes: bool = False) -> dict:
@@ -80,7 +81,8 @@ def read_argument(arg: str, current: dict, defaults: dict) -> dict:
         key, equals, text = arg[2:].partition('=')
         check_key(key, defaults, where='the command line')
         if not equals:
-            raise ValueError(f"{arg} has no value; type {arg}={defaults[key]}, for instance")
+            example = not defaults[key] if type(defaults[key]) is bool else 'VALUE'
+            raise ValueError(f"{arg} has no value; type {arg}={example}, with = and no blank")
         return {key: parse(key, text, defaults[key])}
     if not arg.endswith('.py'):
         raise ValueError(f"{arg!r} is neither a config file (*.py) nor an option; options are typed "
@@ -90,7 +92,13 @@ def read_argument(arg: str, current: dict, defaults: dict) -> dict:
                 and (k in defaults or not callable(v))}
     for key in settings:
         check_key(key, defaults, where=arg)
-    return {key: match_type(key, value, defaults[key]) for key, value in settings.items()}
+    return {key: at_home(key, match_type(key, value, defaults[key])) for key, value in settings.items()}
+
+def at_home(key: str, value):
+    """ `value`, where ~ in a path is the user's home, which a shell does not put into --key=~/path """
+    start = '(^|,)' if key in PATHS else '(^FILE:)'
+    home = os.path.expanduser('~')
+    return re.sub(start + r'~(?=/|$)', lambda m: m[1] + home, value) if isinstance(value, str) else value
 
 class Names(dict):
     """ a config file's variables, which knows those that it assigns """
@@ -154,7 +162,7 @@ def check_range(key: str, value, least: int) -> None:
 def parse(key: str, text: str, default):
     """ the value of --key=text; text for a text option is never evaluated, so --start=5 is '5' """
     if isinstance(default, str) and default != 'auto':
-        return text
+        return at_home(key, text)
     try:
         value = ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
     except (SyntaxError, ValueError, MemoryError, RecursionError):

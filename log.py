@@ -19,6 +19,7 @@ from configurator import quote
 from plot import plot_run
 
 COLUMNS = 'iter,epoch,loss,lr,grad_norm,time_ms,tokens_per_sec,mfu,memory_mb,train_loss,val_loss'.split(',')
+SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias' # options that another model brings along
 RULE = '-' * 40 + ' ' # between two samples
 
 @dataclass
@@ -137,6 +138,7 @@ def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None = N
 
     config is the options as they were given; facts is what became of some of them, and all else of the run.
     """
+    facts = {**{key: facts['model_args'][key] for key in SHAPE}, **facts}
     path = os.path.join(out_dir, 'log.csv')
     try:
         os.makedirs(out_dir, exist_ok=True)
@@ -295,6 +297,7 @@ def epoch_times(out_dir: str, config: dict) -> dict[str, float]:
     try:
         with open(os.path.join(out_dir, 'config.json')) as file:
             settings = json.load(file)
+        settings.update({key: settings['given'].get(key, settings[key]) for key in SHAPE}) # as options are
         with open(os.path.join(out_dir, 'log.csv'), newline='') as file:
             rows = [row for row in csv.DictReader(file) if row['time_ms']]
         kinds = [each['device'].partition(':')[0] for each in (settings, config)] # cuda:1 is as fast as cuda

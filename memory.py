@@ -149,20 +149,22 @@ def largest(plan: str, shape: Shape, sequences: int, most: int, budget: float) -
     return next(fitting, 0)
 
 def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
-           plans: tuple[str, ...] = PLANS, ram_free: float = math.inf) -> tuple[str, int]:
+           plans: tuple[str, ...] = PLANS, ram_free: float = math.inf,
+           learns: bool = True) -> tuple[str, int]:
     """ the fastest of `plans` that fits, and its micro-batch; raises ValueError where none fits
 
-    ram_free is counted with the float32 weights already in RAM, where a model is made or loaded.
+    ram_free is counted with what of the model is in RAM already.
     A plan that is `wanted` by name is taken even where it is not expected to fit, then at micro-batch 1.
     """
+    if not learns and wanted != 'offload' and (4 * shape.params < budget or 'offload' not in plans):
+        return 'device', min(most, sequences) # an evaluation takes the weights, and little more
     if wanted != 'auto':
         return wanted, largest(wanted, shape, sequences, most, budget) or 1
     for plan in plans:
-        B, more = largest(plan, shape, sequences, most, budget), ram(plan, shape) - 4 * shape.params
-        if B and more > ram_free:
-            raise ValueError(f"plan {plan} takes another {more / GiB:.1f} GiB of RAM, and "
-                             f"{ram_free / GiB:.1f} are free; take a smaller model, or type --plan={plan} "
-                             "to try all the same")
+        B, needed = largest(plan, shape, sequences, most, budget), ram(plan, shape)
+        if B and needed > ram_free:
+            raise ValueError(f"plan {plan} takes {needed / GiB:.1f} GiB of RAM, and {ram_free / GiB:.1f} are "
+                             f"free for it; take a smaller model, or type --plan={plan} to try all the same")
         if B:
             return plan, B
     least = peak(plans[-1], shape, 1) / GiB
@@ -171,9 +173,16 @@ def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
                      f"type --block_size={max(1, shape.block_size // 2)}, take a smaller model, or type "
                      f"--plan={plans[-1]} to try all the same")
 
-def advice(plan: str, B: int, block_size: int, sequences: int, plans: tuple[str, ...] = PLANS) -> str:
-    """ what to say where a plan ran out of memory all the same; an iteration keeps its `sequences` """
+def advice(plan: str, B: int, block_size: int, sequences: int, plans: tuple[str, ...] = PLANS,
+           works: bool = True) -> str:
+    """ what to say where a plan ran out of memory all the same; an iteration keeps its `sequences`
+
+    works says that sequences were at work, not weights or moments alone, of which only offload holds less.
+    """
     leaner = [name for name in PLANS[PLANS.index(plan) + 1:] if name in plans]
+    if not works:
+        less = '--plan=offload' if 'offload' in leaner else '--lora_rank=16, or take a smaller model'
+        return f"out of memory in plan {plan}, with weights, gradients and moments alone; type {less}"
     smaller = max(n for n in range(1, max(2, B // 2 + 1)) if sequences % n == 0)
     option = (f"--batch_size={smaller} --gradient_accumulation_steps={sequences // smaller}" if B > 1
               else f"--plan={leaner[0]}" if leaner
@@ -189,8 +198,9 @@ COSTS = {'device': 'no speed', 'selective': 'cheap operations twice',
 
 def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) -> str:
     """ the plan of a run, for its user """
+    beside = f", {ram(plan, shape) / GiB:.1f} in RAM" if plan == 'offload' else ''
     return (f"plan {plan}, {count(B)} at a time: {peak(plan, shape, B, accumulates) / GiB:.2f} GiB "
-            f"expected, {max(budget, 0) / GiB:.1f} to fill; it costs {COSTS[plan]}")
+            f"expected{beside}, {max(budget, 0) / GiB:.1f} to fill; it costs {COSTS[plan]}")
 
 def table(shape: Shape, sequences: int, most: int, budget: float, epochs: dict[str, float],
           plans: tuple[str, ...] = PLANS, ram_free: float = math.inf) -> str:
@@ -205,7 +215,8 @@ def table(shape: Shape, sequences: int, most: int, budget: float, epochs: dict[s
         used = peak(plan, shape, B or 1, accumulates=(B or 1) < sequences) / GiB
         took = f"{epochs[plan]:,.0f} s" if plan in epochs else 'unknown'
         fits = 'yes' if B and plan in plans else 'no'
-        why = COSTS[plan] if plan in plans else 'is not for these options'
+        why = (COSTS[plan] if plan in plans else 'gains nothing on a CPU' if shape.device == 'cpu'
+               else 'is not for these options')
         if B and plan in plans and ram(plan, shape) > ram_free:
             why += '; more RAM than is free here'
         lines.append(f"{plan:<11}{B or 1:>12}{used:>15.2f}{ram(plan, shape) / GiB:>12.1f}{took:>9}  "

@@ -113,11 +113,8 @@ steady_output() # a line is seen at once in a file, too, and a full disk under i
 if wandb_log:
     need_wandb() # here, so that its absence is told before anything is done
 
-def say(text):
-    if master:
-        print(text)
+say = print if master else lambda text: None
 
-model = None
 def leave(status):
     global model
     model = None # DDP holds on to the processes' group
@@ -150,6 +147,7 @@ plans = memory.plans_for(config, place, world_size)
 
 def shape_of(c):
     """ what the memory of this run depends on, for a model of GPTConfig c """
+    check_length(block_size, c.block_size)
     with torch.device('meta'):
         gpt = GPT(c)
         lora.restrict(gpt, config)
@@ -160,10 +158,18 @@ def shape_of(c):
 scratch = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
 if dry_run: # which needs neither data nor, for GPT-2, weights
     c = checkpoints.config_of(out_dir if init_from == 'resume' else init_from, scratch)
-    check_length(block_size, c.block_size)
     epochs = epoch_times(out_dir, {**config, 'device': place, 'processes': world_size})
     say(memory.table(shape_of(c), share, batch_size, free, epochs, plans, free_memory('cpu')))
     leave(0)
+
+def plan_for(c, held):
+    """ the plan for a model of GPTConfig c, and the micro-batch; `held` bytes a parameter are in RAM already """
+    shape = shape_of(c)
+    ram_free = math.inf if eval_only else free_memory('cpu') + held * shape.params
+    chosen, fits = memory.choose(plan, shape, share, batch_size, free, plans, ram_free, not eval_only)
+    if not eval_only or chosen == 'offload':
+        say(memory.describe(chosen, shape, fits, fits < share, free))
+    return chosen, fits
 
 # -----------------------------------------------------------------------------
 # data
@@ -181,16 +187,17 @@ lr_decay_iters = lr_decay_iters or max_iters
 # -----------------------------------------------------------------------------
 # model
 
-loaded = {} # what a checkpoint holds beside the weights
+loaded, fits = {}, 0 # what a checkpoint holds beside the weights, and the micro-batch
 if init_from == 'scratch':
     torch.manual_seed(seed)
     model = GPT(scratch)
 elif init_from == 'resume':
     model, loaded = checkpoints.resume(out_dir, config, say)
 else:
+    if not (eval_only or checkpoints.find(init_from)): # told before gigabytes are fetched
+        plan, fits = plan_for(checkpoints.config_of(init_from, scratch), 0)
     model, loaded = checkpoints.load_model(init_from, dropout)
 check_match(loaded.get('tokenizer'), model.config.vocab_size, tokenizer, dataset)
-check_length(block_size, model.config.block_size)
 template = read_template(folders) or loaded.get('template')
 if init_from != 'resume' and lora_rank: # a resumed run has its adapter, and knows its base
     loaded.update(checkpoints.describe_base(init_from, model, out_dir))
@@ -209,18 +216,14 @@ def with_room(work, *args, again=True):
             if not is_out_of_memory(error):
                 raise
         if micro_batch == 1 or world_size > 1 or not again: # the other processes do not know
-            raise ValueError(memory.advice(plan, micro_batch if again else 1, block_size, sequences, plans))
+            raise ValueError(memory.advice(plan, micro_batch, block_size, sequences,
+                                           () if eval_only and again else plans, again))
         opt.zero_grad(set_to_none=True)
         was, (micro_batch, n_micro_steps) = micro_batch, split_batch(share, micro_batch // 2)
         say(f"iter {iter_num}: out of memory with {was} sequences at a time; again with {micro_batch}")
 
-shape = shape_of(model.config)
-if eval_only and plan != 'offload' and (4 * shape.params < free or 'offload' not in plans):
-    plan, plans, fits = 'device', ('device',), min(batch_size, share) # it takes the weights, and little more
-else:
-    ram_free = math.inf if eval_only else free_memory('cpu') # for gradients and moments
-    plan, fits = memory.choose(plan, shape, share, batch_size, free, plans, ram_free)
-    say(memory.describe(plan, shape, fits, fits < share, free))
+if not fits: # weights are there, and a resumed run's moments, which an optimizer in RAM takes as they are
+    plan, fits = plan_for(model.config, 12 if loaded.get('optimizer') else 4)
 micro_batch, n_micro_steps = split_batch(share, fits)
 model.follow(plan)
 if shard:
@@ -360,8 +363,8 @@ def accumulate(windows, n_targets):
             _, micro_loss = model(x, y, scale=scale)
         micro_loss.backward()
         loss += micro_loss.detach() / (scale * n_targets)
-    if plan == 'offload':
-        opt.collect()
+        if plan == 'offload':
+            opt.collect() # or the next loss would find the last gradients there still
     return loss
 
 signals.listen()
@@ -413,9 +416,8 @@ while True:
     if n_bad >= 5:
         n_bad = 0 # a resumed run may have five again
         save(tells=True)
-        raise ValueError(f"five iterations in a row were not finite, up to {iter_num}; nothing of them is in "
-                         f"a checkpoint of {out_dir}; type {checkpoints.way_back(out_dir)} with a lower "
-                         "--learning_rate, or --dtype=float32")
+        raise ValueError(f"five iterations in a row were not finite, up to {iter_num}; "
+                         f"{checkpoints.way_back(out_dir)} with a lower --learning_rate, or --dtype=float32")
     opt.zero_grad(set_to_none=model is raw_model) # zeros stay in DDP's buckets
     dt = time.time() - t0
 

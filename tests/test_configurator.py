@@ -171,3 +171,17 @@ def test_every_config_sets_only_options_of_train_py():
     assert len(paths) >= 10
     for path in paths:
         assert read_argument(path, dict(defaults), defaults) != defaults
+
+def test_the_home_folder_is_found_in_paths_and_nowhere_else():
+    home = os.path.expanduser('~')
+    options = {'out_dir': 'out', 'dataset': 'x', 'start': '', 'lora_targets': ''}
+    argv = ['--out_dir=~/out', '--dataset=~/a:0.5,~/b~c:0.5', '--start=~/ is home', '--lora_targets=~/x']
+    assert configure(dict(options), argv) == {
+        'out_dir': f'{home}/out', 'dataset': f'{home}/a:0.5,{home}/b~c:0.5', 'start': '~/ is home', 'lora_targets': '~/x'}
+    assert configure(dict(options), ['--start=FILE:~/x.txt', '--out_dir=~'])['start'] == f'FILE:{home}/x.txt'
+
+def test_an_option_without_a_value_is_told_one_that_means_something():
+    for options, argv, message in (({'stream': False}, ['--stream'], 'type --stream=True,'),
+                                   ({'out_dir': 'out'}, ['--out_dir', 'x'], 'type --out_dir=VALUE, with = and no blank')):
+        with pytest.raises(ValueError, match=message):
+            configure(options, argv)

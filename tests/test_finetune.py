@@ -215,6 +215,15 @@ def test_samples_are_written_while_it_trains_and_leave_the_losses_alone(train):
     assert result.column('loss') == plain.column('loss')
     assert 'not in this model' in train('--sample_interval=3', '--sample_start=é', status=2, out_dir='c').err
 
+def test_a_finetuned_model_s_own_shape_is_in_its_config_and_report(train, base):
+    result = train('--n_embd=32', '--n_layer=7', '--n_head=4', f'--init_from={base}')
+    settings, shape = json.loads((result.out_dir / 'config.json').read_text()), load(base / 'ckpt.pt')['model_args']
+    for key in ('n_layer', 'n_head', 'n_embd', 'bias'):
+        assert settings[key] == shape[key] and f'    {key} = {shape[key]!r}\n' in (result.out_dir / 'report.md').read_text()
+    assert settings['given']['n_layer'] == 7
+    table = train('--n_embd=32', '--n_layer=7', '--n_head=4', f'--init_from={base}', '--dry_run=True').out
+    assert ' s  yes ' in next(line for line in table.splitlines() if line.startswith('device')) # an epoch's time is known
+
 def test_a_report_tells_the_run(train):
     result = train('--sample_interval=6', '--sample_tokens=20')
     text = (result.out_dir / 'report.md').read_text()

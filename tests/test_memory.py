@@ -6,6 +6,7 @@ from concurrent.futures import Future
 
 import pytest
 import torch
+from conftest import CHARS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
@@ -174,23 +175,44 @@ def test_the_fastest_plan_that_fits_is_chosen_with_the_largest_micro_batch():
     assert memory.choose('auto', small, 16, 8, 2.3 * memory.GiB) == ('recompute', 2)
     assert memory.choose('auto', xl, 8, 8, 6 * memory.GiB) == ('offload', 4)
     assert memory.choose('recompute', xl, 8, 8, 5 * memory.GiB) == ('recompute', 1) # as was asked
-    # 12 bytes a parameter, since the float32 weights are there already, and 1 GiB to cross the bus
-    with pytest.raises(ValueError, match=r'another 18.4 GiB of RAM, and 16.0 are free'):
+    # 16 bytes a parameter, and 1 GiB to cross the bus
+    with pytest.raises(ValueError, match=r'takes 24.2 GiB of RAM, and 16.0 are free for it'):
         memory.choose('auto', xl, 8, 8, 6 * memory.GiB, ram_free=16 * memory.GiB)
     with pytest.raises(ValueError, match='no plan fits: offload'):
         memory.choose('auto', xl, 8, 8, 2 * memory.GiB)
 
 @pytest.mark.parametrize('free, enough', [(24, False), (25, True)])
 def test_a_dry_run_finds_ram_short_where_the_run_itself_would(free, enough):
-    xl = shape('gpt2-xl') # 24.2 GiB in RAM, of which a run that chooses has the float32 weights already
+    xl = shape('gpt2-xl') # 24.2 GiB in RAM
     said = memory.table(xl, 8, 8, 6 * memory.GiB, {}, ram_free=free * memory.GiB)
     assert ('more RAM than is free here' in said) == (not enough)
-    choice = lambda: memory.choose('auto', xl, 8, 8, 6 * memory.GiB, ram_free=free * memory.GiB - 4 * xl.params)
+    choice = lambda: memory.choose('auto', xl, 8, 8, 6 * memory.GiB, ram_free=free * memory.GiB)
     if enough:
         assert choice()[0] == 'offload'
     else:
         with pytest.raises(ValueError, match='of RAM'):
             choice()
+
+def test_an_offloaded_run_resumes_in_the_ram_that_it_had(train, tmp_path):
+    P = sum(p.numel() for p in GPT(GPTConfig(4, len(CHARS), 2, 2, 64, bias=False)).parameters())
+    needed = memory.ram('offload', memory.Shape(P, 2, 2, 64, len(CHARS), 4))
+    def offloaded(free, *options, **kwargs): # RAM that is free before any tensor; a run finds less by what it has loaded
+        (tmp_path / 'small.py').write_text(f"import memory, device\nmemory.plans_for = lambda *args: ('offload',)\n"
+                                           f"device.free_memory = lambda device: {free}\n"
+                                           "device.memory_to_fill = lambda *args: 2**30\n")
+        return train(tmp_path / 'small.py', '--n_embd=64', '--block_size=4', '--batch_size=1', *options, **kwargs)
+    assert 'of RAM' in offloaded(needed - 4 * P - 1, out_dir='b', status=2).err # all but the weights, which are there
+    assert f'expected, {needed / 2**30:.1f} in RAM' in offloaded(needed - 4 * P).out
+    assert 'of RAM' in offloaded(needed - 12 * P - 1, '--init_from=resume', '--max_iters=8', status=2).err
+    assert 'resuming at iteration 6' in offloaded(needed - 12 * P, '--init_from=resume', '--max_iters=8').out
+
+def test_a_plan_is_told_before_weights_are_fetched(run, hf_dir, tmp_path):
+    shutil.copy(hf_dir / 'config.json', tmp_path) # the weights are somewhere else
+    def start(*options):
+        return run('train.py', '--dataset=chars', '--device=cpu', f'--init_from={tmp_path}', '--block_size=32', *options, status=2)
+    assert 'error: no plan fits' in start('--memory_gb=0.6001').err
+    there = start()
+    assert 'plan device' in there.out and 'cannot load' in there.err
 
 def test_offloaded_adamw_equals_adamw_with_clipping_and_accumulation():
     models, losses = [], []
@@ -293,6 +315,9 @@ def test_offload_is_offered_where_it_works_and_helps(plan, device, options, last
 def test_out_of_memory_with_one_sequence_names_the_next_plan():
     said = [memory.advice(plan, 1, 1024, 8).rpartition('type ')[2] for plan in memory.PLANS]
     assert said == ['--plan=selective', '--plan=recompute', '--plan=offload', '--block_size=512']
+    alone = [memory.advice(plan, 6, 1024, 24, plans, works=False).partition('; ')[2] for plan, plans in (
+        ('device', memory.PLANS), ('recompute', memory.PLANS[:3]))]
+    assert alone == ['type --plan=offload', 'type --lora_rank=16, or take a smaller model'] # no sequences were there
     assert memory.advice('device', 6, 1024, 24).endswith(
         '6 sequences of 1024 tokens at a time; type --batch_size=3 --gradient_accumulation_steps=8')
 

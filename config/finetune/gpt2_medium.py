@@ -4,7 +4,7 @@
 init_from = 'gpt2-medium'
 out_dir = 'out-gpt2-medium'
 dataset = 'shakespeare' # your own, by data/custom/prepare.py: --dataset=NAME
-batch_size, gradient_accumulation_steps = 4, 8 # 32 sequences of 1024 tokens an iteration
+batch_size, gradient_accumulation_steps = 16, 2 # 32 sequences of 1024 tokens an iteration
 num_epochs = 10.0 # 92 iterations of this text; a larger model overfits in fewer
 eval_interval, eval_iters = 10, 0 # the whole validation split
 learning_rate, min_lr = 3e-5, 3e-6 # pretrained weights move gently
