@@ -220,10 +220,10 @@ def open_tokens(path: str, block_size: int) -> np.ndarray:
         made, scripts = ({os.path.basename(os.path.dirname(found)) for found in
                           glob.glob(os.path.join(DATA, '*', file))} for file in ('train.bin', 'prepare.py'))
         name, known = os.path.basename(folder), sorted(made | scripts - {'custom', 'instruct'})
+        near = difflib.get_close_matches(name, known, n=1)
         how = (f"run python data/{name}/prepare.py first" if name in scripts
-               else f"did you mean --dataset={near[0]}?" if (near := difflib.get_close_matches(name, known, 1))
-               else f"type --dataset=NAME with one of {', '.join(known)}, or make it with "
-                    "data/custom/prepare.py")
+               else f"did you mean --dataset={near[0]}?" if near
+               else f"type --dataset=NAME with one of {', '.join(known)}, or run data/custom/prepare.py")
         raise FileNotFoundError(f"there is no {shorten(path)}; {how}")
     size = os.path.getsize(path)
     script = os.path.join(folder, 'prepare.py')
@@ -280,9 +280,9 @@ def read_shared_state(folders) -> dict:
     names = [shorten(folder) for folder in folders]
     for name, state in zip(names, states):
         if state != states[0]:
-            of = names[0] if 'chars' in states[0] else states[0]['name']
-            raise ValueError(f"{names[0]} and {name} are in different tokens; prepare one with the other's "
-                             f"tokenizer, as data/custom/prepare.py --tokenizer={of} does")
+            of = names[0] if 'chars' in states[0] else 'gpt2'
+            raise ValueError(f"{names[0]} and {name} are in different tokens; prepare one with the other's, "
+                             f"as data/custom/prepare.py --tokenizer={of} does")
     return states[0]
 
 def read_template(folders) -> str | None:

@@ -163,7 +163,7 @@ if dry_run: # which needs neither data nor, for GPT-2, weights
     leave(0)
 
 def plan_for(c, held):
-    """ the plan for a model of GPTConfig c, and the micro-batch; `held` bytes a parameter are in RAM already """
+    """ the plan for a model of GPTConfig c, and the micro-batch; `held` bytes a parameter are in RAM """
     shape = shape_of(c)
     ram_free = math.inf if eval_only else free_memory('cpu') + held * shape.params
     chosen, fits = memory.choose(plan, shape, share, batch_size, free, plans, ram_free, not eval_only)

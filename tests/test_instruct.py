@@ -87,7 +87,7 @@ def test_the_script_writes_what_a_hand_would(run, clone, tmp_path):
     assert (folder / 'template.txt').read_bytes() == TEMPLATE.encode()
     assert sorted(p.name for p in folder.iterdir()) == ['template.txt', 'train.bin', 'train_mask.bin', 'val.bin', 'val_mask.bin']
     n, share = len(train[0]) + len(val[0]), (train[1].sum() + val[1].sum()) / (len(train[1]) + len(val[1]))
-    assert f'3 items, {n} tokens, of which {share:.1%} are answers' in done.out and 'warning' not in done.out
+    assert f'3 items, {n} tokens, of which {share:.1%} are answers' in done.out and 'are longer than' not in done.out
 
 PIPED = """
 import os, runpy, sys
@@ -156,3 +156,13 @@ def test_what_is_wrong_is_told_in_one_line_and_changes_nothing(run, clone, tmp_p
     done = prepare(run, tmp_path, '--name=kept', *options, items=items, status=2)
     assert done.err.splitlines()[-1].startswith('error: ') and message in done.err and 'Traceback' not in done.err
     assert [p.name for p in folder.iterdir()] == ['train.bin'] and (folder / 'train.bin').read_bytes() == b'as it was'
+
+def test_few_items_are_given_a_run_that_fits_them(run, tmp_path):
+    items = [{'instruction': f'Add one to {i}.', 'output': f'{i + 1}, of course.'} for i in range(40)]
+    (tmp_path / 'items.jsonl').write_text('\n'.join(map(json.dumps, items)))
+    lines = run('data/instruct/prepare.py', f"--input={tmp_path / 'items.jsonl'}", '--name=few').out.splitlines()
+    assert any(line.startswith('warning: that is little') for line in lines)
+    command = lines[-1].removeprefix('next: python ').split()
+    shape = ('--init_from=scratch', '--n_layer=1', '--n_head=1', '--n_embd=8', '--device=cpu', '--compile=False', '--lora_rank=0')
+    out = run(*command, *shape, f"--out_dir={tmp_path / 'out'}").out
+    assert out.count('step ') > 3 # several evaluations, so that patience can count them

@@ -23,9 +23,7 @@ import sys
 _folder = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(_folder, '..', '..')) # for the project's modules
 
-from configurator import ROOT, configure, quote, run_file
-
-_little = 100_000 # tokens to train on
+from configurator import configure
 
 def known_characters():
     """ those of the dataset that `tokenizer` names """
@@ -39,56 +37,8 @@ def known_characters():
                          "type --tokenizer with another")
     return chars
 
-def options_of(config):
-    """ train.py's options as `config` sets them """
-    with open(os.path.join(ROOT, 'train.py'), encoding='utf-8') as file:
-        options = {}
-        exec(file.read().partition('from configurator')[0], options)
-    return options | run_file(os.path.join(ROOT, config), options)
-
-def fit_block(options, n_train, n_val):
-    """ {'block_size': N} where the config's sequences are too long for so few tokens """
-    block_size = options['block_size']
-    while block_size > 1 and (block_size >= n_val or 8 * block_size > n_train):
-        block_size //= 2
-    return {'block_size': block_size} if block_size < options['block_size'] else {}
-
-def little_run(options, n_train):
-    """ what suits little text: an iteration of few sequences, and two evaluations an epoch """
-    if options['init_from'] == 'scratch': # which wants all of its iterations
-        return {'eval_interval': 50, 'patience': 4}
-    return {'lora_rank': 8, 'learning_rate': '3e-4', 'batch_size': 4, 'gradient_accumulation_steps': 1,
-            'num_epochs': 10, 'eval_interval': max(1, n_train // (2 * 4 * options['block_size'])),
-            'patience': 4}
-
-def count_epochs(options, n_train):
-    """ what a run makes of so many tokens, in words, by train.py's arithmetic """
-    windows = -(-(n_train - 1) // options['block_size'])
-    sequences = options['batch_size'] * options['gradient_accumulation_steps']
-    iters = options['max_iters']
-    if options['num_epochs']:
-        iters = min(iters, max(1, round(options['num_epochs'] * windows / sequences)))
-    return (f"{iters * sequences / windows:,.1f} epochs of them, in {iters:,} iterations of "
-            f"{sequences * options['block_size']:,} tokens")
-
-def tell_run(config, n_train, n_val):
-    """ say what a run with `config` makes of so many tokens; return what else to type, to suit them """
-    options = options_of(config)
-    fitting = fit_block(options, n_train, n_val)
-    options |= fitting
-    with_block = f" with --block_size={options['block_size']}" if fitting else ''
-    print(f"a default run of {config}{with_block} makes {count_epochs(options, n_train)}")
-    if fitting:
-        print(f"warning: {n_val:,} tokens to validate on say little of how good a model is, and make "
-              "sequences short; add text, or type a larger --val_fraction")
-    if n_train < _little:
-        fitting |= little_run(options, n_train)
-        print("warning: that is little, and a model soon knows it by heart; the command below makes at most "
-              f"{count_epochs(options | fitting, n_train)}, and ends after {fitting['patience']} evaluations "
-              "without a better one")
-    return ''.join(f' --{key}={value}' for key, value in fitting.items())
-
 def main():
+    from advice import tell_run
     from dataset import claim, publish, shorten, split_off, write_meta
     from documents import Documents
     from encode import write_characters, write_tokens
@@ -114,8 +64,7 @@ def main():
           f"vocabulary of {len(chars) if chars else BPETokenizer.n_vocab:,}")
     print(f"{shorten(folder)}: {n - n_val:,} tokens to train on, {n_val:,} to validate on")
     config = f"config/{'train_shakespeare_char_cpu' if chars else 'finetune/gpt2_small'}.py"
-    more = tell_run(config, n - n_val, n_val)
-    print(f"next: python train.py {config} --dataset={quote(name)} --out_dir={quote(f'out-{name}')}{more}")
+    tell_run(config, name, n - n_val, n_val)
 
 if __name__ == '__main__': # and not in the processes that encode, which read this file too
     configure(globals())

@@ -19,7 +19,7 @@ import sys
 _folder = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(_folder, '..', '..')) # for the project's modules
 
-from configurator import configure, quote
+from configurator import configure
 configure(globals())
 
 import itertools
@@ -27,6 +27,7 @@ import itertools
 import numpy as np
 from tqdm import tqdm
 
+from advice import tell_run
 from dataset import claim, publish, read_text, shorten, split_off
 from documents import find_files, is_list, json_items, json_rows
 from instruct import TEMPLATE, encode, read_turns, render
@@ -90,5 +91,4 @@ n_long = sum(length > LONGEST for length in lengths)
 if n_long:
     print(f"warning: {n_long:,} items are longer than the {LONGEST:,} tokens that GPT-2 reads at once, so it "
           "learns their ends without the question; shorten them or leave them out")
-print(f"next: python train.py config/finetune/gpt2_small.py --dataset={quote(name)} "
-      f"--out_dir={quote(f'out-{name}')}")
+tell_run('config/finetune/gpt2_small.py', name, n_train, n - n_train)
