@@ -297,7 +297,7 @@ def epoch_times(out_dir: str, config: dict) -> dict[str, float]:
     try:
         with open(os.path.join(out_dir, 'config.json')) as file:
             settings = json.load(file)
-        settings.update({key: settings['given'].get(key, settings[key]) for key in SHAPE}) # as options are
+        settings |= {key: settings['given'].get(key, settings[key]) for key in SHAPE} # as options are
         with open(os.path.join(out_dir, 'log.csv'), newline='') as file:
             rows = [row for row in csv.DictReader(file) if row['time_ms']]
         kinds = [each['device'].partition(':')[0] for each in (settings, config)] # cuda:1 is as fast as cuda
@@ -307,5 +307,5 @@ def epoch_times(out_dir: str, config: dict) -> dict[str, float]:
         iters, epochs = (float(rows[-1][key]) - float(rows[0][key]) for key in ('iter', 'epoch'))
         iteration = statistics.median(float(row['time_ms']) for row in rows) / 1000
         return {settings['plan']: iteration * iters / epochs}
-    except (OSError, ValueError, TypeError, KeyError, IndexError, ZeroDivisionError):
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, ZeroDivisionError):
         return {} # no run, or another program's
