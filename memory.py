@@ -45,8 +45,7 @@ def shape_of(model, block_size: int, dropout: float, half: bool, lora: bool = Fa
              muon: bool = False, processes: int = 1, shard: bool = False, device: str = 'cuda') -> Shape:
     """ that of a run of `model`, a GPT anywhere, on `device`; its parameters that learn require gradients """
     c, n_params = model.config, model.num_params()
-    parts = [model.transformer.wte, model.transformer.wpe, *model.transformer.h]
-    learns = [any(p.requires_grad for p in part.parameters()) for part in parts]
+    learns = [any(p.requires_grad for p in part.parameters()) for part in model.parts()[:-1]]
     idle = 0 if any(learns[:2]) else [*learns[2:], True].index(True)
     return Shape(n_params, c.n_layer, c.n_head, c.n_embd, c.vocab_size, block_size, dropout, half,
                  n_params - model.num_params(trained=True), lora, model.lm_head.weight.requires_grad, muon,
@@ -197,10 +196,17 @@ COSTS = {'device': 'no speed', 'selective': 'cheap operations twice',
          'offload': 'a fifth to a third more products, weights and gradients cross the bus'}
 
 def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) -> str:
-    """ the plan of a run, for its user """
-    beside = f", {ram(plan, shape) / GiB:.1f} in RAM" if plan == 'offload' else ''
+    """ the plan of a run, for its user: what it takes, and what goes where """
+    kept = 'all activations' if plan == 'device' else 'of activations what enters each block'
+    kept += ', attention and products' if plan == 'selective' else ''
+    beside, there = '', f"{'a share of ' * (shape.shards > 1)}weights, gradients, moments; {kept}"
+    if plan == 'offload':
+        beside = f", {ram(plan, shape) / GiB:.1f} in RAM"
+        there = (f"embeddings, the blocks' matrices{' in half precision' * shape.half}; {kept}; "
+                 "in RAM: weights, gradients, moments in float32")
     return (f"plan {plan}, {count(B)} at a time: {peak(plan, shape, B, accumulates) / GiB:.2f} GiB "
-            f"expected{beside}, {max(budget, 0) / GiB:.1f} to fill; it costs {COSTS[plan]}")
+            f"expected{beside}, {max(budget, 0) / GiB:.1f} free to fill; it costs {COSTS[plan]}\n"
+            f"on {shape.device}: {there}")
 
 def table(shape: Shape, sequences: int, most: int, budget: float, epochs: dict[str, float],
           plans: tuple[str, ...] = PLANS, ram_free: float = math.inf) -> str:

@@ -231,6 +231,14 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             block.selective = plan == 'selective'
 
+    def parts(self) -> list:
+        """ the modules that hold all parameters, in the order in which a pass comes to them """
+        t = self.transformer
+        return [t.wte, t.wpe, *t.h, t.ln_f]
+
+    def before(self, part) -> None:
+        """ called ahead of each of `parts`; an optimizer that still sends its weights waits here for them """
+
     def compiled_parts(self) -> list:
         """ what to compile, each for itself, for training """
         return [*self.transformer.h, self.cross_entropy]
@@ -250,18 +258,21 @@ class GPT(nn.Module):
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens are more than block_size"
         pos = cache[0].positions(T, idx.device) if cache else torch.arange(T, device=idx.device)
-        wte = self.transformer.wte
+        wte, wpe, ln_f = self.transformer.wte, self.transformer.wpe, self.transformer.ln_f
+        self.before(wte)
         x = wte(idx) if head is None else Lookup.apply(idx, wte.weight, head)
-        x = x + self.transformer.wpe(pos) # (B, T, C)
-        # embeddings may be in half precision
-        x = self.transformer.drop(x.to(self.transformer.ln_f.weight.dtype))
+        self.before(wpe)
+        x = x + wpe(pos) # (B, T, C)
+        x = self.transformer.drop(x.to(ln_f.weight.dtype)) # embeddings may be in half precision
         for i, block in enumerate(self.transformer.h):
+            self.before(block)
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.draws,
                                context_fn=partial(block.two_passes, x))
             else:
                 x = block(x, cache[i] if cache else None)
-        return self.transformer.ln_f(x)
+        self.before(ln_f)
+        return ln_f(x)
 
     def forward(self, idx, targets=None, cache=None, scale=None):
         """ (logits, loss) of token ids idx (B, T), one of them None

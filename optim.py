@@ -48,15 +48,17 @@ class OffloadedAdamW(torch.optim.AdamW):
 
     The float32 weights, gradients and moments are tensors on the CPU, and its state is AdamW's own. Each
     gradient leaves the device as soon as backward has made it; a thread adds it to the earlier micro-batches'
-    while backward goes on. Clipping takes the norm of them all, so the update itself comes after backward;
-    weights go back while the next are updated. Call `collect` before looking at the gradients.
+    while backward goes on. Clipping takes the norm of them all, so the update comes after backward, in that
+    thread, too: part by part in the order of the next forward, which `wait`s for each part as it comes to it.
+    Call `collect` before looking at the gradients, `finish` before looking at weights or moments.
     """
 
     def __init__(self, model, device: str, half: torch.dtype, groups, **options):
         named = {p: name for name, p in model.named_parameters()}
-        self.device, self.pinned = device, device.startswith('cuda')
+        self.pinned = device.startswith('cuda')
         self.stream = torch.cuda.Stream(device) if self.pinned else None
-        self.thread, self.jobs = concurrent.futures.ThreadPoolExecutor(1), collections.deque()
+        self.thread = concurrent.futures.ThreadPoolExecutor(1) # one after another, as they are asked for
+        self.jobs, self.updates = collections.deque(), {} # of gradients, and of parts of the model
         self.masters = {p: torch.nn.Parameter(p.detach().to('cpu', torch.float32)) # unpinned: pinning
                         for group in groups for p in group['params']} # rounds up to powers of two
         self.names = {named[p]: master for p, master in self.masters.items()}
@@ -64,11 +66,14 @@ class OffloadedAdamW(torch.optim.AdamW):
         super().__init__([{**group, 'params': [self.masters[p] for p in group['params']]}
                           for group in groups],
                          fused=True, **options)
+        self.updater = torch.optim.AdamW(list(self.copies), fused=True) # the thread's, with this one's state
+        self.parts = {part: {self.masters[p] for p in part.parameters()} for part in model.parts()}
         for p, master in self.masters.items():
             # autocast rounds these alike; the embeddings it does not
             in_half = p.dim() == 2 and '.h.' in named[p]
             p.data = master.detach().to(device, half if in_half else torch.float32, copy=True)
             p.register_post_accumulate_grad_hook(self.take)
+        model.before = self.wait
 
     def take(self, p):
         """ send a gradient to RAM, and forget it on the device """
@@ -99,37 +104,59 @@ class OffloadedAdamW(torch.optim.AdamW):
             self.jobs.popleft().result()
 
     def step(self, closure=None):
-        """ update some tensors at a time, so that those before are sent while the CPU goes on """
+        """ have every part updated, and the gradients forgotten, while the caller goes on """
         self.collect()
-        found_inf = getattr(self, 'found_inf', None) # float16's
-        assert found_inf is None or found_inf.device.type == 'cpu', "AdamW would not wait for it to arrive"
-        whole = self.param_groups
-        try:
-            for group in whole:
-                for i in range(0, len(group['params']), 8):
-                    part = group['params'][i:i + 8]
-                    self.param_groups = [{**group, 'params': part}]
-                    super().step(closure)
-                    self.send(part)
-        finally:
-            self.param_groups = whole
+        if getattr(self, 'found_inf', None): # float16's
+            return
+        first, self.updater.state = not self.state, self.state
+        if self.pinned: # what still reads the weights there goes first
+            self.stream.wait_stream(torch.cuda.current_stream())
+        for part, masters in self.parts.items():
+            groups = [{**group, 'params': [p for p in group['params'] if p in masters]} # the next iteration's
+                      for group in self.param_groups] # learning rate is not for them
+            self.updates[part] = self.thread.submit(self.update, groups)
+        if first: # it makes the moments, for which there may be no room
+            self.finish()
 
-    @torch.no_grad()
-    def send(self, masters):
-        for master in masters:
-            p = self.copies[master]
-            there = torch.empty(p.shape, dtype=p.dtype, pin_memory=self.pinned)
-            p.copy_(there.copy_(master), non_blocking=self.pinned)
+    def update(self, groups):
+        """ update a part's weights in RAM, and send them; tell when they will be there """
+        self.updater.param_groups = groups
+        self.updater.step()
+        with torch.cuda.stream(self.stream), torch.no_grad():
+            for master in (p for group in groups for p in group['params']):
+                master.grad, copy = None, self.copies[master]
+                there = torch.empty(copy.shape, dtype=copy.dtype, pin_memory=self.pinned)
+                copy.copy_(there.copy_(master), non_blocking=self.pinned)
+        return self.stream.record_event() if self.pinned else None
+
+    def wait(self, part):
+        """ until the weights of a part of the model are there """
+        if part in self.updates:
+            sent = self.updates[part].result()
+            if sent:
+                torch.cuda.current_stream().wait_event(sent)
+            del self.updates[part]
+
+    def finish(self):
+        """ wait until all parts are updated """
+        for part in list(self.updates):
+            self.wait(part)
+
+    def state_dict(self):
+        self.finish()
+        return super().state_dict()
 
     def zero_grad(self, set_to_none: bool = True):
         while self.jobs: # whatever they raise is of gradients that go
             self.jobs.popleft().exception()
-        super().zero_grad(set_to_none)
+        if not self.updates: # which forget their own; there are no others yet
+            super().zero_grad(set_to_none)
 
 def weights(model, optimizer) -> dict:
     """ the model's state in float32, wherever its weights are """
     state = model.state_dict()
     if isinstance(optimizer, OffloadedAdamW):
+        optimizer.finish()
         state.update({name: master.detach() for name, master in optimizer.names.items()})
     del state['lm_head.weight'] # it is that of wte, and so it stays when shards are put together
     state = parallel.whole(state)

@@ -2,6 +2,8 @@ import json
 import os
 import re
 import shutil
+import threading
+import time
 from concurrent.futures import Future
 
 import pytest
@@ -14,7 +16,7 @@ import lora
 import memory
 import model
 from model import GPT, GPT2_SHAPES, ChunkedLoss, GPTConfig
-from optim import OffloadedAdamW, make_optimizer, weights
+from optim import OffloadedAdamW, make_optimizer, set_lr, weights
 from peak import Peak
 
 class AtOnce:
@@ -50,14 +52,14 @@ def measure(name, plan, B, n_micro_steps, monkeypatch, rank=0, freeze='', dropou
         offload_to = ('cpu', torch.bfloat16) if plan == 'offload' else None
         optimizer = make_optimizer('adamw', gpt, 1e-3, 0.0, 0.1, (0.9, 0.95), offload_to)
         params = [p for group in optimizer.param_groups for p in group['params']]
+        if offload_to:
+            optimizer.thread = AtOnce(peak)
+            peak.leave_out(params)
         idx = torch.zeros(B, config.block_size, dtype=torch.int64)
         for p in params: # the moments come with the first step
             p.grad = torch.zeros_like(p)
         optimizer.step()
         optimizer.zero_grad()
-        if offload_to:
-            optimizer.thread = AtOnce(peak)
-            peak.leave_out(params + [moment for state in optimizer.state.values() for moment in state.values()])
         peak.most = peak.alive
         for _ in range(n_micro_steps):
             with torch.autocast('cpu', torch.bfloat16, cache_enabled=False):
@@ -223,7 +225,8 @@ def test_offloaded_adamw_equals_adamw_with_clipping_and_accumulation():
         opt = make_optimizer('adamw', gpt, 1e-2, 0.0, 0.1, (0.9, 0.95), **options)
         params = [p for group in opt.param_groups for p in group['params']]
         losses.append([])
-        for _ in range(10):
+        for i in range(10):
+            set_lr(opt, 0.8 ** i)
             for _ in range(3):
                 idx = torch.randint(50, (2, 16))
                 loss = gpt(idx, idx)[1]
@@ -231,6 +234,7 @@ def test_offloaded_adamw_equals_adamw_with_clipping_and_accumulation():
             if offload:
                 assert isinstance(opt, OffloadedAdamW) and all(p.grad is None for p in gpt.parameters())
                 opt.collect()
+                opt.updater.step = lambda: (time.sleep(0.01), torch.optim.AdamW.step(opt.updater)) # the next forward is faster
             torch.nn.utils.clip_grad_norm_(params, 0.1)
             opt.step()
             opt.zero_grad()
@@ -247,9 +251,29 @@ def test_each_plan_s_losses_are_bit_for_bit_those_of_the_device_s(train, tmp_pat
     for plan in memory.PLANS:
         run = train(f"--init_from={tmp_path / 'start'}", f'--plan={plan}', '--dtype=bfloat16', '--max_iters=200',
                     '--eval_interval=200', '--learning_rate=1e-3', out_dir=plan)
-        assert f'plan {plan}, ' in run.out
+        assert f'plan {plan}, ' in run.out and ('in RAM: weights' in run.out) == (plan == 'offload')
         losses[plan] = run.column('loss')[:-1]
     assert len(losses['device']) == 200 and all(losses[plan] == losses['device'] for plan in memory.PLANS)
+
+def test_an_offloaded_update_overlaps_with_the_next_forward():
+    gpt, idx = GPT(GPTConfig(16, 50, 3, 2, 16)), torch.randint(50, (2, 16))
+    opt = make_optimizer('adamw', gpt, 1e-2, 0.0, 0.1, (0.9, 0.95), ('cpu', torch.float32))
+    def iteration():
+        gpt(idx, idx)[1].backward()
+        opt.step()
+        opt.zero_grad()
+    iteration()
+    assert not opt.updates # the first makes the moments, and is waited for
+    reached, step, second = threading.Event(), opt.updater.step, opt.masters[gpt.transformer.h[1].ln_1.weight]
+    def update():
+        its = [p for group in opt.updater.param_groups for p in group['params']]
+        assert not any(p is second for p in its) or reached.wait(10), "the second block's was not waiting for the first's forward"
+        step()
+    opt.updater.step = update
+    iteration()
+    gpt.transformer.h[0].register_forward_hook(lambda *args: reached.set())
+    gpt(idx, idx) # waits for each part, and raises what went wrong there
+    assert not opt.updates and all(p.grad is None for p in opt.masters.values())
 
 def test_gradients_that_go_take_their_errors_along():
     opt = make_optimizer('adamw', GPT(GPTConfig(8, 11, 1, 1, 8)), 1e-3, 0.0, 0.1, (0.9, 0.95), ('cpu', torch.float32))
