@@ -21,6 +21,7 @@ import sys
 
 from dataset import bad_utf8, read_text, shorten
 
+TEXT_ROW = '{"text": "..."}' # what a row looks like, for messages
 BLOCK = 2**20 # bytes or characters at a time
 csv.field_size_limit(2**31 - 1) # Python's own limit is 128 KiB
 
@@ -172,8 +173,9 @@ def read_lines(path: str, progress=lambda n: None):
                 begin += len(line)
             progress(sum(map(len, lines)))
 
-def json_rows(path: str, progress=lambda n: None):
-    """ the place and the dict of a .jsonl file's lines, less empty ones; raises ValueError for others """
+def json_rows(path: str, progress=lambda n: None, example: str = TEXT_ROW):
+    """ the place and the dict of a .jsonl file's lines, less empty ones; raises ValueError for others, and
+    tells an `example` of a row """
     name = shorten(path)
     for number, line in enumerate(read_lines(path, progress), 1):
         place = f'{name}, line {number}'
@@ -182,10 +184,10 @@ def json_rows(path: str, progress=lambda n: None):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place} is not JSON ({error}); expected one object a line, such as "
-                             '{"text": "..."}') from None
+            raise ValueError(f"{place} is not JSON ({error}); expected one object a line, such as {example}"
+                             ) from None
         if not isinstance(row, dict):
-            raise ValueError(f'{place} is no JSON object; expected one a line, such as {{"text": "..."}}')
+            raise ValueError(f"{place} is no JSON object; expected one a line, such as {example}")
         yield place, row
 
 def is_list(path: str) -> bool:
@@ -195,19 +197,20 @@ def is_list(path: str) -> bool:
     with open(path, 'rb') as file:
         return file.read(BLOCK).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b'[')
 
-def json_items(path: str, progress=lambda n: None):
+def json_items(path: str, progress=lambda n: None, example: str = TEXT_ROW):
     """ the place and the dict of each item of a .json file, one list of objects, which memory holds whole """
     name = shorten(path)
+    plain = ", or to end in .txt to take it as plain text" if example == TEXT_ROW else ""
     try:
         items = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is not one JSON value ({error}); rename it to end in .jsonl if each of its "
-                         "lines is one, or in .txt to take it as plain text") from None
+        raise ValueError(f"{name} is not one JSON value ({error}); mend it, or rename it to end in .jsonl if "
+                         f"each of its lines is one{plain}") from None
     except RecursionError:
         items = None
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise ValueError(f'{name} is no list of objects, such as [{{"text": "..."}}]; mend it, or rename it '
-                         "to end in .txt to take it as plain text")
+        raise ValueError(f"{name} is no list of objects, such as [{example}]; mend it, or rename it to end "
+                         f"in .jsonl if each of its lines is one{plain}")
     for number, item in enumerate(items, 1):
         yield f'{name}, item {number}', item
     progress(os.path.getsize(path))

@@ -41,9 +41,12 @@ def read_turns(item: dict) -> list[tuple[str, str, str]]:
     """
     if 'messages' not in item:
         turn = item.get('instruction'), item.get('input') or '', item.get('output')
-        if not all(isinstance(field, str) for field in turn) or not turn[0].strip():
+        if not all(isinstance(field, str) for field in turn):
             raise ValueError(f"has the fields {', '.join(item)}; expected text in instruction and output, "
                              "and perhaps in input, or else messages")
+        if not turn[0].strip():
+            raise ValueError("has a blank instruction; expected a text to answer; write one, or take the "
+                             "item out")
         return [turn]
     messages, turns, said = item['messages'], [], []
     for role, content in map(read_message, messages if isinstance(messages, list) else [messages]):

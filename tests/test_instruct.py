@@ -146,7 +146,9 @@ WRONG = [(ITEMS, ('--template=Hello',), 'no {instruction}'), (ITEMS, ('--templat
          (ITEMS, ('--val_fraction=1.0',), 'between 0 and 1'), (ITEMS[:1], (), 'has 1 item(s); expected two'),
          (ITEMS[1:] + ITEMS[:1], ('--template=Q: {instruction}\\nA: ',),
           'items.jsonl, line 3 has an input, but the template has no {input}'),
-         ([*ITEMS, {'instruction': 'a'}], (), 'items.jsonl, line 4 has the fields instruction; expected')]
+         ([*ITEMS, {'instruction': 'a'}], (), 'items.jsonl, line 4 has the fields instruction; expected'),
+         ([*ITEMS, {'instruction': ' ', 'output': 'a'}], (), 'items.jsonl, line 4 has a blank instruction; expected'),
+         ([*ITEMS, [1]], (), 'line 4 is no JSON object; expected one a line, such as {"instruction": "...", "output": "..."}')]
 
 @pytest.mark.parametrize('items, options, message', WRONG, ids=[message for _, _, message in WRONG])
 def test_what_is_wrong_is_told_in_one_line_and_changes_nothing(run, clone, tmp_path, items, options, message):
@@ -156,6 +158,12 @@ def test_what_is_wrong_is_told_in_one_line_and_changes_nothing(run, clone, tmp_p
     done = prepare(run, tmp_path, '--name=kept', *options, items=items, status=2)
     assert done.err.splitlines()[-1].startswith('error: ') and message in done.err and 'Traceback' not in done.err
     assert [p.name for p in folder.iterdir()] == ['train.bin'] and (folder / 'train.bin').read_bytes() == b'as it was'
+
+@pytest.mark.parametrize('content', ['[{"instruction": "a", "output": "b"}, {"in', '["a"]'])
+def test_a_broken_list_of_items_is_not_told_to_be_plain_text(run, tmp_path, content):
+    (tmp_path / 'items.json').write_text(content)
+    error = run('data/instruct/prepare.py', f"--input={tmp_path / 'items.json'}", status=2).err.splitlines()[-1]
+    assert 'mend it, or rename it to end in .jsonl' in error and '.txt' not in error
 
 def test_few_items_are_given_a_run_that_fits_them(run, tmp_path):
     items = [{'instruction': f'Add one to {i}.', 'output': f'{i + 1}, of course.'} for i in range(40)]

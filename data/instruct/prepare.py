@@ -34,6 +34,7 @@ from instruct import TEMPLATE, encode, read_turns, render
 from tokenizer import BPETokenizer
 
 LONGEST = 1024 # tokens that GPT-2 reads at once
+ITEM = '{"instruction": "...", "output": "..."}' # what one looks like, for messages
 
 def read_template():
     """ the text that `template` names; raises where there is none, or no {instruction} in it """
@@ -56,7 +57,8 @@ def write_items(place, text):
           tqdm(total=sum(map(os.path.getsize, paths)), unit='B', unit_scale=True, delay=1) as progress):
         kinds = (json_rows if path.lower().endswith('.jsonl') or not is_list(path) else json_items
                  for path in paths)
-        items = itertools.chain.from_iterable(rows(path, progress.update) for rows, path in zip(kinds, paths))
+        items = itertools.chain.from_iterable(rows(path, progress.update, ITEM)
+                                              for rows, path in zip(kinds, paths))
         for where, item in items:
             try:
                 ids, mask = encode(read_turns(item), text, tokenizer)
