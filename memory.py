@@ -167,24 +167,27 @@ def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
         if B:
             return plan, B
     least = peak(plans[-1], shape, 1) / GiB
+    share = '--shard=True, ' * (shape.buckets and not (shape.lora or shape.muon)) # with which all stays equal
     raise ValueError(f"no plan fits: {plans[-1]}, the leanest here, takes {least:.1f} GiB with one sequence "
                      f"of {shape.block_size} tokens at a time, and {max(budget, 0) / GiB:.1f} GiB are free; "
-                     f"type --block_size={max(1, shape.block_size // 2)}, take a smaller model, or type "
-                     f"--plan={plans[-1]} to try all the same")
+                     f"type {share}--block_size={max(1, shape.block_size // 2)}, take a smaller model, or "
+                     f"type --plan={plans[-1]} to try all the same")
 
 def advice(plan: str, B: int, block_size: int, sequences: int, plans: tuple[str, ...] = PLANS,
-           works: bool = True) -> str:
+           works: bool = True, shards: bool = False) -> str:
     """ what to say where a plan ran out of memory all the same; an iteration keeps its `sequences`
 
-    works says that sequences were at work, not weights or moments alone, of which only offload holds less.
+    works says that sequences were at work, not weights or moments alone, of which only offload and shards,
+    where the run might have them, hold less.
     """
     leaner = [name for name in PLANS[PLANS.index(plan) + 1:] if name in plans]
     if not works:
-        less = '--plan=offload' if 'offload' in leaner else '--lora_rank=16, or take a smaller model'
+        less = ('--plan=offload' if 'offload' in leaner else '--shard=True' if shards
+                else '--lora_rank=16, or take a smaller model')
         return f"out of memory in plan {plan}, with weights, gradients and moments alone; type {less}"
     smaller = max(n for n in range(1, max(2, B // 2 + 1)) if sequences % n == 0)
     option = (f"--batch_size={smaller} --gradient_accumulation_steps={sequences // smaller}" if B > 1
-              else f"--plan={leaner[0]}" if leaner
+              else f"--plan={leaner[0]}" if leaner else '--shard=True' if shards
               else f"--block_size={max(1, block_size // 2)}")
     return f"out of memory in plan {plan}, {count(B)} of {block_size} tokens at a time; type {option}"
 
@@ -209,10 +212,11 @@ def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) 
             f"on {shape.device}: {there}")
 
 def table(shape: Shape, sequences: int, most: int, budget: float, epochs: dict[str, float],
-          plans: tuple[str, ...] = PLANS, ram_free: float = math.inf) -> str:
+          plans: tuple[str, ...] = PLANS, ram_free: float = math.inf, processes: int = 1) -> str:
     """ every plan's memory, the micro-batch it would use, its cost, and the seconds an epoch that are
-    known """
-    lines = [f"{count(sequences)} of {shape.block_size} tokens an iteration; "
+    known, for each of the processes with its share of an iteration, `sequences` """
+    beside = f', {sequences} by each of {processes} processes' if processes > 1 else ''
+    lines = [f"{count(sequences * processes)} of {shape.block_size} tokens an iteration{beside}; "
              f"{max(budget, 0) / GiB:.1f} GiB to fill",
              f"{'plan':<11}{'micro-batch':>12}{'GiB on device':>15}{'GiB in RAM':>12}"
              f"{'epoch':>9}  fits  costs"]

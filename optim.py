@@ -57,8 +57,10 @@ class OffloadedAdamW(torch.optim.AdamW):
         named = {p: name for name, p in model.named_parameters()}
         self.pinned = device.startswith('cuda')
         self.stream = torch.cuda.Stream(device) if self.pinned else None
-        self.thread = concurrent.futures.ThreadPoolExecutor(1) # one after another, as they are asked for
+        here = (torch.cuda.set_device, (self.stream.device,)) if self.pinned else () # not the first one
+        self.thread = concurrent.futures.ThreadPoolExecutor(1, '', *here) # one after another, as asked for
         self.jobs, self.updates = collections.deque(), {} # of gradients, and of parts of the model
+        self.room = {} # memory of gradients that are gone: the system takes long to give more
         self.masters = {p: torch.nn.Parameter(p.detach().to('cpu', torch.float32)) # unpinned: pinning
                         for group in groups for p in group['params']} # rounds up to powers of two
         self.names = {named[p]: master for p, master in self.masters.items()}
@@ -86,15 +88,15 @@ class OffloadedAdamW(torch.optim.AdamW):
                 grad.record_stream(self.stream)
                 grad, sent = there, self.stream.record_event()
         self.jobs.append(self.thread.submit(self.add, self.masters[p], grad, sent))
-        if len(self.jobs) > 8: # more would wait in RAM
+        if len(self.jobs) > 24: # two blocks', since a compiled one has its 12 at once; more would wait in RAM
             self.jobs.popleft().result()
 
-    @staticmethod
-    def add(master, grad, sent):
+    def add(self, master, grad, sent):
         if sent:
             sent.synchronize()
         if master.grad is None:
-            master.grad = grad.to('cpu', torch.float32, copy=True)
+            room = self.room.pop(master, None)
+            master.grad = grad.to('cpu', torch.float32, copy=True) if room is None else room.copy_(grad)
         else:
             master.grad += grad.to('cpu')
 
@@ -108,14 +110,14 @@ class OffloadedAdamW(torch.optim.AdamW):
         self.collect()
         if getattr(self, 'found_inf', None): # float16's
             return
-        first, self.updater.state = not self.state, self.state
+        first, self.updater.state = not self.updater.state, self.state
         if self.pinned: # what still reads the weights there goes first
             self.stream.wait_stream(torch.cuda.current_stream())
         for part, masters in self.parts.items():
             groups = [{**group, 'params': [p for p in group['params'] if p in masters]} # the next iteration's
                       for group in self.param_groups] # learning rate is not for them
             self.updates[part] = self.thread.submit(self.update, groups)
-        if first: # it makes the moments, for which there may be no room
+        if first: # it makes the moments, and what crosses the bus, for which there may be no room
             self.finish()
 
     def update(self, groups):
@@ -124,7 +126,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         self.updater.step()
         with torch.cuda.stream(self.stream), torch.no_grad():
             for master in (p for group in groups for p in group['params']):
-                master.grad, copy = None, self.copies[master]
+                self.room[master], master.grad, copy = master.grad, None, self.copies[master]
                 there = torch.empty(copy.shape, dtype=copy.dtype, pin_memory=self.pinned)
                 copy.copy_(there.copy_(master), non_blocking=self.pinned)
         return self.stream.record_event() if self.pinned else None
@@ -138,9 +140,10 @@ class OffloadedAdamW(torch.optim.AdamW):
             del self.updates[part]
 
     def finish(self):
-        """ wait until all parts are updated """
+        """ wait until all parts are updated, and give back memory that waits for gradients """
         for part in list(self.updates):
             self.wait(part)
+        self.room.clear()
 
     def state_dict(self):
         self.finish()

@@ -16,7 +16,7 @@ import lora
 import memory
 import model
 from model import GPT, GPT2_SHAPES, ChunkedLoss, GPTConfig
-from optim import OffloadedAdamW, make_optimizer, set_lr, weights
+from optim import OffloadedAdamW, load_optimizer, make_optimizer, set_lr, weights
 from peak import Peak
 
 class AtOnce:
@@ -180,8 +180,10 @@ def test_the_fastest_plan_that_fits_is_chosen_with_the_largest_micro_batch():
     # 16 bytes a parameter, and 1 GiB to cross the bus
     with pytest.raises(ValueError, match=r'takes 24.2 GiB of RAM, and 16.0 are free for it'):
         memory.choose('auto', xl, 8, 8, 6 * memory.GiB, ram_free=16 * memory.GiB)
-    with pytest.raises(ValueError, match='no plan fits: offload'):
+    with pytest.raises(ValueError, match='no plan fits: offload.* type --block_size'):
         memory.choose('auto', xl, 8, 8, 2 * memory.GiB)
+    with pytest.raises(ValueError, match='type --shard=True, --block_size=512, take'): # which several processes may
+        memory.choose('auto', shape('gpt2-xl', buckets=True), 8, 8, 2 * memory.GiB, memory.PLANS[:3])
 
 @pytest.mark.parametrize('free, enough', [(24, False), (25, True)])
 def test_a_dry_run_finds_ram_short_where_the_run_itself_would(free, enough):
@@ -272,8 +274,26 @@ def test_an_offloaded_update_overlaps_with_the_next_forward():
     opt.updater.step = update
     iteration()
     gpt.transformer.h[0].register_forward_hook(lambda *args: reached.set())
-    gpt(idx, idx) # waits for each part, and raises what went wrong there
-    assert not opt.updates and all(p.grad is None for p in opt.masters.values())
+    gpt(idx, idx)[1].backward() # waits for each part, and raises what went wrong there
+    assert not opt.updates
+    opt.collect()
+    places = [p.grad.data_ptr() for p in opt.masters.values()]
+    opt.step()
+    gpt(idx, idx)[1].backward()
+    opt.collect()
+    assert places == [p.grad.data_ptr() for p in opt.masters.values()] # no new memory
+
+def test_the_first_update_of_a_run_is_waited_for_also_where_it_has_its_moments():
+    opts, idx = [], torch.randint(50, (2, 16))
+    for _ in range(2):
+        gpt = GPT(GPTConfig(16, 50, 2, 2, 16))
+        opts.append(make_optimizer('adamw', gpt, 1e-2, 0.0, 0.1, (0.9, 0.95), ('cpu', torch.float32)))
+        if len(opts) == 2:
+            load_optimizer(opts[1], opts[0].state_dict())
+        gpt(idx, idx)[1].backward()
+        opts[-1].updater.step = lambda step=opts[-1].updater.step: (time.sleep(0.02), step())
+        opts[-1].step()
+        assert not opts[-1].updates # where there is no room for it, that is told at once
 
 def test_gradients_that_go_take_their_errors_along():
     opt = make_optimizer('adamw', GPT(GPTConfig(8, 11, 1, 1, 8)), 1e-3, 0.0, 0.1, (0.9, 0.95), ('cpu', torch.float32))
@@ -342,6 +362,8 @@ def test_out_of_memory_with_one_sequence_names_the_next_plan():
     alone = [memory.advice(plan, 6, 1024, 24, plans, works=False).partition('; ')[2] for plan, plans in (
         ('device', memory.PLANS), ('recompute', memory.PLANS[:3]))]
     assert alone == ['type --plan=offload', 'type --lora_rank=16, or take a smaller model'] # no sequences were there
+    for works in (True, False): # several processes may share weights and moments, which changes no loss
+        assert memory.advice('recompute', 1, 1024, 8, memory.PLANS[:3], works, shards=True).endswith('; type --shard=True')
     assert memory.advice('device', 6, 1024, 24).endswith(
         '6 sequences of 1024 tokens at a time; type --batch_size=3 --gradient_accumulation_steps=8')
 
