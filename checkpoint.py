@@ -54,12 +54,33 @@ def link(path: str, to: str) -> None:
         shutil.copyfile(path, to + '.tmp')
     os.replace(to + '.tmp', to)
 
+def lock(out_dir: str):
+    """ make out_dir, and keep other runs out of it for as long as what this returns is there
+
+    Raises FileExistsError where one holds it. The system ends a lock with its process, however that ends.
+    """
+    os.makedirs(out_dir, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError: # Windows
+        return None
+    file = open(os.path.join(out_dir, '.lock'), 'a')
+    for tries in range(50): # a run that was killed a moment ago may take some seconds
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            time.sleep(0.1)
+        except OSError: # a file system that has no locks
+            return None
+    raise FileExistsError(f"another run is writing to {out_dir}; end it, or type --out_dir=ANOTHER")
+
 class Saver:
-    """ a run's last.pt, ckpt.pt and, if it keeps them, iter_000500.pt. A save that fails costs a line, and is
-    left to the next one """
+    """ a run's last.pt, ckpt.pt and, if it keeps them, iter_000500.pt, in a folder that is locked to it. A
+    save that fails costs a line, and is left to the next one """
 
     def __init__(self, out_dir: str, keeps_all: bool):
-        self.out_dir, self.keeps_all = out_dir, keeps_all
+        self.out_dir, self.keeps_all, self.lock = out_dir, keeps_all, lock(out_dir)
         self.saved, self.error = None, None # the iteration that is in last.pt, and why the latest failed
 
     def clear(self, anew: bool) -> None:
@@ -297,9 +318,11 @@ def check_new(out_dir: str, init_from: str, overwrite: bool) -> None:
     """ raise FileExistsError where a new run in out_dir would lose what is there: a run, the model it starts
     from, or another program's files """
     # by its name on the hub, too, which would be this folder from then on
-    if init_from != 'scratch' and os.path.abspath(init_from) == os.path.abspath(out_dir):
-        raise FileExistsError(f"init_from and out_dir are both {out_dir}; type --init_from=resume to go on "
-                              "with a run, or --out_dir=ANOTHER")
+    path = find(init_from) # in a folder that must not be this one
+    of = [init_from, os.path.dirname(path)] if path else [init_from]
+    if init_from != 'scratch' and os.path.realpath(out_dir) in map(os.path.realpath, of):
+        raise FileExistsError(f"init_from, {init_from}, is out_dir or lies in it; type --init_from=resume to "
+                              "go on with a run, or --out_dir=ANOTHER")
     if find(out_dir) and not overwrite:
         raise FileExistsError(f"{out_dir} already holds a run; type --init_from=resume to go on with it, "
                               "--out_dir=ANOTHER to keep it, or --overwrite=True to lose it")
@@ -310,16 +333,12 @@ def check_new(out_dir: str, init_from: str, overwrite: bool) -> None:
                 raise FileExistsError(f"{settings} is not of train.py, which would write its own; type "
                                       "--out_dir=ANOTHER")
 
-def describe_base(source: str, model: GPT, out_dir: str) -> dict:
-    """ what an adapter's checkpoint in out_dir says of the model that `source` names, and that it is for
-
-    Raises ValueError where that is none, or lies in out_dir itself.
-    """
+def describe_base(source: str, model: GPT) -> dict:
+    """ what an adapter's checkpoint says of the model that `source` names, and that it is for; raises
+    ValueError where that is none """
     if source == 'scratch':
         raise ValueError("lora_rank needs a model to start from; type --init_from=gpt2, or --lora_rank=0")
     source = find(source) or source
-    if os.path.dirname(os.path.abspath(source)) == os.path.abspath(out_dir):
-        raise ValueError(f"{out_dir} holds the model that the adapter is for; type --out_dir=ANOTHER")
     return {'base': os.path.abspath(source) if os.path.exists(source) else source,
             'base_fingerprint': lora.fingerprint(model)}
 

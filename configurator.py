@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import signal
 import re
 import shlex
 import sys
@@ -258,6 +259,7 @@ def report(kind, error, trace) -> None:
         sys.__excepthook__(kind, error, trace)
         sys.exit(1)
     if os.environ.get('LOCAL_RANK', '0') != '0':
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3) # torchrun ends this process first, if the error is not its own alone
     text = str(error)
     if full:

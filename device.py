@@ -96,7 +96,9 @@ def compile_model(modules, choice, device: str, trial) -> bool:
             raise
         told = str(error).strip() or type(error).__name__
         reason = re.sub(r'^backend=.* raised:\s*', '', told).splitlines()[0][:150] # whose words say no more
-        print(f"warning: torch.compile does not work here ({reason}); going on without it", file=sys.stderr)
+        if os.environ.get('LOCAL_RANK', '0') == '0':
+            print(f"warning: torch.compile does not work here ({reason}); going on without it",
+                  file=sys.stderr)
         torch.compiler.set_stance('force_eager')
         return False
     return True
@@ -111,11 +113,16 @@ def peak_flops(device: str, dtype: str) -> float | None:
     return next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf'\b{key}\b', name)), None)
 
 class Signals:
-    """ what signals ask of a run: an end (`end`, the number of SIGINT or SIGTERM, or 0), or a checkpoint
-    (`save`, by SIGUSR1); a second Ctrl-C leaves at once """
+    """ what signals ask of a run: an end (`end`, the number of SIGINT, SIGTERM or SIGHUP, or 0), or a
+    checkpoint (`save`, by SIGUSR1); a second Ctrl-C leaves at once
+
+    The loss of a node's only torchrun is an end, too: nobody else would end its processes.
+    """
 
     def __init__(self, say):
         self.end, self.save, self.time, self.say = 0, False, 0.0, say
+        watched = 'TORCHELASTIC_RUN_ID' in os.environ and os.environ.get('GROUP_WORLD_SIZE', '1') == '1'
+        self.launcher = os.getppid() if watched else None
         if hasattr(signal, 'SIGUSR1'): # Windows has none
             signal.signal(signal.SIGUSR1, self.take_save)
 
@@ -123,15 +130,19 @@ class Signals:
         """ from now on an end waits until it is asked for; before, there is nothing to save """
         signal.signal(signal.SIGINT, self.take_end)
         signal.signal(signal.SIGTERM, self.take_end)
+        if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN: # as nohup has it
+            signal.signal(signal.SIGHUP, self.take_end) # a terminal that is gone
 
     def asked(self) -> list[float]:
         """ [an end, a checkpoint], each 0 or 1 """
+        if self.launcher and os.getppid() != self.launcher:
+            self.take_end(signal.SIGTERM, None)
         return [float(self.end > 0), float(self.save)]
 
     def take_end(self, number, frame):
         if not self.end:
             self.end, self.time = number, time.time()
-            self.say("stopping; a second Ctrl-C leaves at once")
+            self.say(f"stopping{'' if 'RANK' in os.environ else '; a second Ctrl-C leaves at once'}")
         elif number == signal.SIGINT and (time.time() > self.time + 1 or 'RANK' not in os.environ):
             # torchrun passes on a signal that this process got as well: at once, it is the same one
             os._exit(130)

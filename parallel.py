@@ -8,6 +8,7 @@ import gc
 import os
 import socket
 import sys
+import zlib
 
 import torch
 import torch.distributed as dist
@@ -70,26 +71,49 @@ def least(value: float, world_size: int, device: str) -> float:
     dist.all_reduce(total, dist.ReduceOp.MIN)
     return total.item()
 
-def share(sequences: int, world_size: int) -> int:
-    """ how many sequences of an iteration are a process's; raises ValueError where that is not even """
-    if sequences % world_size:
+def share(sequences: int, world_size: int, config: dict) -> int:
+    """ how many sequences of an iteration are a process's; raises ValueError where that is not even, but for
+    an evaluation, which shares otherwise """
+    if sequences % world_size and not config['eval_only']:
         low = sequences // world_size * world_size
+        advice = f"make it {low or world_size} or {low + world_size}"
+        if config['init_from'] == 'resume': # and an iteration stays as it is
+            *less, most = [n for n in range(1, sequences + 1) if sequences % n == 0]
+            advice = f"start it with {', '.join(map(str, less)) or 'no more'} or {most} of them"
         raise ValueError(f"an iteration has {sequences} sequences (batch_size * "
                          f"gradient_accumulation_steps), which {world_size} processes cannot share evenly; "
-                         f"make it {low or world_size} or {low + world_size}")
-    return sequences // world_size
+                         + advice)
+    return max(1, sequences // world_size)
 
-def check_shard(shard: bool, world_size: int, config: dict) -> None:
-    """ raise ValueError for what shard_model cannot do """
-    if shard and (world_size == 1 or config['lora_rank'] or config['optimizer'] == 'muon'):
+def can_shard(world_size: int, config: dict) -> bool:
+    """ whether shard_model can do what these options ask for """
+    return world_size > 1 and not config['lora_rank'] and config['optimizer'] == 'adamw'
+
+def check_shard(world_size: int, config: dict) -> None:
+    """ raise ValueError where shard_model is asked for what it cannot do """
+    if config['shard'] and not can_shard(world_size, config):
         raise ValueError("shard is for several processes, adamw and whole matrices; start train.py by "
                          "torchrun, or type --shard=False")
 
+def are_same(value: int, world_size: int, device: str) -> bool:
+    """ whether this value is the mean of all processes' """
+    return all_sum([value], world_size, device)[0] == value * world_size
+
 def check_same(iter_num: int, world_size: int, device: str, out_dir: str) -> None:
     """ raise ValueError where the processes do not all start at this iteration """
-    if all_sum([iter_num], world_size, device)[0] != iter_num * world_size:
+    if not are_same(iter_num, world_size, device):
         raise ValueError(f"the processes found different checkpoints in {out_dir}, this one iteration "
                          f"{iter_num}; type --out_dir with a folder that all nodes share")
+
+def check_data(splits: list, world_size: int, device: str, dataset: str) -> None:
+    """ raise ValueError where the processes do not all read these splits, as far as their lengths and first
+    windows tell """
+    lengths = [data.n_tokens for data in splits]
+    sums = [zlib.crc32(data.batch(data.training_windows(0, 8))[0].tobytes()) for data in splits]
+    if not all([are_same(value, world_size, device) for value in (*lengths, *sums)]): # none leaves early
+        raise ValueError(f"the processes read different data in {dataset}, this one {lengths[0]:,} tokens "
+                         f"and {lengths[1]:,}; copy one node's to all, or type --dataset with a folder that "
+                         "they share")
 
 def launch_id() -> str | None:
     """ torchrun's job and this command, the same when torchrun or a scheduler starts it again; None without

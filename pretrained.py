@@ -11,6 +11,7 @@ import sys
 
 import torch
 
+from configurator import say_once
 from dataset import read_template
 from model import GPT, GPT2_SHAPES, GPTConfig
 from tokenizer import BPETokenizer
@@ -25,7 +26,7 @@ def load(source: str, dropout: float = 0.0) -> tuple[GPT, dict]:
     if prefix:
         return load_tensorflow(prefix, dropout), {'tokenizer': {'name': 'gpt2'}}
     name, revision = find_hugging_face(source)
-    print(f"loading {source} ...", file=sys.stderr)
+    say_once('', [f"loading {source} ..."])
     os.environ.setdefault('DISABLE_SAFETENSORS_CONVERSION', '1') # which transformers asks a service for
     with readable(source):
         GPT.pretrained_config(name, revision=revision) # without a network each file takes long to fail
@@ -140,7 +141,7 @@ def load_tensorflow(prefix: str, dropout: float) -> GPT:
     except ImportError:
         raise ImportError(f"{prefix} is a TensorFlow checkpoint, and the tensorflow package, which reads it, "
                           "is not installed; type pip install tensorflow") from None
-    print(f"loading {prefix} ...", file=sys.stderr)
+    say_once('', [f"loading {prefix} ..."])
     try:
         reader = tensorflow.train.load_checkpoint(prefix)
         shapes = reader.get_variable_to_shape_map()

@@ -109,10 +109,8 @@ master = rank == 0
 if device.startswith('cuda'):
     torch.set_float32_matmul_precision('high') # TF32 for what is float32
 steady_output() # a line is seen at once in a file, too, and a full disk under it ends no run
-
 if wandb_log:
     need_wandb() # here, so that its absence is told before anything is done
-
 say = print if master else lambda text: None
 
 def leave(status):
@@ -122,8 +120,8 @@ def leave(status):
     sys.exit(status)
 
 sequences = batch_size * gradient_accumulation_steps # S: what an iteration trains on, on any machine
-share = parallel.share(sequences, world_size) # of them, a process's
-parallel.check_shard(shard, world_size, config)
+share = parallel.share(sequences, world_size, config) # of them, a process's
+parallel.check_shard(world_size, config)
 
 signals, launch = Signals(say), parallel.launch_id()
 restarted = parallel.all_sum([float(checkpoints.is_of(out_dir, launch))], world_size, device)[0] > 0
@@ -159,7 +157,7 @@ scratch = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bi
 if dry_run: # which needs neither data nor, for GPT-2, weights
     c = checkpoints.config_of(out_dir if init_from == 'resume' else init_from, scratch)
     epochs = epoch_times(out_dir, {**config, 'device': place, 'processes': world_size})
-    say(memory.table(shape_of(c), share, batch_size, free, epochs, plans, free_memory('cpu')))
+    say(memory.table(shape_of(c), share, batch_size, free, epochs, plans, free_memory('cpu'), world_size))
     leave(0)
 
 def plan_for(c, held):
@@ -176,6 +174,7 @@ def plan_for(c, held):
 
 train_data = open_split(folders, 'train', block_size, vocab_size, seed=seed)
 val_data = open_split(folders, 'val', block_size, vocab_size)
+parallel.check_data([train_data, val_data], world_size, device, dataset)
 n_evaluated = eval_iters * batch_size or val_data.windows # windows of each split
 for data in (train_data, val_data):
     list(data.evaluation_parts(n_evaluated)) # raises where a mask leaves none
@@ -200,7 +199,7 @@ else:
 check_match(loaded.get('tokenizer'), model.config.vocab_size, tokenizer, dataset)
 template = read_template(folders) or loaded.get('template')
 if init_from != 'resume' and lora_rank: # a resumed run has its adapter, and knows its base
-    loaded.update(checkpoints.describe_base(init_from, model, out_dir))
+    loaded.update(checkpoints.describe_base(init_from, model))
 base = {key: loaded.get(key) for key in ('base', 'base_fingerprint')}
 lora.restrict(model, config)
 if lora_rank:
@@ -217,7 +216,8 @@ def with_room(work, *args, again=True):
                 raise
         if micro_batch == 1 or world_size > 1 or not again: # the other processes do not know
             raise ValueError(memory.advice(plan, micro_batch, block_size, sequences,
-                                           () if eval_only and again else plans, again))
+                                           () if eval_only and again else plans, again,
+                                           not shard and parallel.can_shard(world_size, config)))
         opt.zero_grad(set_to_none=True)
         was, (micro_batch, n_micro_steps) = micro_batch, split_batch(share, micro_batch // 2)
         say(f"iter {iter_num}: out of memory with {was} sequences at a time; again with {micro_batch}")
@@ -291,7 +291,6 @@ def evaluate():
 # -----------------------------------------------------------------------------
 # logging
 
-saver = checkpoints.Saver(out_dir, keep_checkpoints)
 def save(is_best=False, tells=False):
     """ write last.pt, and let ckpt.pt be the same file where it is the best; tell whether that succeeded """
     state = checkpoints.adapter_state(raw_model, base) if lora_rank else {'model': weights(raw_model, opt)}
@@ -332,6 +331,7 @@ if iter_num >= max_iters and init_from == 'resume' and is_logged(out_dir, iter_n
         f"--{'num_epochs' if max_iters < config['max_iters'] else 'max_iters'}=N with a larger N to go on")
     leave(0)
 if master:
+    saver = checkpoints.Saver(out_dir, keep_checkpoints)
     wandb_id = start_wandb(config, init_from == 'resume')
     start_log(out_dir, config, dict(
         wandb_id=wandb_id, device=device, dtype=dtype, plan=plan, processes=world_size, max_iters=max_iters,

@@ -309,6 +309,35 @@ def test_an_end_waits_for_no_long_iteration_or_evaluation(clone, tmp_path, optio
     assert 'saved' in out and '--init_from=resume' in out
     assert load(tmp_path / 'out' / 'last.pt')['iter_num'] == int(out.split('stopped at iteration ')[1].split()[0])
 
+def test_a_terminal_that_goes_ends_a_run_in_order_unless_nohup_is_there(clone, tmp_path):
+    with started(clone, tmp_path / 'out', *ENDLESS) as run:
+        wait_for(run, 'iter 10:')
+        run.send_signal(signal.SIGHUP)
+        out = run.communicate(timeout=60)[0]
+    assert run.returncode == 0 and load(tmp_path / 'out' / 'last.pt')['iter_num'] == int(out.split('stopped at iteration ')[1].split()[0])
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN) # as nohup leaves it to what it starts
+    try:
+        with started(clone, tmp_path / 'nohup', *ENDLESS) as run:
+            wait_for(run, 'iter 10:')
+            run.send_signal(signal.SIGHUP)
+            wait_for(run, 'iter 500:')
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+def test_a_folder_that_a_run_writes_to_is_no_other_s(clone, train, tmp_path):
+    with started(clone, tmp_path / 'out', *ENDLESS) as run:
+        wait_for(run, 'iter 30:') # saved at 20
+        rows = len((tmp_path / 'out' / 'log.csv').read_bytes())
+        for options in (('--init_from=resume',), ('--overwrite=True',)):
+            error = train(*ENDLESS, *options, out_dir='out', status=2).err.splitlines()[-1]
+            assert error == f"error: another run is writing to {tmp_path / 'out'}; end it, or type --out_dir=ANOTHER"
+        train(*ENDLESS, '--init_from=resume', '--eval_only=True', out_dir='out') # writes nothing
+        run.send_signal(signal.SIGTERM)
+        assert 'stopped at' in run.communicate(timeout=60)[0] and run.returncode == 0
+    iters = [line.split(',')[0] for line in (tmp_path / 'out' / 'log.csv').read_text().splitlines()[1:]]
+    assert len(iters) == len(set(iters)) and (tmp_path / 'out' / 'log.csv').stat().st_size > rows
+    train(*ENDLESS, '--init_from=resume', f'--max_iters={int(iters[-1]) + 5}', out_dir='out') # its lock has gone with it
+
 def test_a_second_ctrl_c_leaves_at_once(clone, tmp_path):
     slow = clone / f'slow_{os.getpid()}.py' # saves for a minute
     slow.write_text("import runpy, time, checkpoint\nsave = checkpoint.save\n"

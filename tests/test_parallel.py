@@ -57,6 +57,33 @@ def test_any_split_is_the_same_run(train, references, dataset, processes, micro_
         assert got[name][0] == pytest.approx(wanted[name][0], abs=1e-6) # of the same weights
     assert re.search(rf', {micro_batch} sequences? at a time', result.out)
 
+@pytest.mark.parametrize('options', [('--dtype=bfloat16',), ('--dtype=bfloat16', '--shard=True'), ('--dtype=float16',)])
+def test_a_split_in_half_precision_is_the_same_run_but_for_its_rounding(train, options):
+    options = *LONG, '--max_iters=30', *options
+    one = losses(train(*options, '--shard=False', '--batch_size=8', '--gradient_accumulation_steps=1'))
+    for name, values in losses(train(*options, processes=2, out_dir='two')).items():
+        assert values == pytest.approx(one[name], abs=1e-3), name
+
+def test_a_number_of_processes_that_does_not_divide_an_iteration_is_told_what_does(train):
+    train()
+    options = '--init_from=resume', '--max_iters=8'
+    assert 'make it 6 or 9' in train(processes=3, out_dir='b', status=2).err
+    assert 'start it with 1, 2, 4 or 8 of them' in train(*options, processes=3, status=2).err
+    alone, three = (train(*options, '--eval_only=True', processes=n).out.splitlines()[-1] for n in (1, 3)) # needs no such
+    assert alone == three and 'step 6: train loss' in alone
+
+def test_a_dry_run_of_several_processes_counts_the_sequences_of_all(train):
+    assert '8 sequences of 16 tokens an iteration, 4 by each of 2 processes; ' in train('--dry_run=True', processes=2).out
+
+def test_processes_that_read_different_data_are_told(clone, train, tmp_path):
+    shutil.copytree(clone / 'data' / 'chars', tmp_path / 'other')
+    tokens = np.fromfile(tmp_path / 'other' / 'train.bin', np.uint16)
+    (tmp_path / 'nodes.py').write_text(f"import os\ndataset = 'chars' if os.environ['RANK'] == '0' else {str(tmp_path / 'other')!r}\n")
+    for spoil in (lambda: tokens[:-1000], lambda: tokens[::-1]):
+        spoil().tofile(tmp_path / 'other' / 'train.bin')
+        error = train(tmp_path / 'nodes.py', processes=2, status=2).err
+        assert 'error: the processes read different data in' in error and 'Traceback' not in error
+
 @pytest.mark.parametrize('options', [(), ('--plan=recompute', '--freeze=wte,h.0', '--bias=True')])
 def test_a_sharded_run_has_the_losses_of_one_that_is_not(train, options):
     whole = train(*LONG, *options, processes=2)

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -47,6 +48,30 @@ def test_torchrun_s_processes_save_on_sigusr1_outlive_sigkill_and_end_with_a_che
               for folder in (one.out_dir, tmp_path / 'two')]
     assert len(losses[1]) == stopped and losses[1] == pytest.approx(losses[0], abs=1e-5)
 
+def test_processes_whose_torchrun_is_killed_save_and_leave(clone, tmp_path):
+    command = ['train.py', '--dataset=chars', *TINY, '--eval_interval=1000000', '--max_iters=1000000', '--decay_lr=False',
+               f"--out_dir={tmp_path / 'two'}"]
+    with Job(['--standalone', '--nproc_per_node=2'], command, clone, tmp_path / 'printed') as job:
+        job.wait_for('^iter 3:')
+        workers = job.workers()
+        job.agent.kill()
+        job.ended()
+        end = time.time() + 60
+        while any(os.path.exists(f'/proc/{pid}') for pid in workers) and time.time() < end:
+            time.sleep(0.05)
+        assert not any(os.path.exists(f'/proc/{pid}') for pid in workers)
+        stopped = int(re.search(r'^stopped at iteration (\d+)', job.text(), re.MULTILINE).group(1))
+    assert checkpoints.load(str(tmp_path / 'two' / 'last.pt'))['iter_num'] == stopped > 0
+
+def test_an_error_of_all_processes_is_told_once_under_torchrun(clone, tmp_path):
+    (tmp_path / 'full.py').write_text("import torch\ndef step(self, *a, **k): raise torch.OutOfMemoryError('CUDA out of memory.')\n"
+                                      "torch.optim.AdamW.step = step\n")
+    command = ['train.py', str(tmp_path / 'full.py'), '--dataset=chars', *TINY, f"--out_dir={tmp_path / 'two'}"]
+    with Job(['--standalone', '--nproc_per_node=2'], command, clone, tmp_path / 'printed') as job:
+        assert job.ended() == 1
+        assert re.findall(r'^error: .*', job.text(), re.MULTILINE) == [
+            'error: out of memory in plan device, with weights, gradients and moments alone; type --shard=True']
+
 def test_only_the_same_command_in_the_same_job_goes_on_by_itself(train, monkeypatch):
     """ as when Slurm queues a job again, whose id is torchrun's """
     out_dir = str(train('--eval_interval=6', env={'TORCHELASTIC_RUN_ID': '7'}).out_dir)
@@ -75,7 +100,7 @@ def test_the_troubleshooting_of_several_processes_is_headed_by_messages_that_the
                    for name in ('train.py', 'parallel.py'))
     code = re.sub(r'"\s*\n\s*f?"', '', code) # texts over several lines, joined
     code = re.sub(r'\{.*?\}', '…', code) # values
-    assert len(headings) == 6
+    assert len(headings) == 7
     for heading in headings:
         for part in heading.split('…'):
             assert part.strip() in code, heading
