@@ -5,7 +5,7 @@ import os
 
 from configurator import ROOT, quote, run_file
 
-LITTLE = 100_000 # tokens to train on
+LITTLE, SOME, MUCH = 10**5, 10**6, 10**8 # tokens to train on
 
 def options_of(config):
     """ train.py's options as `config` sets them """
@@ -21,13 +21,20 @@ def fit_block(options, n_train, n_val):
         block_size //= 2
     return {'block_size': block_size} if block_size < options['block_size'] else {}
 
-def little_run(options, n_train):
-    """ what suits little text: an iteration of few sequences, and two evaluations an epoch """
+def suiting(options, n_train):
+    """ what suits so much text, as docs/finetuning-quickstart.md has it: iterations of fewer sequences, or
+    fewer epochs, and some evaluations an epoch """
     if options['init_from'] == 'scratch': # which wants all of its iterations
-        return {'eval_interval': 50, 'patience': 4}
-    return {'lora_rank': 8, 'learning_rate': '3e-4', 'batch_size': 4, 'gradient_accumulation_steps': 1,
-            'num_epochs': 10, 'eval_interval': max(1, n_train // (2 * 4 * options['block_size'])),
-            'patience': 4}
+        return {'eval_interval': 50, 'patience': 4} if n_train < LITTLE else {}
+    adapter = {'lora_rank': 8, 'learning_rate': '3e-4'} if n_train < LITTLE else {}
+    sequences, steps, epochs, evaluations, end = (
+        (4, 1, 10, 2, {'patience': 4}) if n_train < LITTLE
+        else (8, 2, 5, 2, {'patience': 4}) if n_train < SOME
+        else (8, 8, 3, 2, {'patience': 3}) if n_train < MUCH
+        else (8, 8, 1, 10, {'eval_iters': 200})) # all of such a validation split would take long
+    interval = max(1, n_train // (evaluations * sequences * steps * options['block_size']))
+    return {**adapter, 'batch_size': sequences, 'gradient_accumulation_steps': steps, 'num_epochs': epochs,
+            'eval_interval': interval, **end}
 
 def count_epochs(options, n_train):
     """ what a run makes of so many tokens, in words, by train.py's arithmetic """
@@ -49,10 +56,12 @@ def tell_run(config, name, n_train, n_val):
     if fitting:
         print(f"warning: {n_val:,} tokens to validate on say little of how good a model is, and make "
               "sequences short; add text, or type a larger --val_fraction")
-    if n_train < LITTLE:
-        fitting |= little_run(options, n_train)
-        print("warning: that is little, and a model soon knows it by heart; the command below makes at most "
-              f"{count_epochs(options | fitting, n_train)}, and ends after {fitting['patience']} evaluations "
-              "without a better one")
+    suits = suiting(options, n_train)
+    fitting |= suits
+    if suits:
+        ends = (f", and ends after {suits['patience']} evaluations without a better one"
+                if 'patience' in suits else '')
+        print("warning: that is little, and a model soon knows it by heart; " * (n_train < LITTLE)
+              + f"the command below makes at most {count_epochs(options | fitting, n_train)}{ends}")
     more = ''.join(f' --{key}={value}' for key, value in fitting.items())
     print(f"next: python train.py {config} --dataset={quote(name)} --out_dir={quote(f'out-{name}')}{more}")

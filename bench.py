@@ -53,7 +53,7 @@ import torch.nn.functional as F
 
 import lora
 import memory
-from dataset import Split, find_datasets, open_split, read_shared_state, split_batch
+from dataset import Split, find_datasets, open_split, read_shared_state, split_batch, tell_assumed
 from device import (DTYPES, autocast, compile_model, fetch, free_memory, is_out_of_memory, memory_mb,
                     memory_to_fill, peak_flops, pick_device, pick_dtype)
 from model import GPT, GPT2_SHAPES, GPTConfig, Linear, check_length
@@ -62,6 +62,8 @@ from tokenizer import count_ids
 
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
+if profile:
+    open('trace.json', 'w').close() # tells at once where it cannot be written
 if device.startswith('cuda'):
     torch.set_float32_matmul_precision('high') # as train.py does
 
@@ -98,9 +100,11 @@ def seconds(job, n, before):
 
 def model_config():
     """ the shape that train.py would train; random weights are as fast as trained ones """
-    vocab_size = count_ids(read_shared_state(find_datasets(dataset))) if data == 'real' else 50257
     if init_from in GPT2_SHAPES:
         return GPTConfig(**GPT2_SHAPES[init_from], dropout=dropout)
+    folders = find_datasets(dataset)
+    print(tell_assumed(folders), end='', file=sys.stderr)
+    vocab_size = count_ids(read_shared_state(folders))
     if init_from != 'scratch':
         raise ValueError(f"init_from is {init_from!r}; type --init_from=NAME with one of scratch, "
                          f"{', '.join(GPT2_SHAPES)}: only the shape matters here")

@@ -360,16 +360,19 @@ def tell_changes(before: dict, config: dict) -> str:
         raise ValueError(f"the run froze {before.get('freeze', '')!r}, and freeze is {config['freeze']!r}; "
                          f"type --freeze={before.get('freeze', '')}, "
                          "or --init_from=ITS_FOLDER to start afresh")
-    not_options = (*OF_A_CALL, 'n_layer', 'n_head', 'n_embd', 'bias') # the last are the model's own
+    not_options = (*OF_A_CALL, 'data', 'n_layer', 'n_head', 'n_embd', 'bias') # the last are the model's own
     changed = [f"{key} {before[key]!r} -> {config[key]!r}" for key in config
                if key not in not_options and before.get(key, config[key]) != config[key]]
     told = f", with {', '.join(changed)}" if changed else ''
     if not is_same_data(before, config):
-        told += f"; the best so far was judged by {before['dataset']}: to count anew, type {anew}"
+        earlier = ' as it was' * (before['dataset'] == config['dataset'])
+        told += f"; the best so far was judged by {before['dataset']}{earlier}: to count anew, type {anew}"
     return told
 
 def is_same_data(before: dict, config: dict) -> bool:
     """ whether a run that is resumed goes on with its data, wherever its folders are named from """
+    if before.get('data', config['data']) != config['data']:
+        return False
     names = before.get('dataset', config['dataset']), config['dataset']
     if names[0] == names[1]:
         return True

@@ -161,9 +161,10 @@ def check_range(key: str, value, least: int) -> None:
         raise ValueError(f"{key} is {value}; type --{key}=N with N at least {least}")
 
 def parse(key: str, text: str, default):
-    """ the value of --key=text; text for a text option is never evaluated, so --start=5 is '5' """
+    """ the value of --key=text; text for a text option is never evaluated, so --start=5 is '5', but for line
+    ends alone, so that --start='\\n' is what the help shows """
     if isinstance(default, str) and default != 'auto':
-        return at_home(key, text)
+        return '\n' * (len(text) // 2) if re.fullmatch(r'(\\n)+', text) else at_home(key, text)
     try:
         value = ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
     except (SyntaxError, ValueError, MemoryError, RecursionError):

@@ -10,26 +10,20 @@ windows from a random offset, round the end of the file and on from its beginnin
 that every token is a target once an epoch. Both are drawn from (seed, epoch), and iteration i takes
 windows [i*S, (i+1)*S) of the endless row of epochs: what an iteration trains on follows from (seed, i).
 """
-import contextlib
 import difflib
 import functools
 import glob
-import hashlib
 import math
 import os
 import pickle
 import re
-import shutil
-import tempfile
+import zlib
 
 import numpy as np
 
 from tokenizer import are_characters
 
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
-
-# -----------------------------------------------------------------------------
-# reading
 
 class Split:
     """ the tokens of one split of a dataset (`name` is train or val), cut into windows of block_size """
@@ -76,6 +70,12 @@ class Split:
             raise ValueError(f"of {shorten(self.path)} no token that is evaluated counts, by its mask; type "
                              "--eval_iters=0, or prepare it with more to validate on")
         yield 1.0, windows, n
+
+    def mark(self) -> str:
+        """ what is another for other data: how many tokens there are, a checksum of the first and last """
+        arrays = [array for array in (self.tokens, self.mask) if array is not None]
+        ends = [end for array in arrays for end in (array[:2**20], array[-2**20:])]
+        return f'{self.n_tokens}:{zlib.crc32(np.concatenate(ends)):08x}'
 
     def describe_epochs(self, windows: float) -> str:
         return f"{windows / self.windows:.1f} epochs"
@@ -153,6 +153,9 @@ class Mix(Split):
             part = split.windows if limit >= self.windows else max(1, round(limit * weight))
             for _, windows, n in split.evaluation_parts(part):
                 yield float(weight), windows + [base, 0], n
+
+    def mark(self):
+        return ','.join(split.mark() for split in self.splits)
 
     def describe_epochs(self, windows):
         shares = (self.source == k for k in range(len(self.splits)))
@@ -285,6 +288,11 @@ def read_shared_state(folders) -> dict:
                              f"as data/custom/prepare.py --tokenizer={of} does")
     return states[0]
 
+def tell_assumed(folders) -> str:
+    """ a line for what is worked out without data: how many ids are assumed where a dataset is not there """
+    absent = [shorten(folder) for folder in folders if not os.path.isdir(folder)]
+    return f"there is no {absent[0]}; a vocabulary of GPT-2's 50,257 ids is assumed\n" if absent else ''
+
 def read_template(folders) -> str | None:
     """ how the datasets put an instruction to the model, if one does; raises ValueError for no template """
     for folder in folders:
@@ -295,91 +303,6 @@ def read_template(folders) -> str | None:
                 raise ValueError(f"{shorten(path)} has no {{instruction}}; prepare the dataset again")
             return text
     return None
-
-# -----------------------------------------------------------------------------
-# writing
-
-FILES = ('train.bin', 'val.bin', 'meta.pkl', 'train_mask.bin', 'val_mask.bin', 'template.txt')
-
-@contextlib.contextmanager
-def publish(folder: str):
-    """ gives a temporary folder, and puts the dataset that is written there in `folder` when it is whole
-
-    What an earlier dataset had beside it goes. After an error or Ctrl-C all is as it was.
-    """
-    os.makedirs(folder, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix='unfinished-') as place:
-            yield place
-            for name in FILES:
-                path, made = os.path.join(folder, name), os.path.join(place, name)
-                if os.path.exists(made):
-                    os.replace(made, path)
-                elif os.path.exists(path):
-                    os.remove(path)
-    finally:
-        if not os.listdir(folder):
-            os.rmdir(folder)
-
-def write_dataset(folder: str, text: str, tokenizer, val_fraction: float = 0.1) -> None:
-    """ write a text that memory holds as a dataset; the last val_fraction of its characters is val """
-    cut = int(len(text) * (1 - val_fraction))
-    if not 1 < cut < len(text) - 1: # a target has a token before it
-        raise ValueError(f"{len(text)} characters are too few to keep {val_fraction} of them to validate on; "
-                         "add text")
-    print(f"{len(text):,} characters, a vocabulary of {tokenizer.n_vocab:,}")
-    with publish(folder) as place:
-        for name, part in (('train.bin', text[:cut]), ('val.bin', text[cut:])):
-            ids = np.array(tokenizer.encode(part), dtype='<u2')
-            ids.tofile(os.path.join(place, name))
-            print(f"{shorten(os.path.join(folder, name))}: {len(ids):,} tokens of {len(part):,} characters")
-        if tokenizer.state['name'] == 'char':
-            write_meta(place, tokenizer.chars)
-
-def write_meta(folder: str, chars: list[str]) -> None:
-    """ write meta.pkl, which says which character has which id """
-    meta = {'vocab_size': len(chars), 'stoi': {char: i for i, char in enumerate(chars)},
-            'itos': dict(enumerate(chars))}
-    with open(os.path.join(folder, 'meta.pkl'), 'wb') as file:
-        pickle.dump(meta, file)
-
-def claim(name: str, own: str, val_fraction: float) -> str:
-    """ the folder of a dataset to be made by data/OWN/prepare.py; raises ValueError for what it cannot be """
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}; type a share between 0 and 1, such as "
-                         "--val_fraction=0.1")
-    if not name or os.path.basename(name) != name or name[0] in '. ' or set(',:') & set(name):
-        raise ValueError(f"name is {name!r}; type a plain name for the folder in data/, such as --name=novel")
-    if name != own and os.path.exists(os.path.join(DATA, name, 'prepare.py')):
-        raise ValueError(f"data/{name} is a dataset of the project's own; type another --name")
-    return os.path.join(DATA, name)
-
-def split_off(folder: str, stem: str, start: int) -> None:
-    """ move what is in trainSTEM from byte `start` on to valSTEM, a block at a time """
-    with (open(os.path.join(folder, f'train{stem}'), 'r+b') as train,
-          open(os.path.join(folder, f'val{stem}'), 'wb') as val):
-        train.seek(start)
-        shutil.copyfileobj(train, val, 2**20)
-        train.truncate(start)
-
-def fetch(url: str, path: str, sha256: str) -> str:
-    """ the text at `path`, fetched from `url` if need be; raises OSError, or ValueError for another text """
-    if not os.path.exists(path):
-        import requests
-        try:
-            answer = requests.get(url, timeout=30)
-            answer.raise_for_status()
-        except requests.RequestException as error:
-            raise OSError(f"cannot fetch {url} ({type(error).__name__}); put the file at {shorten(path)} "
-                          "yourself and run this again") from None
-        found = hashlib.sha256(answer.content).hexdigest()
-        if found != sha256:
-            raise ValueError(f"{url} sent another file (SHA-256 {found}, expected {sha256}); "
-                             f"put the right one at {shorten(path)} yourself and run this again")
-        with open(path + '.tmp', 'wb') as file:
-            file.write(answer.content)
-        os.replace(path + '.tmp', path)
-    return read_text(path)
 
 def read_text(path: str) -> str:
     """ a text in UTF-8, its line ends made \\n, as by open, without a byte order mark; raises ValueError """

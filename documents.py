@@ -114,18 +114,29 @@ def replace_surrogates(text: str) -> str:
         return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
 def find_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
-    """ the file itself, or the files in a folder and below it that end so, in the order of their names;
-    raises FileNotFoundError where that is not there, ValueError where there are none """
+    """ the file itself, or the files in a folder and below it that end so and are not hidden, in the order of
+    their names; raises OSError where that is not there or cannot be read, ValueError where there are none """
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no {path}; type --input=PATH of a file or of a folder of them")
     if not os.path.isdir(path):
         return [path]
-    paths = sorted(os.path.join(folder, file) for folder, _, files in os.walk(path) for file in files
-                   if file.lower().endswith(suffixes))
+    paths, seen = [], set()
+    for folder, folders, files in os.walk(path, onerror=stop, followlinks=True):
+        if os.path.realpath(folder) in seen: # a link in a circle
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        folders[:] = [name for name in folders if name[0] != '.'] # what is hidden is no text of the user's
+        paths += [os.path.join(folder, file) for file in files if file.lower().endswith(suffixes)
+                  and file[0] != '.']
+    paths.sort()
     if not paths:
         raise ValueError(f"there is no text in {path}; expected files that end in {', '.join(suffixes)}")
     print(f"{len(paths)} files in {path}")
     return paths
+
+def stop(error):
+    raise error # or os.walk would leave out what it cannot read
 
 def check_hub_id(name: str) -> None:
     """ raise FileNotFoundError for what is neither a path nor can be read from the hub """

@@ -261,8 +261,10 @@ def write_report(out_dir: str) -> None:
     with replacing(os.path.join(out_dir, 'report.md')) as file:
         file.write('\n'.join(lines))
 
-def need_wandb():
-    """ the wandb package; raises ImportError where there is none """
+def need_wandb(wanted: bool = True):
+    """ the wandb package, if it is wanted; raises ImportError where there is none """
+    if not wanted:
+        return None
     import wandb
     if not hasattr(wandb, 'init'): # only a folder that runs left
         raise ImportError("wandb is not installed; run pip install wandb, or type --wandb_log=False")

@@ -14,7 +14,7 @@ S, the sequences of an iteration, stays the same, and so does what is computed.
 Arithmetic on shapes; nothing is allocated. Sizes are in bytes, where no unit is named. B is the micro-batch.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GiB = 2**30
 PLANS = 'device', 'selective', 'recompute', 'offload'
@@ -167,11 +167,26 @@ def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
         if B:
             return plan, B
     least = peak(plans[-1], shape, 1) / GiB
-    share = '--shard=True, ' * (shape.buckets and not (shape.lora or shape.muon)) # with which all stays equal
     raise ValueError(f"no plan fits: {plans[-1]}, the leanest here, takes {least:.1f} GiB with one sequence "
-                     f"of {shape.block_size} tokens at a time, and {max(budget, 0) / GiB:.1f} GiB are free; "
-                     f"type {share}--block_size={max(1, shape.block_size // 2)}, take a smaller model, or "
-                     f"type --plan={plans[-1]} to try all the same")
+                     f"of {shape.block_size} tokens at a time, and {max(budget, 0) / GiB:.1f} GiB are free "
+                     f"to fill; {''.join(f'type {run}, ' for run in leaner_runs(plans[-1], shape, budget))}"
+                     f"take a smaller model, or type --plan={plans[-1]} to try all the same")
+
+def leaner_runs(plan: str, shape: Shape, budget: float):
+    """ the options with which a run that does not fit would, the one that changes least first """
+    if shape.buckets and not (shape.lora or shape.muon):
+        yield '--shard=True'
+    lengths = (shape.block_size >> n for n in range(1, 6))
+    for length in [n for n in lengths if n and peak(plan, replace(shape, block_size=n), 1) <= budget][:1]:
+        yield f'--block_size={length}'
+    if not shape.lora and peak('recompute', with_lora(shape, 16), 1) <= budget:
+        yield '--lora_rank=16'
+
+def with_lora(s: Shape, rank: int) -> Shape:
+    """ that of LoRA for a model of this shape: two matrices beside each of a block's four """
+    adapter = 16 * rank * s.n_embd * s.n_layer
+    return replace(s, params=s.params + adapter, frozen=s.params, lora=True, head=False, muon=False, idle=0,
+                   inputs=6 + 4 * rank / s.n_embd)
 
 def advice(plan: str, B: int, block_size: int, sequences: int, plans: tuple[str, ...] = PLANS,
            works: bool = True, shards: bool = False) -> str:

@@ -105,15 +105,12 @@ def check_same(iter_num: int, world_size: int, device: str, out_dir: str) -> Non
         raise ValueError(f"the processes found different checkpoints in {out_dir}, this one iteration "
                          f"{iter_num}; type --out_dir with a folder that all nodes share")
 
-def check_data(splits: list, world_size: int, device: str, dataset: str) -> None:
-    """ raise ValueError where the processes do not all read these splits, as far as their lengths and first
-    windows tell """
-    lengths = [data.n_tokens for data in splits]
-    sums = [zlib.crc32(data.batch(data.training_windows(0, 8))[0].tobytes()) for data in splits]
-    if not all([are_same(value, world_size, device) for value in (*lengths, *sums)]): # none leaves early
-        raise ValueError(f"the processes read different data in {dataset}, this one {lengths[0]:,} tokens "
-                         f"and {lengths[1]:,}; copy one node's to all, or type --dataset with a folder that "
-                         "they share")
+def same_data(mark: str, world_size: int, device: str, dataset: str) -> str:
+    """ the mark of the data that all processes read; raises ValueError where another's is not this one """
+    if not are_same(zlib.crc32(mark.encode()), world_size, device):
+        raise ValueError(f"the processes read different data in {dataset}; copy one node's to all, or type "
+                         "--dataset with a folder that they share")
+    return mark
 
 def launch_id() -> str | None:
     """ torchrun's job and this command, the same when torchrun or a scheduler starts it again; None without

@@ -89,7 +89,7 @@ import checkpoint as checkpoints
 import lora
 import memory
 import parallel
-from dataset import find_datasets, open_split, read_shared_state, read_template, split_batch
+from dataset import find_datasets, open_split, read_shared_state, read_template, split_batch, tell_assumed
 from device import (DTYPES, Signals, autocast, compile_model, describe_machine, fetch, free_memory,
                     is_out_of_memory, memory_mb, memory_to_fill, peak_flops, pick_device, pick_dtype)
 from log import (Best, Clock, append_row, append_sample, epoch_times, finish_log, is_logged, need_wandb,
@@ -109,8 +109,7 @@ master = rank == 0
 if device.startswith('cuda'):
     torch.set_float32_matmul_precision('high') # TF32 for what is float32
 steady_output() # a line is seen at once in a file, too, and a full disk under it ends no run
-if wandb_log:
-    need_wandb() # here, so that its absence is told before anything is done
+need_wandb(wandb_log) # here, so that its absence is told before anything is done
 say = print if master else lambda text: None
 
 def leave(status):
@@ -157,7 +156,8 @@ scratch = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bi
 if dry_run: # which needs neither data nor, for GPT-2, weights
     c = checkpoints.config_of(out_dir if init_from == 'resume' else init_from, scratch)
     epochs = epoch_times(out_dir, {**config, 'device': place, 'processes': world_size})
-    say(memory.table(shape_of(c), share, batch_size, free, epochs, plans, free_memory('cpu'), world_size))
+    say(tell_assumed(folders) * (init_from == 'scratch')
+        + memory.table(shape_of(c), share, batch_size, free, epochs, plans, free_memory('cpu'), world_size))
     leave(0)
 
 def plan_for(c, held):
@@ -174,7 +174,7 @@ def plan_for(c, held):
 
 train_data = open_split(folders, 'train', block_size, vocab_size, seed=seed)
 val_data = open_split(folders, 'val', block_size, vocab_size)
-parallel.check_data([train_data, val_data], world_size, device, dataset)
+config['data'] = parallel.same_data(f'{train_data.mark()} {val_data.mark()}', world_size, device, dataset)
 n_evaluated = eval_iters * batch_size or val_data.windows # windows of each split
 for data in (train_data, val_data):
     list(data.evaluation_parts(n_evaluated)) # raises where a mask leaves none

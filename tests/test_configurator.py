@@ -19,7 +19,7 @@ def read(arg):
 @pytest.mark.parametrize('arg, expected', [
     ('--batch_size=4', {'batch_size': 4}), ('--learning_rate=1', {'learning_rate': 1.0}),
     ('--learning_rate=1e-3', {'learning_rate': 1e-3}), ('--decay_lr=False', {'decay_lr': False}),
-    ('--decay_lr=true', {'decay_lr': True}), ('--start=a=b', {'start': 'a=b'}), ('--start=5', {'start': '5'}),
+    ('--decay_lr=true', {'decay_lr': True}), ('--start=a=b', {'start': 'a=b'}), ('--start=5', {'start': '5'}), ('--start=\\n\\n', {'start': '\n\n'}), ('--start=\\nabla', {'start': '\\nabla'}),
     ('--start=', {'start': ''}), ('--compile=False', {'compile': False}), ('--compile=auto', {'compile': 'auto'})])
 def test_an_option_takes_the_type_of_its_default(arg, expected):
     got = read(arg)
@@ -67,7 +67,7 @@ def test_whatever_is_typed_is_of_the_right_type_or_refused_in_one_line(key, type
         assert type(got[key]) in ((str, bool) if key == 'mode' else (type(OPTIONS[key]),))
         limits = {'size': 2**31, 'seed': 2**32, 'rate': float('inf')}
         assert key not in limits or 0 <= got[key] < limits[key]
-        assert key != 'text' or got[key] == typed
+        assert key != 'text' or got[key] == (typed if typed.replace('\\n', '') else typed.replace('\\n', '\n'))
     else:
         status, printed = got
         assert key != 'text' and status == 2 and printed.startswith(f'error: {key} is ') and printed.count('\n') == 1

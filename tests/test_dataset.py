@@ -10,13 +10,35 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset import (Split, fetch, find_datasets, open_split, read_text, read_tokenizer_state, split_batch,
-                     write_dataset)
+from dataset import Split, find_datasets, open_split, read_text, read_tokenizer_state, split_batch
+from publish import fetch, publish, write_dataset
 from tokenizer import CharTokenizer
 
 def make_split(folder, n, block_size, **options):
     np.arange(n, dtype='<u2').tofile(folder / 'train.bin') # each token is its own position
     return Split(str(folder), 'train', block_size, vocab_size=2**16, **options)
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason="only there are processes that are gone looked for")
+def test_what_a_killed_process_left_of_a_dataset_goes_the_next_time(tmp_path):
+    child = os.fork()
+    if child == 0:
+        held = publish(str(tmp_path / 'd'))
+        held.__enter__()
+        os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+    left, = (tmp_path / 'd').iterdir()
+    with publish(str(tmp_path / 'd')), publish(str(tmp_path / 'd')): # of two that are at work neither goes
+        assert not left.exists() and len(list((tmp_path / 'd').iterdir())) == 2
+
+def test_other_data_have_another_mark(tmp_path):
+    mark = make_split(tmp_path, 100, 8).mark()
+    assert make_split(tmp_path, 100, 4).mark() == mark != make_split(tmp_path, 101, 8).mark()
+    tokens = np.arange(100, dtype='<u2')
+    tokens[[3, 4]] = 4, 3
+    tokens.tofile(tmp_path / 'train.bin')
+    other = Split(str(tmp_path), 'train', 8, vocab_size=2**16).mark()
+    np.arange(100).__ge__(50).astype(np.uint8).tofile(tmp_path / 'train_mask.bin')
+    assert len({mark, other, Split(str(tmp_path), 'train', 8, vocab_size=2**16).mark()}) == 3
 
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(2, 150), block_size=st.integers(1, 40), seed=st.integers(0, 2**32 - 1),

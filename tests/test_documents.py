@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 import types
 
@@ -79,6 +80,26 @@ def test_a_broken_row_is_told_with_its_line(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         texts(str(tmp_path / name))
+
+def test_a_folder_s_links_are_followed_and_what_is_hidden_is_left_out(tmp_path):
+    for name in ('in/a.txt', 'in/.ipynb_checkpoints/a.txt', 'in/._a.txt', 'other/b.txt'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / 'in' / 'linked').symlink_to(tmp_path / 'other')
+    (tmp_path / 'other' / 'back').symlink_to(tmp_path / 'in')
+    assert texts(str(tmp_path / 'in')) == ['in/a.txt', 'other/b.txt']
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    (tmp_path / 'a.txt').write_text('a')
+    (tmp_path / 'private').mkdir()
+    scandir = os.scandir
+    def refuse(path):
+        if str(path).endswith('private'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, 'scandir', refuse) # a test of root's may read everything
+    with pytest.raises(PermissionError):
+        texts(str(tmp_path))
 
 def test_a_list_in_json_is_read_as_rows(tmp_path):
     (tmp_path / 'a.json').write_text(json.dumps([{'body': 'one'}, {'body': 'two\nlines', 'n': 1}], indent=2))

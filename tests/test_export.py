@@ -115,7 +115,7 @@ def test_weights_only_is_nanogpt_s_checkpoint_without_the_optimizer(run, char_ru
 def write_adapted(path, hf_dir):
     """ a checkpoint of LoRA, as train.py writes it, on the base in hf_dir """
     model = GPT.from_pretrained(str(hf_dir))
-    base = checkpoints.describe_base(str(hf_dir), model, 'elsewhere')
+    base = checkpoints.describe_base(str(hf_dir), model)
     torch.manual_seed(5)
     lora.add(model, 4, 10.0, 0.1, 'attn.c_attn,mlp.c_proj')
     for linear in lora.layers(model):

@@ -67,6 +67,11 @@ def test_patience_begins_anew_with_another_dataset(train, base, clone):
     assert len([line for line in done.out.splitlines() if line.startswith('step ')]) == 3 # of iteration 2 again, and two more
     again = train(*options[:3], '--init_from=resume', f"--dataset={clone / 'data' / 'others'}", '--learning_rate=0.5', '--max_iters=50')
     assert 'judged by' not in again.out # it is the same folder
+    with open(clone / 'data' / 'others' / 'val.bin', 'ab') as file:
+        file.write(bytes(2)) # prepared again, of another text
+    changed = train(*options[:3], '--init_from=resume', '--learning_rate=0.5', '--max_iters=50', f"--dataset={clone / 'data' / 'others'}")
+    assert 'the best so far was judged by ' in changed.out and ' as it was: to count anew, type --init_from=' in changed.out
+    assert len([line for line in changed.out.splitlines() if line.startswith('step ')]) > 1
     assert len([line for line in again.out.splitlines() if line.startswith('step ')]) == 1
 
 def test_a_finetune_that_never_beats_its_base_leaves_it_and_says_so(train, base):

@@ -180,10 +180,25 @@ def test_the_fastest_plan_that_fits_is_chosen_with_the_largest_micro_batch():
     # 16 bytes a parameter, and 1 GiB to cross the bus
     with pytest.raises(ValueError, match=r'takes 24.2 GiB of RAM, and 16.0 are free for it'):
         memory.choose('auto', xl, 8, 8, 6 * memory.GiB, ram_free=16 * memory.GiB)
-    with pytest.raises(ValueError, match='no plan fits: offload.* type --block_size'):
-        memory.choose('auto', xl, 8, 8, 2 * memory.GiB)
-    with pytest.raises(ValueError, match='type --shard=True, --block_size=512, take'): # which several processes may
-        memory.choose('auto', shape('gpt2-xl', buckets=True), 8, 8, 2 * memory.GiB, memory.PLANS[:3])
+
+@pytest.mark.parametrize('budget, changes, plans, advice', [
+    (2, {}, memory.PLANS, 'take a smaller model'), (3.7, {}, memory.PLANS, 'type --block_size=256, type --lora_rank=16, take'),
+    (12, {'muon': True}, memory.PLANS[:3], 'type --lora_rank=16, take'),
+    (5, {'buckets': True}, memory.PLANS[:3], 'type --shard=True, type --lora_rank=16, take')]) # where several processes may share
+def test_what_is_advised_where_no_plan_fits_would_fit(budget, changes, plans, advice):
+    xl = shape('gpt2-xl', **changes)
+    with pytest.raises(ValueError, match=f'no plan fits: {plans[-1]}.*{budget:.1f} GiB are free to fill; {advice}'):
+        memory.choose('auto', xl, 8, 8, budget * memory.GiB, plans)
+    for option in re.findall(r'(?:lora_rank|block_size)=(\d+)', advice):
+        smaller = memory.with_lora(xl, 16) if option == '16' else shape('gpt2-xl', block_size=int(option), **changes)
+        assert memory.choose('auto', smaller, 8, 8, budget * memory.GiB, memory.PLANS[:3] if option == '16' else plans)
+
+@pytest.mark.parametrize('rank', [1, 16])
+def test_lora_s_shape_is_worked_out_as_its_model_has_it(rank):
+    with torch.device('meta'):
+        plain, adapted = (GPT(GPTConfig(64, 500, 3, 2, 32)) for _ in range(2))
+        lora.add(adapted, rank, 32.0, 0.0, ALL)
+    assert memory.with_lora(memory.shape_of(plain, 64, 0.1, True, muon=True), rank) == memory.shape_of(adapted, 64, 0.1, True, lora=True)
 
 @pytest.mark.parametrize('free, enough', [(24, False), (25, True)])
 def test_a_dry_run_finds_ram_short_where_the_run_itself_would(free, enough):
@@ -387,6 +402,12 @@ def test_a_dry_run_tells_every_plan_and_touches_nothing(run):
 @pytest.mark.parametrize('option, message', [('--block_size=2048', 'the model has 1024 positions'), ('--plan=x', "plan 'x' is none")])
 def test_a_dry_run_refuses_what_the_run_would(run, option, message):
     assert message in run('train.py', 'config/finetune/gpt2_xl.py', '--dry_run=True', '--memory_gb=8', option, status=2).err
+
+def test_a_dry_run_without_its_data_says_what_it_assumes(run):
+    told = [run('train.py', '--dry_run=True', '--memory_gb=8', f'--dataset={name}').out for name in ('chars', 'none')]
+    assumed = "there is no data/none; a vocabulary of GPT-2's 50,257 ids is assumed"
+    assert [assumed in out for out in told] == [False, True]
+    assert assumed not in run('train.py', '--dry_run=True', '--memory_gb=8', '--dataset=none', '--init_from=gpt2').out
 
 def test_a_dry_run_of_a_hugging_face_model_needs_its_config_alone(run, hf_dir, tmp_path):
     shutil.copy(hf_dir / 'config.json', tmp_path)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from advice import suiting
 from conftest import CHARS, TEXT
 from tokenizer import BPETokenizer
 
@@ -111,9 +112,19 @@ def test_it_tells_the_epochs_of_a_default_run_and_warns_of_little_text(run, clon
     assert 'data/much: 180,000 tokens to train on, 20,000 to validate on' in done.out
     # 176 windows of 1024 an epoch, 64 an iteration: 20 epochs are 55 iterations
     assert '20.0 epochs of them, in 55 iterations of 65,536 tokens' in done.out and 'warning' not in done.out
+    # with what suits so many, 16 an iteration: five epochs are as many iterations, with two evaluations an epoch
+    assert 'at most 5.0 epochs of them, in 55 iterations of 16,384 tokens, and ends after 4 evaluations' in done.out
+    assert done.out.endswith('--batch_size=8 --gradient_accumulation_steps=2 --num_epochs=5 --eval_interval=5 --patience=4\n')
     (tmp_path / 'a.txt').write_text('a' + ' a' * 998)
     done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=much')
     assert 'warning: that is little' in done.out and '--patience' in done.out
+
+@pytest.mark.parametrize('n_train, more', [
+    (10**7, {'num_epochs': 3, 'eval_interval': 76, 'patience': 3}), (10**9, {'num_epochs': 1, 'eval_interval': 1525, 'eval_iters': 200})])
+def test_much_text_is_given_few_evaluations(n_train, more):
+    gpt2 = {'init_from': 'gpt2', 'block_size': 1024}
+    assert suiting(gpt2, n_train) == {'batch_size': 8, 'gradient_accumulation_steps': 8, **more}
+    assert suiting({**gpt2, 'init_from': 'scratch'}, n_train) == {}
 
 @pytest.mark.parametrize('n, told', [
     # 43 windows of 1024, 4 an iteration: 10.75 iterations an epoch, 107.5 in ten, and 5 in half of one

@@ -39,9 +39,10 @@ def known_characters():
 
 def main():
     from advice import tell_run
-    from dataset import claim, publish, shorten, split_off, write_meta
+    from dataset import shorten
     from documents import Documents
     from encode import write_characters, write_tokens
+    from publish import claim, publish, split_off, write_meta
     from tokenizer import BPETokenizer
     if not input:
         raise ValueError("there is no input; type --input=PATH of a text file or of a folder of them")

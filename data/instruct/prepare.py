@@ -28,9 +28,10 @@ import numpy as np
 from tqdm import tqdm
 
 from advice import tell_run
-from dataset import claim, publish, read_text, shorten, split_off
+from dataset import read_text, shorten
 from documents import find_files, is_list, json_items, json_rows
 from instruct import TEMPLATE, encode, read_turns, render
+from publish import claim, publish, split_off
 from tokenizer import BPETokenizer
 
 LONGEST = 1024 # tokens that GPT-2 reads at once

@@ -26,7 +26,7 @@ import pydoc_data.topics
 
 from tqdm import tqdm
 
-from dataset import write_dataset
+from publish import write_dataset
 from tokenizer import CharTokenizer
 
 def library_files():

@@ -14,7 +14,7 @@ sys.path.insert(0, os.path.join(_folder, '..', '..')) # for the project's module
 from configurator import configure
 configure(globals())
 
-from dataset import fetch, write_dataset
+from publish import fetch, write_dataset
 from tokenizer import CharTokenizer
 
 text = fetch(url, os.path.join(_folder, 'input.txt'), sha256)

@@ -1,0 +1,115 @@
+"""
+How a dataset is made: fetched, claimed, written whole or not at all. dataset.py reads it.
+"""
+import contextlib
+import glob
+import hashlib
+import os
+import pickle
+import shutil
+import socket
+import tempfile
+
+import numpy as np
+
+from dataset import DATA, read_text, shorten
+
+FILES = ('train.bin', 'val.bin', 'meta.pkl', 'train_mask.bin', 'val_mask.bin', 'template.txt')
+
+@contextlib.contextmanager
+def publish(folder: str):
+    """ gives a temporary folder, and puts the dataset that is written there in `folder` when it is whole
+
+    What an earlier dataset had beside it goes. After an error or Ctrl-C all is as it was; what a process that
+    was killed has left goes the next time. Raises OSError where nothing can be written.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        mine = f'unfinished-{socket.gethostname()}-{os.getpid()}-'
+        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=mine)
+    except OSError as error:
+        raise OSError(f"cannot write to {shorten(folder)} ({error.strerror}); type --name=ANOTHER, or mend "
+                      "that folder") from None
+    clear(folder)
+    try:
+        with temporary as place:
+            yield place
+            for name in FILES:
+                path, made = os.path.join(folder, name), os.path.join(place, name)
+                if os.path.exists(made):
+                    os.replace(made, path)
+                elif os.path.exists(path):
+                    os.remove(path)
+    finally:
+        if not os.listdir(folder):
+            os.rmdir(folder)
+
+def clear(folder: str) -> None:
+    """ take away the unfinished datasets of this machine's processes that are gone """
+    for place in glob.glob(os.path.join(glob.escape(folder), f'unfinished-{socket.gethostname()}-*')):
+        try:
+            os.kill(int(place.split('-')[-2]), 0) # is it there?
+        except ProcessLookupError:
+            shutil.rmtree(place, ignore_errors=True)
+        except (OSError, ValueError): # another user's, or no such name
+            pass
+
+def write_dataset(folder: str, text: str, tokenizer, val_fraction: float = 0.1) -> None:
+    """ write a text that memory holds as a dataset; the last val_fraction of its characters is val """
+    cut = int(len(text) * (1 - val_fraction))
+    if not 1 < cut < len(text) - 1: # a target has a token before it
+        raise ValueError(f"{len(text)} characters are too few to keep {val_fraction} of them to validate on; "
+                         "add text")
+    print(f"{len(text):,} characters, a vocabulary of {tokenizer.n_vocab:,}")
+    with publish(folder) as place:
+        for name, part in (('train.bin', text[:cut]), ('val.bin', text[cut:])):
+            ids = np.array(tokenizer.encode(part), dtype='<u2')
+            ids.tofile(os.path.join(place, name))
+            print(f"{shorten(os.path.join(folder, name))}: {len(ids):,} tokens of {len(part):,} characters")
+        if tokenizer.state['name'] == 'char':
+            write_meta(place, tokenizer.chars)
+
+def write_meta(folder: str, chars: list[str]) -> None:
+    """ write meta.pkl, which says which character has which id """
+    meta = {'vocab_size': len(chars), 'stoi': {char: i for i, char in enumerate(chars)},
+            'itos': dict(enumerate(chars))}
+    with open(os.path.join(folder, 'meta.pkl'), 'wb') as file:
+        pickle.dump(meta, file)
+
+def claim(name: str, own: str, val_fraction: float) -> str:
+    """ the folder of a dataset to be made by data/OWN/prepare.py; raises ValueError for what it cannot be """
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}; type a share between 0 and 1, such as "
+                         "--val_fraction=0.1")
+    if not name or os.path.basename(name) != name or name[0] in '. ' or set(',:') & set(name):
+        raise ValueError(f"name is {name!r}; type a plain name for the folder in data/, such as --name=novel")
+    if name != own and os.path.exists(os.path.join(DATA, name, 'prepare.py')):
+        raise ValueError(f"data/{name} is a dataset of the project's own; type another --name")
+    return os.path.join(DATA, name)
+
+def split_off(folder: str, stem: str, start: int) -> None:
+    """ move what is in trainSTEM from byte `start` on to valSTEM, a block at a time """
+    with (open(os.path.join(folder, f'train{stem}'), 'r+b') as train,
+          open(os.path.join(folder, f'val{stem}'), 'wb') as val):
+        train.seek(start)
+        shutil.copyfileobj(train, val, 2**20)
+        train.truncate(start)
+
+def fetch(url: str, path: str, sha256: str) -> str:
+    """ the text at `path`, fetched from `url` if need be; raises OSError, or ValueError for another text """
+    if not os.path.exists(path):
+        import requests
+        try:
+            answer = requests.get(url, timeout=30)
+            answer.raise_for_status()
+        except requests.RequestException as error:
+            raise OSError(f"cannot fetch {url} ({type(error).__name__}); put the file at {shorten(path)} "
+                          "yourself and run this again") from None
+        found = hashlib.sha256(answer.content).hexdigest()
+        if found != sha256:
+            raise ValueError(f"{url} sent another file (SHA-256 {found}, expected {sha256}); "
+                             f"put the right one at {shorten(path)} yourself and run this again")
+        with open(path + '.tmp', 'wb') as file:
+            file.write(answer.content)
+        os.replace(path + '.tmp', path)
+    return read_text(path)
