@@ -57,7 +57,7 @@ from dataset import Split, find_datasets, open_split, read_shared_state, split_b
 from device import (DTYPES, autocast, compile_model, fetch, free_memory, is_out_of_memory, memory_mb,
                     memory_to_fill, peak_flops, pick_device, pick_dtype)
 from model import GPT, GPT2_SHAPES, GPTConfig, Linear, check_length
-from optim import make_optimizer
+from optim import clip_gradients, make_optimizer
 from tokenizer import count_ids
 
 device = pick_device(device)
@@ -154,7 +154,6 @@ def make_training():
         fused = device.startswith('cuda') # nanoGPT asks for it there alone
         learn = [p for p in model.parameters() if p.requires_grad]
         opt = torch.optim.AdamW(learn, lr=learning_rate, betas=(beta1, beta2), fused=fused)
-    params = [p for group in opt.param_groups for p in group['params']]
     net = AllLogits(model) if plain else model
     for module in model.modules() if plain else ():
         if isinstance(module, Linear): # nanoGPT's keeps a copy of its weight for backward
@@ -178,7 +177,7 @@ def make_training():
             loss.backward()
             if chosen == 'offload':
                 opt.collect()
-        torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+        clip_gradients(opt, grad_clip or math.inf)
         opt.step()
         opt.zero_grad(set_to_none=True)
 

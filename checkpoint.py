@@ -57,14 +57,18 @@ def link(path: str, to: str) -> None:
 def lock(out_dir: str):
     """ make out_dir, and keep other runs out of it for as long as what this returns is there
 
-    Raises FileExistsError where one holds it. The system ends a lock with its process, however that ends.
+    Raises FileExistsError where one holds it, OSError where nothing can be written. The system ends a lock
+    with its process, however that ends.
     """
-    os.makedirs(out_dir, exist_ok=True)
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        file = open(os.path.join(out_dir, '.lock'), 'a')
+    except OSError as error:
+        raise OSError(f"cannot write to {out_dir} ({error.strerror}); type --out_dir=ANOTHER") from None
     try:
         import fcntl
     except ImportError: # Windows
         return None
-    file = open(os.path.join(out_dir, '.lock'), 'a')
     for tries in range(50): # a run that was killed a moment ago may take some seconds
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -48,8 +48,9 @@ class OffloadedAdamW(torch.optim.AdamW):
 
     The float32 weights, gradients and moments are tensors on the CPU, and its state is AdamW's own. Each
     gradient leaves the device as soon as backward has made it; a thread adds it to the earlier micro-batches'
-    while backward goes on. Clipping takes the norm of them all, so the update comes after backward, in that
-    thread, too: part by part in the order of the next forward, which `wait`s for each part as it comes to it.
+    while backward goes on. Clipping takes the norm of them all (clip_gradients), so the update comes after
+    backward, in that thread, too: part by part in the order of the next forward, which `wait`s for each part
+    as it comes to it.
     Call `collect` before looking at the gradients, `finish` before looking at weights or moments.
     """
 
@@ -61,6 +62,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         self.thread = concurrent.futures.ThreadPoolExecutor(1, '', *here) # one after another, as asked for
         self.jobs, self.updates = collections.deque(), {} # of gradients, and of parts of the model
         self.room = {} # memory of gradients that are gone: the system takes long to give more
+        self.limit = None # of the gradients' norm, and what it is
         self.masters = {p: torch.nn.Parameter(p.detach().to('cpu', torch.float32)) # unpinned: pinning
                         for group in groups for p in group['params']} # rounds up to powers of two
         self.names = {named[p]: master for p, master in self.masters.items()}
@@ -113,19 +115,23 @@ class OffloadedAdamW(torch.optim.AdamW):
         first, self.updater.state = not self.updater.state, self.state
         if self.pinned: # what still reads the weights there goes first
             self.stream.wait_stream(torch.cuda.current_stream())
+        limit, self.limit = self.limit, None
         for part, masters in self.parts.items():
             groups = [{**group, 'params': [p for p in group['params'] if p in masters]} # the next iteration's
                       for group in self.param_groups] # learning rate is not for them
-            self.updates[part] = self.thread.submit(self.update, groups)
+            self.updates[part] = self.thread.submit(self.update, groups, limit)
         if first: # it makes the moments, and what crosses the bus, for which there may be no room
             self.finish()
 
-    def update(self, groups):
+    def update(self, groups, limit):
         """ update a part's weights in RAM, and send them; tell when they will be there """
+        masters = [p for group in groups for p in group['params']]
+        if limit:
+            torch.nn.utils.clip_grads_with_norm_(masters, *limit)
         self.updater.param_groups = groups
         self.updater.step()
         with torch.cuda.stream(self.stream), torch.no_grad():
-            for master in (p for group in groups for p in group['params']):
+            for master in masters:
                 self.room[master], master.grad, copy = master.grad, None, self.copies[master]
                 there = torch.empty(copy.shape, dtype=copy.dtype, pin_memory=self.pinned)
                 copy.copy_(there.copy_(master), non_blocking=self.pinned)
@@ -154,6 +160,16 @@ class OffloadedAdamW(torch.optim.AdamW):
             self.jobs.popleft().exception()
         if not self.updates: # which forget their own; there are no others yet
             super().zero_grad(set_to_none)
+
+def clip_gradients(optimizer, max_norm: float):
+    """ limit the norm of all gradients together, as clip_grad_norm_ does, and return what it was; an
+    optimizer in RAM leaves the limit to its update """
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    if not isinstance(optimizer, OffloadedAdamW):
+        return parallel.full(torch.nn.utils.clip_grad_norm_(params, max_norm))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    optimizer.limit = max_norm, norm
+    return norm
 
 def weights(model, optimizer) -> dict:
     """ the model's state in float32, wherever its weights are """

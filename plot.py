@@ -29,7 +29,7 @@ def read_log(out_dir: str) -> dict:
     return columns
 
 def name_of(out_dir: str) -> str:
-    return os.path.basename(os.path.abspath(out_dir))
+    return os.path.basename(os.path.abspath(out_dir)).replace('$', r'\$') # which begins a formula
 
 def plot_run(out_dir: str) -> str:
     """ draw the run in `out_dir` and return the picture's path """

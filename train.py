@@ -95,7 +95,7 @@ from device import (DTYPES, Signals, autocast, compile_model, describe_machine, 
 from log import (Best, Clock, append_row, append_sample, epoch_times, finish_log, is_logged, need_wandb,
                  start_log, start_wandb, steady_output)
 from model import GPT, GPTConfig, check_length
-from optim import get_lr, load_optimizer, make_optimizer, set_lr, weights
+from optim import clip_gradients, get_lr, load_optimizer, make_optimizer, set_lr, weights
 from tokenizer import check_match, count_ids, from_state
 
 if decay_lr and min_lr > learning_rate:
@@ -402,7 +402,7 @@ while True:
     if loss is None:
         break
     scaler.unscale_(opt)
-    grad_norm = parallel.full(torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)).item()
+    grad_norm = clip_gradients(opt, grad_clip or math.inf).item()
     loss, n_ending, n_saving = parallel.all_sum([loss.item(), *signals.asked()], world_size, device)
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1 # float16's own

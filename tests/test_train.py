@@ -34,7 +34,7 @@ def whole(clone, tmp_path_factory):
         return {'rows': list(csv.DictReader(file)), 'out_dir': out_dir, 'out': done.stdout}
 
 def test_a_run_leaves_what_it_promises(whole):
-    assert sorted(os.listdir(whole['out_dir'])) == ['ckpt.pt', 'config.json', 'last.pt', 'log.csv', 'loss.png',
+    assert sorted(os.listdir(whole['out_dir'])) == ['.lock', 'ckpt.pt', 'config.json', 'last.pt', 'log.csv', 'loss.png',
                                                         'report.md']
     assert list(whole['rows'][0]) == ('iter,epoch,loss,lr,grad_norm,time_ms,tokens_per_sec,mfu,memory_mb,train_loss,'
                                       'val_loss').split(',')
