@@ -63,7 +63,7 @@ from tokenizer import count_ids
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 if profile:
-    open('trace.json', 'w').close() # tells at once where it cannot be written
+    open('trace.json', 'a').close() # tells at once where it cannot be written
 if device.startswith('cuda'):
     torch.set_float32_matmul_precision('high') # as train.py does
 

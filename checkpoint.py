@@ -54,37 +54,12 @@ def link(path: str, to: str) -> None:
         shutil.copyfile(path, to + '.tmp')
     os.replace(to + '.tmp', to)
 
-def lock(out_dir: str):
-    """ make out_dir, and keep other runs out of it for as long as what this returns is there
-
-    Raises FileExistsError where one holds it, OSError where nothing can be written. The system ends a lock
-    with its process, however that ends.
-    """
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        file = open(os.path.join(out_dir, '.lock'), 'a')
-    except OSError as error:
-        raise OSError(f"cannot write to {out_dir} ({error.strerror}); type --out_dir=ANOTHER") from None
-    try:
-        import fcntl
-    except ImportError: # Windows
-        return None
-    for tries in range(50): # a run that was killed a moment ago may take some seconds
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            time.sleep(0.1)
-        except OSError: # a file system that has no locks
-            return None
-    raise FileExistsError(f"another run is writing to {out_dir}; end it, or type --out_dir=ANOTHER")
-
 class Saver:
-    """ a run's last.pt, ckpt.pt and, if it keeps them, iter_000500.pt, in a folder that is locked to it. A
-    save that fails costs a line, and is left to the next one """
+    """ a run's last.pt, ckpt.pt and, if it keeps them, iter_000500.pt. A save that fails costs a line, and is
+    left to the next one """
 
     def __init__(self, out_dir: str, keeps_all: bool):
-        self.out_dir, self.keeps_all, self.lock = out_dir, keeps_all, lock(out_dir)
+        self.out_dir, self.keeps_all = out_dir, keeps_all
         self.saved, self.error = None, None # the iteration that is in last.pt, and why the latest failed
 
     def clear(self, anew: bool) -> None:

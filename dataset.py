@@ -290,8 +290,10 @@ def read_shared_state(folders) -> dict:
 
 def tell_assumed(folders) -> str:
     """ a line for what is worked out without data: how many ids are assumed where a dataset is not there """
-    absent = [shorten(folder) for folder in folders if not os.path.isdir(folder)]
-    return f"there is no {absent[0]}; a vocabulary of GPT-2's 50,257 ids is assumed\n" if absent else ''
+    absent = [path for path in (os.path.join(folder, 'train.bin') for folder in folders)
+              if not os.path.exists(path)]
+    assumed = "a vocabulary of GPT-2's 50,257 ids is assumed"
+    return f"there is no {shorten(absent[0])}; {assumed}\n" if absent else ''
 
 def read_template(folders) -> str | None:
     """ how the datasets put an instruction to the model, if one does; raises ValueError for no template """

@@ -116,18 +116,19 @@ class Signals:
     """ what signals ask of a run: an end (`end`, the number of SIGINT, SIGTERM or SIGHUP, or 0), or a
     checkpoint (`save`, by SIGUSR1); a second Ctrl-C leaves at once
 
-    The loss of a node's only torchrun is an end, too: nobody else would end its processes.
+    Where there is one node, the loss of its torchrun is an end, too: nobody else would end its processes.
     """
 
     def __init__(self, say):
         self.end, self.save, self.time, self.say = 0, False, 0.0, say
-        watched = 'TORCHELASTIC_RUN_ID' in os.environ and os.environ.get('GROUP_WORLD_SIZE', '1') == '1'
-        self.launcher = os.getppid() if watched else None
+        self.launcher = None
         if hasattr(signal, 'SIGUSR1'): # Windows has none
             signal.signal(signal.SIGUSR1, self.take_save)
 
     def listen(self):
         """ from now on an end waits until it is asked for; before, there is nothing to save """
+        if 'TORCHELASTIC_RUN_ID' in os.environ and os.environ.get('GROUP_WORLD_SIZE', '1') == '1':
+            self.launcher = os.getppid()
         signal.signal(signal.SIGINT, self.take_end)
         signal.signal(signal.SIGTERM, self.take_end)
         if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN: # as nohup has it
@@ -138,6 +139,10 @@ class Signals:
         if self.launcher and os.getppid() != self.launcher:
             self.take_end(signal.SIGTERM, None)
         return [float(self.end > 0), float(self.save)]
+
+    def status(self) -> int:
+        """ the exit status of a run that ends in order """
+        return 130 if self.end == signal.SIGINT else 0
 
     def take_end(self, number, frame):
         if not self.end:

@@ -127,6 +127,7 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
             continue
         seen.add(os.path.realpath(folder))
         folders[:] = [name for name in folders if name[0] != '.'] # what is hidden is no text of the user's
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name)) # links come last
         paths += [os.path.join(folder, file) for file in files if file.lower().endswith(suffixes)
                   and file[0] != '.']
     paths.sort()

@@ -35,21 +35,24 @@ class Shape:
     head: bool = True # the tied matrix is trained
     muon: bool = False # one moment of the blocks' matrices, not AdamW's two
     shards: int = 1 # the processes that share weights, gradients and moments
-    buckets: bool = False # gradients lie in DDP's buckets, which stay
+    buckets: int = 0 # the processes, if gradients lie in DDP's buckets, which stay
+    adapts: bool = False # LoRA could be had in its place
     idle: int = 0 # the first blocks, if nothing in or before them is trained: backward never gets there
     device: str = 'cuda' # or cpu, mps, whose attention keeps more
     inputs: float = 6.0 # inputs_of, what the matrices that learn read in a block where all do
     dropped: float = 0.0 # and what of it LoRA drops
 
 def shape_of(model, block_size: int, dropout: float, half: bool, lora: bool = False,
-             muon: bool = False, processes: int = 1, shard: bool = False, device: str = 'cuda') -> Shape:
+             muon: bool = False, processes: int = 1, shard: bool = False, device: str = 'cuda',
+             adapts: bool = False) -> Shape:
     """ that of a run of `model`, a GPT anywhere, on `device`; its parameters that learn require gradients """
     c, n_params = model.config, model.num_params()
     learns = [any(p.requires_grad for p in part.parameters()) for part in model.parts()[:-1]]
     idle = 0 if any(learns[:2]) else [*learns[2:], True].index(True)
     return Shape(n_params, c.n_layer, c.n_head, c.n_embd, c.vocab_size, block_size, dropout, half,
                  n_params - model.num_params(trained=True), lora, model.lm_head.weight.requires_grad, muon,
-                 processes if shard else 1, processes > 1 and not shard, idle, device.split(':')[0],
+                 processes if shard else 1, processes * (processes > 1 and not shard),
+                 adapts and not lora, idle, device.split(':')[0],
                  *inputs_of(model.transformer.h[idle:], c.n_embd))
 
 def inputs_of(blocks, n_embd: int) -> tuple[float, float]:
@@ -174,19 +177,21 @@ def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
 
 def leaner_runs(plan: str, shape: Shape, budget: float):
     """ the options with which a run that does not fit would, the one that changes least first """
-    if shape.buckets and not (shape.lora or shape.muon):
+    shared = replace(shape, shards=shape.buckets, buckets=0)
+    if shape.buckets and not (shape.lora or shape.muon) and peak('recompute', shared, 1) <= budget:
         yield '--shard=True'
     lengths = (shape.block_size >> n for n in range(1, 6))
     for length in [n for n in lengths if n and peak(plan, replace(shape, block_size=n), 1) <= budget][:1]:
         yield f'--block_size={length}'
-    if not shape.lora and peak('recompute', with_lora(shape, 16), 1) <= budget:
-        yield '--lora_rank=16'
+    if shape.adapts and peak('recompute', with_lora(shape, 16), 1) <= budget:
+        yield f"--lora_rank=16{' --optimizer=adamw' * shape.muon}{' --shard=False' * (shape.shards > 1)}"
 
 def with_lora(s: Shape, rank: int) -> Shape:
     """ that of LoRA for a model of this shape: two matrices beside each of a block's four """
     adapter = 16 * rank * s.n_embd * s.n_layer
     return replace(s, params=s.params + adapter, frozen=s.params, lora=True, head=False, muon=False, idle=0,
-                   inputs=6 + 4 * rank / s.n_embd)
+                   adapts=False, inputs=6 + 4 * rank / s.n_embd, shards=1,
+                   buckets=s.buckets or s.shards * (s.shards > 1))
 
 def advice(plan: str, B: int, block_size: int, sequences: int, plans: tuple[str, ...] = PLANS,
            works: bool = True, shards: bool = False) -> str:

@@ -79,7 +79,6 @@ config = configure(globals(), resumes=True, at_least_1=(
 # set-up
 
 import math
-import signal
 import sys
 import time
 
@@ -122,7 +121,7 @@ sequences = batch_size * gradient_accumulation_steps # S: what an iteration trai
 share = parallel.share(sequences, world_size, config) # of them, a process's
 parallel.check_shard(world_size, config)
 
-signals, launch = Signals(say), parallel.launch_id()
+signals, launch, saved = Signals(say), parallel.launch_id(), parallel.stamp(out_dir)
 restarted = parallel.all_sum([float(checkpoints.is_of(out_dir, launch))], world_size, device)[0] > 0
 if restarted: # torchrun has lost a process, and started all of them again
     init_from = 'resume'
@@ -150,7 +149,7 @@ def shape_of(c):
         lora.restrict(gpt, config)
     half = dtype != 'float32' or elsewhere and config['dtype'] == 'auto'
     return memory.shape_of(gpt, block_size, dropout, half, lora_rank > 0, optimizer == 'muon', world_size,
-                           shard, place)
+                           shard, place, init_from not in ('scratch', 'resume') and not freeze)
 
 scratch = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
 if dry_run: # which needs neither data nor, for GPT-2, weights
@@ -237,8 +236,8 @@ raw_model = model # without DDP
 
 opt = make_optimizer(optimizer, model, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2),
                      offload_to=(device, DTYPES[dtype]) if plan == 'offload' else None)
-params = [p for group in opt.param_groups for p in group['params']]
-scaler = torch.amp.GradScaler(params[0].device.type, enabled=dtype == 'float16')
+updates_on = next(p.device for group in opt.param_groups for p in group['params'])
+scaler = torch.amp.GradScaler(updates_on.type, enabled=dtype == 'float16')
 iter_num, best, n_bad = 0, Best(), 0 # n_bad iterations in a row were not finite
 if init_from == 'resume':
     iter_num, best, n_bad = loaded.get('iter_num', 0), Best.of(loaded), loaded.get('n_bad', 0)
@@ -295,11 +294,11 @@ def save(is_best=False, tells=False):
     """ write last.pt, and let ckpt.pt be the same file where it is the best; tell whether that succeeded """
     state = checkpoints.adapter_state(raw_model, base) if lora_rank else {'model': weights(raw_model, opt)}
     moments = parallel.whole(opt.state_dict())
-    saved = master and saver({
+    done = master and saver({
         **state, 'optimizer': moments, 'model_args': checkpoints.model_args(raw_model), 'iter_num': iter_num,
         **vars(best), 'config': config, 'tokenizer': tokenizer, 'template': template,
         'scaler': scaler.state_dict(), 'n_bad': n_bad, 'launch': launch}, is_best, tells)
-    return parallel.all_sum([float(saved)], world_size, device)[0] > 0
+    return parallel.all_sum([float(done)], world_size, device)[0] > 0
 
 def write_sample():
     """ add what the model writes now to samples.txt """
@@ -331,6 +330,7 @@ if iter_num >= max_iters and init_from == 'resume' and is_logged(out_dir, iter_n
         f"--{'num_epochs' if max_iters < config['max_iters'] else 'max_iters'}=N with a larger N to go on")
     leave(0)
 if master:
+    parallel.lock(out_dir, saved)
     saver = checkpoints.Saver(out_dir, keep_checkpoints)
     wandb_id = start_wandb(config, init_from == 'resume')
     start_log(out_dir, config, dict(
@@ -346,8 +346,8 @@ if master:
 def accumulate(windows, n_targets):
     """ make the gradients of an iteration, and return its loss, or this process's share of it; None if told
     to stop """
-    # micro-batches add up to the mean over n_targets, DDP divides by world_size; the scaler is beside params
-    scale = scaler.scale(torch.tensor(world_size / n_targets, device=params[0].device)).to(device)
+    # micro-batches add up to the mean over n_targets, and DDP divides by world_size
+    scale = scaler.scale(torch.tensor(world_size / n_targets, device=updates_on)).to(device)
     loss = torch.zeros((), device=device)
     mine = windows.reshape(world_size, n_micro_steps, micro_batch, 2)[rank]
     for micro_step in range(n_micro_steps):
@@ -446,4 +446,4 @@ if master:
     finish_log(wandb_log)
     saver.check()
 say(best.describe(out_dir, iter_num, patience * (iter_num < max_iters), ended, asked=template is not None))
-leave(130 if signals.end == signal.SIGINT else 0)
+leave(signals.status())

@@ -26,7 +26,7 @@ def test_what_does_not_learn_is_not_counted(run, option):
 def test_the_model_is_the_one_that_train_would_make(run, train):
     bench = figures(run('bench.py', *SMALL, '--dataset=chars', '--dtype=float32'))
     absent = run('bench.py', *SMALL, '--dataset=none')
-    assert "there is no data/none; a vocabulary of GPT-2's 50,257 ids is assumed" in absent.err
+    assert "there is no data/none/train.bin; a vocabulary of GPT-2's 50,257 ids is assumed" in absent.err
     assert bench['predicted_mb'] < 1 < 10 < figures(absent)['predicted_mb']
 
 def test_a_config_of_train_is_taken(run):

@@ -88,6 +88,10 @@ def test_a_folder_s_links_are_followed_and_what_is_hidden_is_left_out(tmp_path):
     (tmp_path / 'in' / 'linked').symlink_to(tmp_path / 'other')
     (tmp_path / 'other' / 'back').symlink_to(tmp_path / 'in')
     assert texts(str(tmp_path / 'in')) == ['in/a.txt', 'other/b.txt']
+    (tmp_path / 'in' / 'z').mkdir()
+    (tmp_path / 'in' / 'z' / 'c.txt').write_text('c')
+    (tmp_path / 'in' / 'b').symlink_to(tmp_path / 'in' / 'z') # the folder itself comes first
+    assert [place for place, _ in Documents(str(tmp_path / 'in'))][-1].endswith(os.path.join('z', 'c.txt'))
 
 def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
     (tmp_path / 'a.txt').write_text('a')

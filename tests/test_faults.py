@@ -4,6 +4,7 @@ Faults put in on purpose: full disks, damaged checkpoints, losses that are no nu
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -337,6 +338,24 @@ def test_a_folder_that_a_run_writes_to_is_no_other_s(clone, train, tmp_path):
     iters = [line.split(',')[0] for line in (tmp_path / 'out' / 'log.csv').read_text().splitlines()[1:]]
     assert len(iters) == len(set(iters)) and (tmp_path / 'out' / 'log.csv').stat().st_size > rows
     train(*ENDLESS, '--init_from=resume', f'--max_iters={int(iters[-1]) + 5}', out_dir='out') # its lock has gone with it
+
+def test_a_run_that_was_overtaken_is_refused(train, tmp_path):
+    first = train()
+    (tmp_path / 'overtaken.py').write_text( # another run saves while this one reads its data
+        "import dataset, os, shutil\n_open = dataset.open_split\ndef _late(*args, **options):\n"
+        f"    shutil.copy({str(first.out_dir / 'last.pt')!r}, os.path.join({str(tmp_path / 'b')!r}, 'last.pt'))\n"
+        "    return _open(*args, **options)\ndataset.open_split = _late\n")
+    (tmp_path / 'b').mkdir()
+    error = train(tmp_path / 'overtaken.py', out_dir='b', status=2).err.splitlines()[-1]
+    assert error.startswith('error: another run has just saved to') and sorted(os.listdir(tmp_path / 'b')) == ['.lock', 'last.pt']
+    shutil.copy(first.out_dir / 'last.pt', tmp_path / 'b' / 'ckpt.pt')
+    again = train(tmp_path / 'overtaken.py', '--init_from=resume', '--max_iters=8', out_dir='b', status=2)
+    assert 'another run has just saved to' in again.err and 'resuming at iteration 6' in again.out
+
+def test_a_run_of_another_user_s_is_gone_on_with(train):
+    out_dir = train().out_dir
+    (out_dir / '.lock').chmod(0o444)
+    train('--init_from=resume', '--max_iters=8')
 
 def test_a_second_ctrl_c_leaves_at_once(clone, tmp_path):
     slow = clone / f'slow_{os.getpid()}.py' # saves for a minute

@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 import torch
@@ -182,16 +183,20 @@ def test_the_fastest_plan_that_fits_is_chosen_with_the_largest_micro_batch():
         memory.choose('auto', xl, 8, 8, 6 * memory.GiB, ram_free=16 * memory.GiB)
 
 @pytest.mark.parametrize('budget, changes, plans, advice', [
-    (2, {}, memory.PLANS, 'take a smaller model'), (3.7, {}, memory.PLANS, 'type --block_size=256, type --lora_rank=16, take'),
-    (12, {'muon': True}, memory.PLANS[:3], 'type --lora_rank=16, take'),
-    (5, {'buckets': True}, memory.PLANS[:3], 'type --shard=True, type --lora_rank=16, take')]) # where several processes may share
+    (2, {}, memory.PLANS, 'take a smaller model'), (3.7, {'adapts': False}, memory.PLANS, 'type --block_size=256, take'),
+    (3.7, {}, memory.PLANS, 'type --block_size=256, type --lora_rank=16, take'),
+    (12, {'muon': True}, memory.PLANS[:3], 'type --lora_rank=16 --optimizer=adamw, take'),
+    (5, {'buckets': 2}, memory.PLANS[:3], 'type --lora_rank=16, take'), (5, {'shards': 2}, memory.PLANS[:3], 'type --lora_rank=16 --shard=False, take'),
+    (7.5, {'buckets': 4}, memory.PLANS[:3], 'type --shard=True, type --lora_rank=16, take')]) # where several processes may share
 def test_what_is_advised_where_no_plan_fits_would_fit(budget, changes, plans, advice):
-    xl = shape('gpt2-xl', **changes)
+    xl = shape('gpt2-xl', **{'adapts': True, **changes})
     with pytest.raises(ValueError, match=f'no plan fits: {plans[-1]}.*{budget:.1f} GiB are free to fill; {advice}'):
         memory.choose('auto', xl, 8, 8, budget * memory.GiB, plans)
-    for option in re.findall(r'(?:lora_rank|block_size)=(\d+)', advice):
-        smaller = memory.with_lora(xl, 16) if option == '16' else shape('gpt2-xl', block_size=int(option), **changes)
-        assert memory.choose('auto', smaller, 8, 8, budget * memory.GiB, memory.PLANS[:3] if option == '16' else plans)
+    smaller = {'--lora_rank=16': memory.with_lora(xl, 16), '--block_size=256': replace(xl, block_size=256),
+               '--shard=True': replace(xl, shards=xl.buckets, buckets=0)}
+    for option in re.findall(r'type (--\w+=\w+)', advice):
+        lean = plans if 'block' in option else memory.PLANS[:3]
+        assert memory.choose('auto', smaller[option], 8, 8, budget * memory.GiB, lean)[1] >= 1
 
 @pytest.mark.parametrize('rank', [1, 16])
 def test_lora_s_shape_is_worked_out_as_its_model_has_it(rank):
@@ -407,7 +412,7 @@ def test_a_dry_run_refuses_what_the_run_would(run, option, message):
 
 def test_a_dry_run_without_its_data_says_what_it_assumes(run):
     told = [run('train.py', '--dry_run=True', '--memory_gb=8', f'--dataset={name}').out for name in ('chars', 'none')]
-    assumed = "there is no data/none; a vocabulary of GPT-2's 50,257 ids is assumed"
+    assumed = "there is no data/none/train.bin; a vocabulary of GPT-2's 50,257 ids is assumed"
     assert [assumed in out for out in told] == [False, True]
     assert assumed not in run('train.py', '--dry_run=True', '--memory_gb=8', '--dataset=none', '--init_from=gpt2').out
 
