@@ -18,7 +18,7 @@ def make_split(folder, n, block_size, **options):
     np.arange(n, dtype='<u2').tofile(folder / 'train.bin') # each token is its own position
     return Split(str(folder), 'train', block_size, vocab_size=2**16, **options)
 
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason="only there are processes that are gone looked for")
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason="without fork no process can be killed amid a write here")
 def test_what_a_killed_process_left_of_a_dataset_goes_the_next_time(tmp_path):
     child = os.fork()
     if child == 0:

@@ -1,9 +1,9 @@
+"""
+What memory.py predicts, beside the peak of a real iteration, and what a run and a dry run make of it.
+"""
 import json
-import os
 import re
 import shutil
-import threading
-import time
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 import lora
 import memory
 import model
-from model import GPT, GPT2_SHAPES, ChunkedLoss, GPTConfig
-from optim import OffloadedAdamW, clip_gradients, load_optimizer, make_optimizer, set_lr, weights
+from model import GPT, GPT2_SHAPES, GPTConfig
+from optim import make_optimizer
 from peak import Peak
 
 class AtOnce:
@@ -230,145 +230,6 @@ def test_an_offloaded_run_resumes_in_the_ram_that_it_had(train, tmp_path):
     assert 'of RAM' in offloaded(needed - 12 * P - 1, '--init_from=resume', '--max_iters=8', status=2).err
     assert 'resuming at iteration 6' in offloaded(needed - 12 * P, '--init_from=resume', '--max_iters=8').out
 
-def test_a_plan_is_told_before_weights_are_fetched(run, hf_dir, tmp_path):
-    shutil.copy(hf_dir / 'config.json', tmp_path) # the weights are somewhere else
-    def start(*options):
-        return run('train.py', '--dataset=chars', '--device=cpu', f'--init_from={tmp_path}', '--block_size=32', *options, status=2)
-    assert 'error: no plan fits' in start('--memory_gb=0.6001').err
-    there = start()
-    assert 'plan device' in there.out and 'cannot load' in there.err
-
-def test_offloaded_adamw_equals_adamw_with_clipping_and_accumulation():
-    models, losses, norms = [], [], []
-    for offload in (False, True):
-        torch.manual_seed(0)
-        gpt = GPT(GPTConfig(16, 50, 2, 2, 16))
-        options = dict(offload_to=('cpu', torch.float32)) if offload else {}
-        opt = make_optimizer('adamw', gpt, 1e-2, 0.0, 0.1, (0.9, 0.95), **options)
-        params = [p for group in opt.param_groups for p in group['params']]
-        losses.append([])
-        for i in range(10):
-            set_lr(opt, 0.8 ** i)
-            for _ in range(3):
-                idx = torch.randint(50, (2, 16))
-                loss = gpt(idx, idx)[1]
-                loss.backward()
-            if offload:
-                assert isinstance(opt, OffloadedAdamW) and all(p.grad is None for p in gpt.parameters())
-                opt.collect()
-                opt.updater.step = lambda: (time.sleep(0.01), torch.optim.AdamW.step(opt.updater)) # the next forward is faster
-                norms.append(clip_gradients(opt, 0.1))
-            else:
-                norms.append(torch.nn.utils.clip_grad_norm_(params, 0.1))
-            opt.step()
-            opt.zero_grad()
-            losses[-1].append(loss.item())
-        models.append((weights(gpt, opt), opt.state_dict()))
-    assert losses[0] == losses[1] and norms[:10] == norms[10:] and min(norms) > 0.1
-    (a, a_opt), (b, b_opt) = models
-    assert list(a) == list(b) and all(a[name].equal(b[name]) for name in a)
-    assert all(a_opt['state'][i]['exp_avg'].equal(b_opt['state'][i]['exp_avg']) for i in a_opt['state'])
-
-def test_each_plan_s_losses_are_bit_for_bit_those_of_the_device_s(train, tmp_path):
-    train('--max_iters=20', '--lr_decay_iters=1000', out_dir='start')
-    losses = {}
-    for plan in memory.PLANS:
-        run = train(f"--init_from={tmp_path / 'start'}", f'--plan={plan}', '--dtype=bfloat16', '--max_iters=200',
-                    '--eval_interval=200', '--learning_rate=1e-3', out_dir=plan)
-        assert f'plan {plan}, ' in run.out and ('in RAM: weights' in run.out) == (plan == 'offload')
-        losses[plan] = run.column('loss')[:-1]
-    assert len(losses['device']) == 200 and all(losses[plan] == losses['device'] for plan in memory.PLANS)
-
-def test_an_offloaded_update_overlaps_with_the_next_forward():
-    gpt, idx = GPT(GPTConfig(16, 50, 3, 2, 16)), torch.randint(50, (2, 16))
-    opt = make_optimizer('adamw', gpt, 1e-2, 0.0, 0.1, (0.9, 0.95), ('cpu', torch.float32))
-    def iteration():
-        gpt(idx, idx)[1].backward()
-        opt.step()
-        opt.zero_grad()
-    iteration()
-    assert not opt.updates # the first makes the moments, and is waited for
-    reached, step, second = threading.Event(), opt.updater.step, opt.masters[gpt.transformer.h[1].ln_1.weight]
-    def update():
-        its = [p for group in opt.updater.param_groups for p in group['params']]
-        assert not any(p is second for p in its) or reached.wait(10), "the second block's was not waiting for the first's forward"
-        step()
-    opt.updater.step = update
-    iteration()
-    gpt.transformer.h[0].register_forward_hook(lambda *args: reached.set())
-    gpt(idx, idx)[1].backward() # waits for each part, and raises what went wrong there
-    assert not opt.updates
-    opt.collect()
-    places = [p.grad.data_ptr() for p in opt.masters.values()]
-    opt.step()
-    gpt(idx, idx)[1].backward()
-    opt.collect()
-    assert places == [p.grad.data_ptr() for p in opt.masters.values()] # no new memory
-
-def test_the_first_update_of_a_run_is_waited_for_also_where_it_has_its_moments():
-    opts, idx = [], torch.randint(50, (2, 16))
-    for _ in range(2):
-        gpt = GPT(GPTConfig(16, 50, 2, 2, 16))
-        opts.append(make_optimizer('adamw', gpt, 1e-2, 0.0, 0.1, (0.9, 0.95), ('cpu', torch.float32)))
-        if len(opts) == 2:
-            load_optimizer(opts[1], opts[0].state_dict())
-        gpt(idx, idx)[1].backward()
-        opts[-1].updater.step = lambda step=opts[-1].updater.step: (time.sleep(0.02), step())
-        opts[-1].step()
-        assert not opts[-1].updates # where there is no room for it, that is told at once
-
-def test_gradients_that_go_take_their_errors_along():
-    opt = make_optimizer('adamw', GPT(GPTConfig(8, 11, 1, 1, 8)), 1e-3, 0.0, 0.1, (0.9, 0.95), ('cpu', torch.float32))
-    def full():
-        raise torch.OutOfMemoryError('out of memory')
-    for again in range(2):
-        opt.jobs.append(opt.thread.submit(full))
-    with pytest.raises(torch.OutOfMemoryError):
-        opt.collect()
-    opt.zero_grad()
-    opt.collect()
-
-@pytest.mark.parametrize('first, second', [('offload', 'device'), ('device', 'offload')])
-def test_a_run_goes_on_in_another_plan_as_if_in_one(train, first, second):
-    whole = train('--max_iters=8')
-    train('--max_iters=4', '--lr_decay_iters=8', f'--plan={first}', out_dir='half')
-    resumed = train('--max_iters=8', '--init_from=resume', f'--plan={second}', out_dir='half')
-    assert resumed.column('loss') == whole.column('loss')
-
-LIMIT = """
-import resource, torch
-_size = next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith('VmSize'))
-resource.setrlimit(resource.RLIMIT_AS, (_size + 450 * 2**20,) * 2)
-"""
-
-@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='only Linux tells the size from which to limit memory')
-def test_out_of_memory_halves_the_micro_batch_and_repeats_the_iteration(train, tmp_path):
-    (tmp_path / 'limit.py').write_text(LIMIT)
-    options = ('--n_layer=1', '--n_embd=128', '--block_size=512', '--gradient_accumulation_steps=1', '--eval_iters=1',
-               '--max_iters=1', '--plan=offload', '--batch_size=64')
-    tight = train(tmp_path / 'limit.py', *options)
-    assert re.search(r'iter 0: out of memory with 64 sequences at a time; again with \d+', tight.out)
-    plenty = train(*options, out_dir='plenty')
-    assert 'out of memory' not in plenty.out
-    for name in ('loss', 'grad_norm', 'val_loss'):
-        assert [float(v) for v in tight.column(name) if v] == pytest.approx(
-            [float(v) for v in plenty.column(name) if v], rel=1e-5), name
-
-def test_out_of_memory_is_told_once_with_what_to_type(train, tmp_path):
-    (tmp_path / 'full.py').write_text("import torch, model\ndef _full(*args, **options):\n    raise torch.OutOfMemoryError('out of memory')\n"
-                                      "model.Block.forward = _full\n")
-    error = train(tmp_path / 'full.py', '--plan=recompute', status=2).err.splitlines()[-1]
-    assert error == ('error: out of memory in plan recompute, 1 sequence of 16 tokens at a time; type --block_size=8'), error
-
-def test_an_evaluation_needs_no_room_for_training(train, tmp_path):
-    options = ('--n_embd=128', '--n_layer=8', '--memory_gb=0.62')
-    out_dir = train('--n_embd=128', '--n_layer=8', '--max_iters=1').out_dir
-    assert 'no plan fits' in train(*options, f'--init_from={out_dir}', out_dir='b', status=2).err
-    told = train(*options, '--eval_only=True', '--init_from=resume').out # six times the weights would not fit
-    assert 'step 1: train loss' in told and ' expected, ' not in told
-    offloaded = train(*options[:2], '--eval_only=True', '--init_from=resume', '--plan=offload').out
-    assert 'plan offload' in offloaded and offloaded.splitlines()[-1] == told.splitlines()[-1]
-
 @pytest.mark.parametrize('plan, device, options, last', [
     ('auto', 'cuda', {}, 'offload'), ('auto', 'cpu', {}, 'recompute'), ('offload', 'cpu', {}, 'offload'),
     ('recompute', 'cpu', {}, 'recompute'), ('auto', 'cuda', {'optimizer': 'muon'}, 'recompute'),
@@ -388,17 +249,6 @@ def test_out_of_memory_with_one_sequence_names_the_next_plan():
         assert memory.advice('recompute', 1, 1024, 8, memory.PLANS[:3], works, shards=True).endswith('; type --shard=True')
     assert memory.advice('device', 6, 1024, 24).endswith(
         '6 sequences of 1024 tokens at a time; type --batch_size=3 --gradient_accumulation_steps=8')
-
-def test_backward_adds_the_embedding_s_gradient_to_the_head_s_in_place(monkeypatch):
-    made, backward = [], ChunkedLoss.backward
-    def watch(ctx, grad):
-        out = backward(ctx, grad)
-        made.append(ctx.head[0].data_ptr())
-        return out
-    monkeypatch.setattr(ChunkedLoss, 'backward', watch)
-    gpt, idx = GPT(GPTConfig(8, 500, 1, 1, 8)), torch.arange(8)[None]
-    gpt(idx, idx)[1].backward()
-    assert made == [gpt.transformer.wte.weight.grad.data_ptr()]
 
 def test_a_dry_run_tells_every_plan_and_touches_nothing(run):
     done = run('train.py', 'config/finetune/gpt2_xl.py', '--dry_run=True', '--memory_gb=8')

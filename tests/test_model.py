@@ -204,6 +204,17 @@ def test_the_loss_never_holds_a_matrix_of_tokens_by_vocabulary():
             model(idx, idx)
     assert max(largest) <= 1024 // 6 * 50257
 
+def test_backward_adds_the_embedding_s_gradient_to_the_head_s_in_place(monkeypatch):
+    made, backward = [], ChunkedLoss.backward
+    def watch(ctx, grad):
+        out = backward(ctx, grad)
+        made.append(ctx.head[0].data_ptr())
+        return out
+    monkeypatch.setattr(ChunkedLoss, 'backward', watch)
+    gpt, idx = GPT(GPTConfig(8, 500, 1, 1, 8)), torch.arange(8)[None]
+    gpt(idx, idx)[1].backward()
+    assert made == [gpt.transformer.wte.weight.grad.data_ptr()]
+
 @pytest.mark.parametrize('dropout', [0.0, 0.3])
 def test_a_compiled_block_keeps_no_copies_of_its_weights_and_a_selective_one_two_thirds_of_it_with_the_same_gradients(dropout):
     torch.manual_seed(0)

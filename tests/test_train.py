@@ -262,3 +262,8 @@ def test_help_takes_less_than_three_seconds(run):
     text = run('train.py', '--help', env={}).out # in a Python of its own
     assert time.time() - begin < 3
     assert '--gradient_accumulation_steps=40' in text and 'learning rate schedule' in text
+
+def test_two_thousand_iterations_leave_memory_flat(train):
+    result = train('--max_iters=2000', '--eval_interval=250', '--log_interval=50', '--sample_interval=500')
+    most = {int(i): float(mb) for i, mb in zip(result.column('iter'), result.column('memory_mb')) if mb}
+    assert most[1950] <= 1.02 * most[500] # after two pictures
