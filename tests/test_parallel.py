@@ -61,8 +61,10 @@ def test_any_split_is_the_same_run(train, references, dataset, processes, micro_
 def test_a_split_in_half_precision_is_the_same_run_but_for_its_rounding(train, options):
     options = *LONG, '--max_iters=30', *options
     one = losses(train(*options, '--shard=False', '--batch_size=8', '--gradient_accumulation_steps=1'))
-    for name, values in losses(train(*options, processes=2, out_dir='two')).items():
-        assert values == pytest.approx(one[name], abs=1e-3), name
+    two = losses(train(*options, processes=2, out_dir='two'))
+    apart = max(abs(a - b) for name in one for a, b in zip(one[name], two[name], strict=True))
+    print(f"{' '.join(options[len(LONG) + 1:])}: at most {apart:.1e} apart")
+    assert apart <= 1e-3
 
 def test_a_number_of_processes_that_does_not_divide_an_iteration_is_told_what_does(train):
     train()
