@@ -53,7 +53,7 @@ import torch.nn.functional as F
 
 import lora
 import memory
-from dataset import Split, find_datasets, open_split, read_shared_state, split_batch, tell_assumed
+from dataset import Split, find_datasets, open_split, read_shared_state, tell_assumed
 from device import (DTYPES, autocast, compile_model, fetch, free_memory, is_out_of_memory, memory_mb,
                     memory_to_fill, peak_flops, pick_device, pick_dtype)
 from model import GPT, GPT2_SHAPES, GPTConfig, Linear, check_length
@@ -139,7 +139,7 @@ def make_training():
     plain, plans = way == 'nanogpt', memory.plans_for(config, device)
     chosen, fits = ('device', batch_size) if plain else memory.choose(
         plan, shape, sequences, batch_size, free, plans, free_memory('cpu'))
-    micro_batch, n_steps = split_batch(sequences, fits)
+    micro_batch, n_steps = memory.split_batch(sequences, fits)
     torch.manual_seed(seed)
     with torch.device('cpu' if chosen == 'offload' or lora_rank else device): # LoRA's, until it has shrunk
         model = GPT(c)

@@ -1,17 +1,14 @@
 """
-Checkpoints: written whole or not at all, read without running what is in them, rebuilt into a model.
+Checkpoints: read without running what is in them, and rebuilt into a model. saver.py writes them.
 
 The file is nanoGPT's dict (model, optimizer, model_args, iter_num, best_val_loss, config) with our
 tokenizer, scaler and version beside it. It is a zip, which keeps a checksum of each tensor.
 """
 import contextlib
-import glob
+import copy
 import math
 import os
-import shutil
 import struct
-import sys
-import time
 import zipfile
 from dataclasses import asdict
 
@@ -22,82 +19,12 @@ import pretrained
 from configurator import OF_A_CALL, quote
 from dataset import find_dataset, find_datasets, read_tokenizer_state
 from model import GPT, GPT2_SHAPES, GPTConfig
+from saver import VERSION
 from tokenizer import BPETokenizer, check_match
 
-VERSION = 1 # of the format; rises when an older reader would go wrong
 KINDS = {'model': dict, 'model_args': dict, 'optimizer': dict, 'config': dict, 'tokenizer': dict,
          'scaler': dict, 'lora': dict, 'template': str, 'version': int, 'iter_num': int,
          'best_val_loss': (int, float, torch.Tensor)} # of what a checkpoint holds
-
-def save(checkpoint: dict, path: str) -> None:
-    """ write `path` so that it holds the old checkpoint or the new one, whenever the machine stops;
-    raises OSError where it cannot """
-    try:
-        with open(path + '.tmp', 'wb') as file:
-            torch.save({**checkpoint, 'version': VERSION}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + '.tmp', path)
-    except (OSError, RuntimeError) as error: # torch raises RuntimeError where the disk is full
-        with contextlib.suppress(OSError):
-            os.remove(path + '.tmp')
-        why = str(error).strip().splitlines()[0]
-        raise OSError(f"cannot save {path} ({why}); what it held before is whole") from None
-
-def link(path: str, to: str) -> None:
-    """ let `to` be the same file as `path`, or a copy where the file system has no links """
-    if os.path.exists(to + '.tmp'):
-        os.remove(to + '.tmp')
-    try:
-        os.link(path, to + '.tmp')
-    except OSError:
-        shutil.copyfile(path, to + '.tmp')
-    os.replace(to + '.tmp', to)
-
-class Saver:
-    """ a run's last.pt, ckpt.pt and, if it keeps them, iter_000500.pt. A save that fails costs a line, and is
-    left to the next one """
-
-    def __init__(self, out_dir: str, keeps_all: bool):
-        self.out_dir, self.keeps_all = out_dir, keeps_all
-        self.saved, self.error = None, None # the iteration that is in last.pt, and why the latest failed
-
-    def clear(self, anew: bool) -> None:
-        """ take away what a killed save left, and for a run `anew` the checkpoints of the one before """
-        patterns = ['*.pt.tmp'] + ['last.pt', 'ckpt.pt', 'iter_*.pt'] * anew
-        for pattern in patterns:
-            for path in glob.glob(os.path.join(glob.escape(self.out_dir), pattern)):
-                os.remove(path)
-
-    def __call__(self, checkpoint: dict, is_best: bool, tells: bool = False) -> bool:
-        """ write last.pt, and let ckpt.pt be the same file where it is the best; tell if it succeeded """
-        last, started, iter_num = os.path.join(self.out_dir, 'last.pt'), time.time(), checkpoint['iter_num']
-        try:
-            if not all(tensor.isfinite().all() for tensor in checkpoint['model'].values()):
-                raise ValueError(f"the weights are not finite; {last} keeps earlier ones")
-            save(checkpoint, last)
-            if is_best:
-                link(last, os.path.join(self.out_dir, 'ckpt.pt'))
-            if self.keeps_all and not tells: # an evaluation's
-                link(last, os.path.join(self.out_dir, f'iter_{iter_num:06d}.pt'))
-        except (OSError, ValueError) as error:
-            self.error = error
-            print(f"warning: iter {iter_num}: {error}; the next save is another try", file=sys.stderr)
-            return False
-        self.saved, self.error = iter_num, None
-        if tells:
-            print(f"iter {iter_num}: saved {last}, {os.path.getsize(last) / 1e6:,.1f} MB in "
-                  f"{time.time() - started:.1f} s")
-        return True
-
-    def check(self) -> None:
-        """ at the end of a run: raise OSError where no save succeeded, warn where the latest did not """
-        if self.saved is None and self.error:
-            raise OSError(f"{self.error}; nothing of this run was saved; make room on the disk, or type "
-                          "--out_dir=ANOTHER")
-        if self.error:
-            print(f"warning: the last save failed; {os.path.join(self.out_dir, 'last.pt')} is of iteration "
-                  f"{self.saved}", file=sys.stderr)
 
 def find(source: str) -> str | None:
     """ `source` if it is a file, else ckpt.pt or last.pt in that folder; None where there is none """
@@ -126,19 +53,23 @@ def damage(path: str) -> str | None:
                 return (f"of its bytes the {part.file_size:,} from {part.header_offset:,} are not those "
                         f"that were written; expected the CRC-32 {part.CRC:08x}")
 
-def load(path: str) -> dict:
-    """ a checkpoint of ours or nanoGPT's, on the CPU; raises ValueError where the file is anything else """
+def load(path: str, moments: bool = False) -> dict:
+    """ a checkpoint of ours or nanoGPT's, on the CPU, without its optimizer unless `moments` asks for it, two
+    thirds of the file; raises ValueError where that is anything else """
     spoiled = damage(path)
     if spoiled:
         raise ValueError(f"{path} is damaged: {spoiled}; type --out_dir or --init_from with another")
-    with open(path, 'rb') as file:
-        try:
-            checkpoint = torch.load(file, map_location='cpu', weights_only=True)
-        except Exception as error: # a reader of damaged files may raise anything
-            why = ("it holds more than tensors and plain values, and could run code" if 'GLOBAL' in str(error)
-                   else "it is cut short, damaged or no checkpoint")
-            raise ValueError(f"cannot use {path}: {why}; expected a file that train.py or nanoGPT wrote; "
-                             "type --out_dir or --init_from with another") from None
+    try:
+        mapped = not moments and zipfile.is_zipfile(path) # old ones cannot be
+        checkpoint = torch.load(path, map_location='cpu', mmap=mapped, weights_only=True)
+        if not moments and isinstance(checkpoint, dict) and isinstance(checkpoint.get('optimizer'), dict):
+            del checkpoint['optimizer']
+        checkpoint = copy.deepcopy(checkpoint) if mapped else checkpoint # the file may be replaced
+    except Exception as error: # a reader of damaged files may raise anything
+        why = ("it holds more than tensors and plain values, and could run code" if 'GLOBAL' in str(error)
+               else "it is cut short, damaged or no checkpoint")
+        raise ValueError(f"cannot use {path}: {why}; expected a file that train.py or nanoGPT wrote; "
+                         "type --out_dir or --init_from with another") from None
     missing = [key for key in ('model', 'model_args')
                if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict)]
     if missing:
@@ -201,16 +132,17 @@ def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> G
         lora.merge(model)
     return model
 
-def load_model(source: str, dropout: float = 0.0, merge: bool = True) -> tuple[GPT, dict]:
-    """ the model that `source` names, and what is beside it in its checkpoint; LoRA's adapter merged
-    or beside
+def load_model(source: str, dropout: float = 0.0, merge: bool = True,
+               moments: bool = False) -> tuple[GPT, dict]:
+    """ the model that `source` names, and what is beside it in its checkpoint, the optimizer only with
+    `moments`; LoRA's adapter merged or beside
 
     source is a checkpoint's path or its folder, or what pretrained.load takes. The second has no
     'tokenizer' if nanoGPT wrote it.
     """
     path = find(source)
     if path:
-        checkpoint = load(path)
+        checkpoint = load(path, moments)
         model = (adapted_model(checkpoint, path, dropout, merge) if 'lora' in checkpoint else
                  model_of(checkpoint, path, dropout))
         return model, checkpoint
@@ -219,7 +151,7 @@ def load_model(source: str, dropout: float = 0.0, merge: bool = True) -> tuple[G
 def resume(out_dir: str, config: dict, say) -> tuple[GPT, dict]:
     """ what `latest` gives, for a run of these options: with other data its patience begins anew; raises
     ValueError where they add an adapter """
-    model, loaded = latest(out_dir, config['dropout'], say)
+    model, loaded = latest(out_dir, config['dropout'], say, moments=not config['eval_only'])
     if config['lora_rank'] and 'lora' not in loaded:
         raise ValueError(f"the run in {out_dir} has no adapter, and lora_rank is {config['lora_rank']}; type "
                          f"--lora_rank=0, or --init_from={quote(out_dir)} --out_dir=ANOTHER")
@@ -237,21 +169,21 @@ def to_resume(out_dir: str) -> list[str]:
                                 "folder, or --init_from=scratch to start one")
     return paths
 
-def latest(out_dir: str, dropout: float, say) -> tuple[GPT, dict]:
-    """ the model and the rest of a run's last.pt, or of its ckpt.pt where that one is damaged
+def latest(out_dir: str, dropout: float, say, moments: bool) -> tuple[GPT, dict]:
+    """ what load_model gives of a run's last.pt, or of its ckpt.pt where that one is damaged, to go on from
 
     Raises FileNotFoundError where there is neither, ValueError where none can be used.
     """
     paths = to_resume(out_dir)
     try:
-        return load_model(paths[0], dropout, merge=False)
+        return load_model(paths[0], dropout, False, moments)
     except ValueError as error:
         if len(paths) == 1:
             raise
         say(f"warning: {error}")
     try:
         say(f"going on from {paths[1]}, the best so far, instead")
-        return load_model(paths[1], dropout, merge=False)
+        return load_model(paths[1], dropout, False, moments)
     except ValueError as error:
         raise ValueError(f"{paths[0]} cannot be used, and neither can the other: {error}") from None
 
@@ -262,23 +194,33 @@ def way_back(out_dir: str) -> str:
     return (f"nothing of them is in a checkpoint of {out_dir}; type "
             f"{f'--init_from={quote(path)} --out_dir=ANOTHER' if path else 'the same'}")
 
+def peek(path: str) -> dict:
+    """ a checkpoint whose tensors stay on the disk; {} where it cannot be read so """
+    with contextlib.suppress(Exception): # damaged, of another program, or not there
+        return dict(torch.load(path, map_location='cpu', mmap=True, weights_only=True))
+    return {}
+
 def is_of(out_dir: str, launch: str | None) -> bool:
     """ whether the run in out_dir was started by this very command in this job of torchrun's """
-    for name in ('last.pt', 'ckpt.pt') if launch else ():
-        with contextlib.suppress(Exception): # damaged, or not there
-            held = torch.load(os.path.join(out_dir, name), map_location='cpu', mmap=True, weights_only=True)
-            if held.get('launch') == launch:
-                return True
-    return False
+    paths = [os.path.join(out_dir, name) for name in ('last.pt', 'ckpt.pt')]
+    return launch is not None and any(peek(path).get('launch') == launch for path in paths)
 
-def config_of(source: str, scratch: GPTConfig) -> GPTConfig:
-    """ the shape of the model that `source` names, for others' models without weights; 'scratch' is given """
+def config_of(source: str, out_dir: str, scratch: GPTConfig) -> GPTConfig:
+    """ the shape of the model that `source` names, without its weights; 'resume' is that of the run in
+    out_dir, 'scratch' is given """
     name = source.partition('@')[0] # without a revision
     if name in GPT2_SHAPES:
         return GPTConfig(**GPT2_SHAPES[name])
     if source == 'scratch':
         return scratch
-    return load_model(source)[0].config if find(source) else pretrained.config_of(source)
+    paths = to_resume(out_dir) if source == 'resume' else [find(source)]
+    if paths == [None]:
+        return pretrained.config_of(source)
+    for path in paths:
+        with contextlib.suppress(Exception), torch.device('meta'):
+            return GPT(GPTConfig(**peek(path)['model_args'])).config
+    # of an old format, or damaged, which these tell
+    return (latest(out_dir, 0.0, print, False) if source == 'resume' else load_model(source))[0].config
 
 def find_tokenizer(loaded: dict, vocab_size: int) -> dict:
     """ the tokenizer's state for what load_model gave; nanoGPT's checkpoints only name their dataset

@@ -35,6 +35,7 @@ class Split:
         self.mask = open_mask(os.path.join(folder, f'{name}_mask.bin'), len(self.tokens))
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
         self.n_tokens = len(self.tokens)
+        self.epoch_order = functools.lru_cache(maxsize=2)(epoch_order) # the split's own
         self.targets = self.n_tokens - 1 # every token but the first has one before it
         self.windows = -(-self.targets // block_size) # an epoch; the last may be short
         self.check_ids(self.tokens[:2**28]) # tells within a second; `batch` checks what lies beyond
@@ -52,7 +53,7 @@ class Split:
         """ the windows (n, 2) of these places in the endless row of epochs """
         out = np.empty((len(number), 2), np.int64)
         for epoch in np.unique(number // self.windows):
-            offset, order = epoch_order(self.seed, int(epoch), self.targets, self.windows)
+            offset, order = self.epoch_order(self.seed, int(epoch), self.targets, self.windows)
             here = number // self.windows == epoch
             out[here] = self.cut(order[number[here] % self.windows], offset)
         return out
@@ -179,7 +180,6 @@ class Mix(Split):
     def count(self, windows):
         return sum(split.count(its) for split, _, its in self.by_split(windows))
 
-@functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, targets: int, windows: int) -> tuple[int, np.ndarray]:
     """ where an epoch's first window starts, and the order in which its windows come """
     rng = np.random.default_rng([seed, epoch])
@@ -210,11 +210,6 @@ def open_split(folders: dict[str, float], *args, seed: int = 0) -> Split:
     """ a split of a dataset, or of a mixture of them; args are Split's, after its folder """
     splits = [Split(folder, *args, seed) for folder in folders]
     return splits[0] if len(splits) == 1 else Mix(splits, list(folders.values()), seed)
-
-def split_batch(sequences: int, fits: int) -> tuple[int, int]:
-    """ the largest micro-batch that fits and divides evenly, and how many of them: (480, 25) -> (24, 20) """
-    batch_size = max(n for n in range(1, fits + 1) if sequences % n == 0)
-    return batch_size, sequences // batch_size
 
 def open_tokens(path: str, block_size: int) -> np.ndarray:
     """ the file as an array of uint16, mapped, not read; raises OSError or ValueError for no split """

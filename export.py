@@ -62,10 +62,8 @@ from tokenizer import BPETokenizer, count_ids, from_state
 
 def is_exported(file):
     """ whether it is a checkpoint without an optimizer, as --weights_only=True writes it """
-    try:
-        return 'optimizer' not in checkpoints.load(file)
-    except ValueError:
-        return False
+    held = checkpoints.peek(file)
+    return 'model' in held and 'optimizer' not in held
 
 if weights_only and there and not is_exported(path):
     raise FileExistsError(f"{to} is a file that no export wrote; type --to with another name")
@@ -221,7 +219,6 @@ if adapter:
           f"    model = PeftModel.from_pretrained(model, {to!r})")
 else:
     model, loaded = checkpoints.load_model(source)
-    loaded.pop('optimizer', None)
     if weights_only:
         put(lambda file: write_weights(file, model, loaded))
     else:

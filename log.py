@@ -236,14 +236,15 @@ def write_report(out_dir: str) -> None:
     with open(os.path.join(out_dir, 'config.json')) as file:
         settings = json.load(file)
     with open(os.path.join(out_dir, 'log.csv'), newline='') as file:
-        rows = list(csv.DictReader(file))
-    evaluated = [row for row in rows if row['val_loss']]
-    timed = [float(row['tokens_per_sec']) for row in rows if row['tokens_per_sec']]
+        evaluated, timed = [], []
+        for row in csv.DictReader(file): # of which there may be a million
+            evaluated += [row] if row['val_loss'] else []
+            timed += [float(row['tokens_per_sec'])] if row['tokens_per_sec'] else []
     best = min(evaluated, key=lambda row: float(row['val_loss']))
     lines = [f"# {os.path.basename(os.path.abspath(out_dir))}", '',
              f"{settings['init_from']} on {settings['dataset']}, {settings['parameters']:,} parameters, of "
-             f"which {settings['trained']:,} are trained, to iteration {rows[-1]['iter']} of "
-             f"{settings['max_iters']}, epoch {float(rows[-1]['epoch']):.2f}. "
+             f"which {settings['trained']:,} are trained, to iteration {row['iter']} of "
+             f"{settings['max_iters']}, epoch {float(row['epoch']):.2f}. "
              f"The best validation loss is {float(best['val_loss']):.4f}, at iteration {best['iter']}.", '',
              '![loss](loss.png)', '', '| iteration | epoch | train loss | val loss |', '|---|---|---|---|']
     every = -(-len(evaluated) // 20) # some twenty rows, the last of them

@@ -9,6 +9,12 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+def rows_at_once(N: int, V: int, itemsize: int) -> tuple[int, int]:
+    """ the rows of logits of itemsize bytes that come at once: of a product, of which many are faster, and of
+    the softmax, few for the cache of a CPU """
+    rows = min(N, max(N // (2 * itemsize), 2**22 // V, 1))
+    return rows, min(rows, max(rows // 8, 2**22 // V, 1))
+
 class CrossEntropy(nn.Module):
     """ the summed cross-entropy of logits (N, >= V), of which V count, against targets (N, 1), where -1 does
     not; with grads, `scale` times its gradient is left in the place of the logits
@@ -42,7 +48,7 @@ class Lookup(torch.autograd.Function):
     """ the rows idx (B, T) of the tied matrix weight (V, C), whose gradient goes into that of the head
 
     `head` is the list that ChunkedLoss's backward, which comes first, left the head's gradient in; so there
-    is never a second matrix of V x C, which would be all zeros but for these rows.
+    is no second matrix of V x C, which would be all zeros but for these rows, unless they are more than V.
     """
 
     @staticmethod
@@ -81,8 +87,7 @@ class ChunkedLoss(torch.autograd.Function):
         dx = torch.empty_like(x, dtype=dtype) if needs_dx else None
         dw = torch.zeros(V, C, device=x.device) if needs_dw else None
         total = torch.zeros((), device=x.device)
-        rows = min(N, max(N // (2 * dtype.itemsize), 2**22 // V, 1)) # of a product: many are faster
-        few = min(rows, max(rows // 8, 2**22 // V, 1)) # of the softmax, for the cache of a CPU
+        rows, few = rows_at_once(N, V, dtype.itemsize)
         # these two serve all rows in turn
         logits = torch.empty(rows, padded, dtype=dtype, device=x.device)[:, :len(w)]
         wide = torch.empty(few, padded, device=x.device)[:, :len(w)] if dtype != torch.float32 else None

@@ -16,6 +16,8 @@ Arithmetic on shapes; nothing is allocated. Sizes are in bytes, where no unit is
 import math
 from dataclasses import dataclass, replace
 
+from loss import rows_at_once
+
 GiB = 2**30
 PLANS = 'device', 'selective', 'recompute', 'offload'
 
@@ -118,9 +120,10 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
 
 def chunk(s: Shape, tokens: int) -> int:
     """ what the chunked loss holds for the rows it is at """
-    rows = min(tokens, max(tokens // (4 if s.half else 8), 2**22 // s.vocab_size, 1))
-    wide = min(rows, max(rows // 8, 2**22 // s.vocab_size, 1)) * s.vocab_size * 4 if s.half else 0
-    return rows * s.vocab_size * (2 if s.half else 4) + wide + 2**13 * s.n_embd * 2 + tokens * s.n_embd * 4
+    itemsize = 2 if s.half else 4
+    rows, few = rows_at_once(tokens, s.vocab_size, itemsize)
+    logits = (rows * itemsize + few * 4 * s.half) * s.vocab_size
+    return logits + 2**13 * s.n_embd * 2 + tokens * s.n_embd * 4
 
 def ram(plan: str, shape: Shape) -> int:
     """ the bytes of RAM that a plan fills with tensors, when the device is not the CPU itself """
@@ -144,6 +147,12 @@ def plans_for(config: dict, device: str, processes: int = 1) -> tuple[str, ...]:
                          f"auto, {', '.join(plans if wanted in PLANS else PLANS)}")
     return plans
 
+def split_batch(sequences: int, most: int) -> tuple[int, int]:
+    """ the largest micro-batch, of at most `most`, that divides evenly, and how many of them: (480, 25) ->
+    (24, 20) """
+    batch_size = max(n for n in range(1, most + 1) if sequences % n == 0)
+    return batch_size, sequences // batch_size
+
 def largest(plan: str, shape: Shape, sequences: int, most: int, budget: float) -> int:
     """ the largest micro-batch, of at most `most`, that divides `sequences` and fits; 0 where none does """
     fitting = (B for B in range(min(most, sequences), 0, -1) if sequences % B == 0
@@ -155,7 +164,6 @@ def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
            learns: bool = True) -> tuple[str, int]:
     """ the fastest of `plans` that fits, and its micro-batch; raises ValueError where none fits
 
-    ram_free is counted with what of the model is in RAM already.
     A plan that is `wanted` by name is taken even where it is not expected to fit, then at micro-batch 1.
     """
     if not learns and wanted != 'offload' and (4 * shape.params < budget or 'offload' not in plans):
@@ -166,14 +174,15 @@ def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
         B, needed = largest(plan, shape, sequences, most, budget), ram(plan, shape)
         if B and needed > ram_free:
             raise ValueError(f"plan {plan} takes {needed / GiB:.1f} GiB of RAM, and {ram_free / GiB:.1f} are "
-                             f"free for it; take a smaller model, or type --plan={plan} to try all the same")
+                             f"free; {tell_leaner(PLANS[2], shape, budget)}take a smaller model, or, with "
+                             f"swap for it, type --plan={plan}")
         if B:
             return plan, B
     least = peak(plans[-1], shape, 1) / GiB
     raise ValueError(f"no plan fits: {plans[-1]}, the leanest here, takes {least:.1f} GiB with one sequence "
                      f"of {shape.block_size} tokens at a time, and {max(budget, 0) / GiB:.1f} GiB are free "
-                     f"to fill; {''.join(f'type {run}, ' for run in leaner_runs(plans[-1], shape, budget))}"
-                     f"take a smaller model, or type --plan={plans[-1]} to try all the same")
+                     f"to fill; {tell_leaner(plans[-1], shape, budget)}take a smaller model, or type "
+                     f"--plan={plans[-1]} to try all the same")
 
 def leaner_runs(plan: str, shape: Shape, budget: float):
     """ the options with which a run that does not fit would, the one that changes least first """
@@ -186,6 +195,9 @@ def leaner_runs(plan: str, shape: Shape, budget: float):
     if shape.adapts and peak('recompute', with_lora(shape, 16), 1) <= budget:
         yield f"--lora_rank=16{' --optimizer=adamw' * shape.muon}{' --shard=False' * (shape.shards > 1)}"
 
+def tell_leaner(plan: str, shape: Shape, budget: float) -> str:
+    return ''.join(f'type {run}, ' for run in leaner_runs(plan, shape, budget))
+
 def with_lora(s: Shape, rank: int) -> Shape:
     """ that of LoRA for a model of this shape: two matrices beside each of a block's four """
     adapter = 16 * rank * s.n_embd * s.n_layer
@@ -194,27 +206,29 @@ def with_lora(s: Shape, rank: int) -> Shape:
                    buckets=s.buckets or s.shards * (s.shards > 1))
 
 def advice(plan: str, B: int, block_size: int, sequences: int, plans: tuple[str, ...] = PLANS,
-           works: bool = True, shards: bool = False) -> str:
+           works: bool = True, shards: bool = False, saved: bool = False) -> str:
     """ what to say where a plan ran out of memory all the same; an iteration keeps its `sequences`
 
     works says that sequences were at work, not weights or moments alone, of which only offload and shards,
-    where the run might have them, hold less.
+    where the run might have them, hold less. A run that has saved goes on with what is to be typed.
     """
+    resumed = 'type --init_from=resume ' if saved else 'type '
     leaner = [name for name in PLANS[PLANS.index(plan) + 1:] if name in plans]
     if not works:
         less = ('--plan=offload' if 'offload' in leaner else '--shard=True' if shards
-                else '--lora_rank=16, or take a smaller model')
-        return f"out of memory in plan {plan}, with weights, gradients and moments alone; type {less}"
-    smaller = max(n for n in range(1, max(2, B // 2 + 1)) if sequences % n == 0)
-    option = (f"--batch_size={smaller} --gradient_accumulation_steps={sequences // smaller}" if B > 1
+                else f"--lora_rank=16{' --out_dir=ANOTHER' * saved}, or take a smaller model")
+        return (f"out of memory in plan {plan}, with weights, gradients and moments alone; "
+                f"{'type ' if 'lora' in less else resumed}{less}")
+    smaller, n_steps = split_batch(sequences, max(1, B // 2))
+    option = (f"--batch_size={smaller} --gradient_accumulation_steps={n_steps}" if B > 1
               else f"--plan={leaner[0]}" if leaner else '--shard=True' if shards
               else f"--block_size={max(1, block_size // 2)}")
-    return f"out of memory in plan {plan}, {count(B)} of {block_size} tokens at a time; type {option}"
+    return f"out of memory in plan {plan}, {count(B)} of {block_size} tokens at a time; {resumed}{option}"
 
 def count(sequences: int) -> str:
     return f"{sequences} sequence{'s' if sequences > 1 else ''}"
 
-COSTS = {'device': 'no speed', 'selective': 'cheap operations twice',
+COSTS = {'device': 'no work twice', 'selective': 'cheap operations twice',
          'recompute': 'a fifth to a half more products',
          'offload': 'a fifth to a third more products, weights and gradients cross the bus'}
 

@@ -9,7 +9,6 @@ import gc
 import os
 import socket
 import sys
-import time
 import zlib
 
 import torch
@@ -113,42 +112,6 @@ def same_data(mark: str, world_size: int, device: str, dataset: str) -> str:
         raise ValueError(f"the processes read different data in {dataset}; copy one node's to all, or type "
                          "--dataset with a folder that they share")
     return mark
-
-def stamp(out_dir: str) -> list:
-    """ what changes whenever a run saves there """
-    paths = (os.path.join(out_dir, name) for name in ('last.pt', 'ckpt.pt'))
-    return [(os.stat(path).st_mtime_ns, os.path.getsize(path)) for path in paths if os.path.exists(path)]
-
-def lock(out_dir: str, before: list) -> None:
-    """ make out_dir, and keep other runs out of it until this process ends, however it does
-
-    Raises FileExistsError where one holds it, or has saved there since its stamp was as `before`; OSError
-    where nothing can be written.
-    """
-    path = os.path.join(out_dir, '.lock')
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        ours = os.access(path, os.W_OK) or not os.path.exists(path) # or the one that another user's run made
-        file = os.open(path, os.O_RDWR | os.O_CREAT if ours else os.O_RDONLY, 0o666) # never closed
-    except OSError as error:
-        raise OSError(f"cannot write to {out_dir} ({error.strerror}); type --out_dir=ANOTHER") from None
-    try:
-        import fcntl
-    except ImportError: # Windows
-        return
-    for tries in range(50): # a run that was killed a moment ago may take some seconds
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            time.sleep(0.1)
-        except OSError: # a file system that has no locks
-            return
-    else:
-        raise FileExistsError(f"another run is writing to {out_dir}; end it, or type --out_dir=ANOTHER")
-    if stamp(out_dir) != before:
-        raise FileExistsError(f"another run has just saved to {out_dir}; type this again, or "
-                              "--out_dir=ANOTHER")
 
 def launch_id() -> str | None:
     """ torchrun's job and this command, the same when torchrun or a scheduler starts it again; None without

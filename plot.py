@@ -14,18 +14,18 @@ COLOURS = '#d62728', '#1f77b4', '#2ca02c', '#9467bd', '#ff7f0e', '#17becf'
 
 def read_log(out_dir: str) -> dict:
     """ (iterations, values) of each loss column, leaving out empty cells """
+    columns, row = {key: ([], []) for key in ('loss', 'train_loss', 'val_loss')}, None
     with open(os.path.join(out_dir, 'log.csv'), encoding='utf-8', newline='') as file:
-        lines = [line for line in file if line.endswith('\n')] # the last may be half written
-    try:
-        rows = list(csv.DictReader(lines))
-    except csv.Error as error:
-        raise ValueError(error) from None
-    if not rows:
+        try:
+            for row in csv.DictReader(line for line in file if line.endswith('\n')): # the last may be cut
+                for key, (iters, values) in columns.items():
+                    if row[key]:
+                        iters.append(int(row['iter']))
+                        values.append(float(row[key]))
+        except csv.Error as error:
+            raise ValueError(error) from None
+    if row is None:
         raise ValueError('it has no rows yet')
-    columns = {}
-    for key in ('loss', 'train_loss', 'val_loss'):
-        given = [row for row in rows if row[key]]
-        columns[key] = [int(row['iter']) for row in given], [float(row[key]) for row in given]
     return columns
 
 def name_of(out_dir: str) -> str:
@@ -35,7 +35,9 @@ def plot_run(out_dir: str) -> str:
     """ draw the run in `out_dir` and return the picture's path """
     def draw(axes):
         curves = read_log(out_dir)
-        axes.plot(*curves['loss'], color='#bbbbbb', linewidth=0.8, label='training loss of the iteration')
+        every = slice(None, None, len(curves['loss'][0]) // 2000 + 1)
+        axes.plot(*(values[every] for values in curves['loss']), color='#bbbbbb', linewidth=0.8,
+                  label='training loss of the iteration')
         axes.plot(*curves['train_loss'], color='#1f77b4', marker='.', label='train split')
         label = 'val split'
         if curves['val_loss'][1]:
@@ -66,7 +68,7 @@ def picture(draw, path: str) -> str:
         draw(axes)
         axes.set(xlabel='iteration', ylabel='loss, nats a token')
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc='upper right') # looking for the best place takes long
         figure.tight_layout()
         figure.savefig(path + '.tmp', format='png')
         os.replace(path + '.tmp', path)

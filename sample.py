@@ -62,7 +62,6 @@ if init_from == 'resume' and checkpoints.find(out_dir) is None:
     raise FileNotFoundError(f"there is no checkpoint in {out_dir}; train one with train.py "
                             f"--out_dir={out_dir}, type --out_dir with a run's folder, or --init_from=gpt2")
 model, loaded = checkpoints.load_model(out_dir if init_from == 'resume' else init_from)
-loaded.pop('optimizer', None)
 tokenizer = from_state(checkpoints.find_tokenizer(loaded, model.config.vocab_size))
 model.eval().to(device, DTYPES[dtype])
 

@@ -88,13 +88,14 @@ import checkpoint as checkpoints
 import lora
 import memory
 import parallel
-from dataset import find_datasets, open_split, read_shared_state, read_template, split_batch, tell_assumed
+from dataset import find_datasets, open_split, read_shared_state, read_template, tell_assumed
 from device import (DTYPES, Signals, autocast, compile_model, describe_machine, fetch, free_memory,
                     is_out_of_memory, memory_mb, memory_to_fill, peak_flops, pick_device, pick_dtype)
 from log import (Best, Clock, append_row, append_sample, epoch_times, finish_log, is_logged, need_wandb,
                  start_log, start_wandb, steady_output)
 from model import GPT, GPTConfig, check_length
 from optim import clip_gradients, get_lr, load_optimizer, make_optimizer, set_lr, weights
+from saver import Saver
 from tokenizer import check_match, count_ids, from_state
 
 if decay_lr and min_lr > learning_rate:
@@ -121,7 +122,7 @@ sequences = batch_size * gradient_accumulation_steps # S: what an iteration trai
 share = parallel.share(sequences, world_size, config) # of them, a process's
 parallel.check_shard(world_size, config)
 
-signals, launch, saved = Signals(say), parallel.launch_id(), parallel.stamp(out_dir)
+signals, launch, saver = Signals(say), parallel.launch_id(), Saver(out_dir, keep_checkpoints)
 restarted = parallel.all_sum([float(checkpoints.is_of(out_dir, launch))], world_size, device)[0] > 0
 if restarted: # torchrun has lost a process, and started all of them again
     init_from = 'resume'
@@ -141,32 +142,26 @@ place = 'cuda' if elsewhere else device
 free = parallel.least(memory_to_fill(device, memory_gb, elsewhere), world_size, device) # all choose the same
 plans = memory.plans_for(config, place, world_size)
 
-def shape_of(c):
-    """ what the memory of this run depends on, for a model of GPTConfig c """
-    check_length(block_size, c.block_size)
-    with torch.device('meta'):
-        gpt = GPT(c)
-        lora.restrict(gpt, config)
-    half = dtype != 'float32' or elsewhere and config['dtype'] == 'auto'
-    return memory.shape_of(gpt, block_size, dropout, half, lora_rank > 0, optimizer == 'muon', world_size,
-                           shard, place, init_from not in ('scratch', 'resume') and not freeze)
-
 scratch = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
-if dry_run: # which needs neither data nor, for GPT-2, weights
-    c = checkpoints.config_of(out_dir if init_from == 'resume' else init_from, scratch)
+model_config = checkpoints.config_of(init_from, out_dir, scratch)
+check_length(block_size, model_config.block_size)
+with torch.device('meta'): # without weights, which are not there yet
+    model = GPT(model_config)
+    lora.restrict(model, config)
+half = dtype != 'float32' or elsewhere and config['dtype'] == 'auto'
+shape = memory.shape_of(model, block_size, dropout, half, lora_rank > 0, optimizer == 'muon', world_size,
+                        shard, place, init_from not in ('scratch', 'resume') and not freeze)
+if dry_run: # which needs no data either
     epochs = epoch_times(out_dir, {**config, 'device': place, 'processes': world_size})
     say(tell_assumed(folders) * (init_from == 'scratch')
-        + memory.table(shape_of(c), share, batch_size, free, epochs, plans, free_memory('cpu'), world_size))
+        + memory.table(shape, share, batch_size, free, epochs, plans, free_memory('cpu'), world_size))
     leave(0)
 
-def plan_for(c, held):
-    """ the plan for a model of GPTConfig c, and the micro-batch; `held` bytes a parameter are in RAM """
-    shape = shape_of(c)
-    ram_free = math.inf if eval_only else free_memory('cpu') + held * shape.params
-    chosen, fits = memory.choose(plan, shape, share, batch_size, free, plans, ram_free, not eval_only)
-    if not eval_only or chosen == 'offload':
-        say(memory.describe(chosen, shape, fits, fits < share, free))
-    return chosen, fits
+ram_free = math.inf if eval_only else free_memory('cpu') # before there is a model
+plan, fits = memory.choose(plan, shape, share, batch_size, free, plans, ram_free, not eval_only)
+micro_batch, n_micro_steps = memory.split_batch(share, fits)
+if not eval_only or plan == 'offload':
+    say(memory.describe(plan, shape, fits, fits < share, free))
 
 # -----------------------------------------------------------------------------
 # data
@@ -185,15 +180,13 @@ lr_decay_iters = lr_decay_iters or max_iters
 # -----------------------------------------------------------------------------
 # model
 
-loaded, fits = {}, 0 # what a checkpoint holds beside the weights, and the micro-batch
+loaded = {} # what a checkpoint holds beside the weights
 if init_from == 'scratch':
     torch.manual_seed(seed)
     model = GPT(scratch)
 elif init_from == 'resume':
     model, loaded = checkpoints.resume(out_dir, config, say)
 else:
-    if not (eval_only or checkpoints.find(init_from)): # told before gigabytes are fetched
-        plan, fits = plan_for(checkpoints.config_of(init_from, scratch), 0)
     model, loaded = checkpoints.load_model(init_from, dropout)
 check_match(loaded.get('tokenizer'), model.config.vocab_size, tokenizer, dataset)
 template = read_template(folders) or loaded.get('template')
@@ -214,16 +207,17 @@ def with_room(work, *args, again=True):
             if not is_out_of_memory(error):
                 raise
         if micro_batch == 1 or world_size > 1 or not again: # the other processes do not know
+            if saver.saved is not None and world_size == 1 and again: # of this run, which can be gone on with
+                opt.zero_grad(set_to_none=True)
+                save(tells=True)
             raise ValueError(memory.advice(plan, micro_batch, block_size, sequences,
                                            () if eval_only and again else plans, again,
-                                           not shard and parallel.can_shard(world_size, config)))
+                                           not shard and parallel.can_shard(world_size, config),
+                                           saver.saved is not None or init_from == 'resume'))
         opt.zero_grad(set_to_none=True)
-        was, (micro_batch, n_micro_steps) = micro_batch, split_batch(share, micro_batch // 2)
+        was, (micro_batch, n_micro_steps) = micro_batch, memory.split_batch(share, micro_batch // 2)
         say(f"iter {iter_num}: out of memory with {was} sequences at a time; again with {micro_batch}")
 
-if not fits: # weights are there, and a resumed run's moments, which an optimizer in RAM takes as they are
-    plan, fits = plan_for(model.config, 12 if loaded.get('optimizer') else 4)
-micro_batch, n_micro_steps = split_batch(share, fits)
 model.follow(plan)
 if shard:
     with_room(parallel.shard_model, model, world_size, device, again=False)
@@ -262,7 +256,7 @@ if world_size > 1 and not shard and not eval_only:
     model = with_room(parallel.replicate_model, raw_model, device, one_step)
 if init_from == 'resume' and 'optimizer' in loaded and not eval_only:
     load_optimizer(opt, loaded['optimizer'])
-loaded = None # frees the moments, which the optimizer has copied
+loaded = None # the optimizer has what it needs of it
 
 # -----------------------------------------------------------------------------
 # evaluation
@@ -310,6 +304,11 @@ def write_sample():
     if master:
         append_sample(out_dir, iter_num, coder.decode(made[0].tolist()))
 
+def log_evaluation():
+    """ add to the log what was evaluated where its iteration is not made, or not logged """
+    if master and row['iter'] == iter_num and 'val_loss' in row:
+        append_row(out_dir, row, wandb_log)
+
 if sample_interval:
     coder = from_state(tokenizer)
     prompt = torch.tensor([coder.encode(sample_start, allow_special=True) or [coder.eot or 0]], device=device)
@@ -330,8 +329,7 @@ if iter_num >= max_iters and init_from == 'resume' and is_logged(out_dir, iter_n
         f"--{'num_epochs' if max_iters < config['max_iters'] else 'max_iters'}=N with a larger N to go on")
     leave(0)
 if master:
-    parallel.lock(out_dir, saved)
-    saver = checkpoints.Saver(out_dir, keep_checkpoints)
+    saver.lock()
     wandb_id = start_wandb(config, init_from == 'resume')
     start_log(out_dir, config, dict(
         wandb_id=wandb_id, device=device, dtype=dtype, plan=plan, processes=world_size, max_iters=max_iters,
@@ -388,8 +386,6 @@ while True:
     if sample_interval and iter_num % sample_interval == 0 and (master or shard):
         write_sample()
     if ended:
-        if master:
-            append_row(out_dir, row, wandb_log)
         break
 
     # one step: accumulate, clip, update
@@ -416,6 +412,7 @@ while True:
     if n_bad >= 5:
         n_bad = 0 # a resumed run may have five again
         save(tells=True)
+        log_evaluation()
         raise ValueError(f"five iterations in a row were not finite, up to {iter_num}; "
                          f"{checkpoints.way_back(out_dir)} with a lower --learning_rate, or --dtype=float32")
     opt.zero_grad(set_to_none=model is raw_model) # zeros stay in DDP's buckets
@@ -438,6 +435,7 @@ while True:
 # -----------------------------------------------------------------------------
 # finish
 
+log_evaluation()
 if not ended:
     opt.zero_grad(set_to_none=True) # of an iteration that is begun again after a resume
     save(tells=True)

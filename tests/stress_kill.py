@@ -137,7 +137,7 @@ def check_whole(out_dir, before):
     held = {}
     for path in sorted(out_dir.glob('*.pt')):
         try:
-            held[path.name] = checkpoints.load(str(path))['iter_num']
+            held[path.name] = checkpoints.load(str(path), moments=True)['iter_num']
         except ValueError as error:
             raise Differs(f"corrupt checkpoint: {error}") from None
     rows = rows_of(out_dir) if (out_dir / 'log.csv').exists() else []
@@ -166,7 +166,7 @@ def number(distance):
 
 def state_of(path):
     """ of a checkpoint what a run goes on from: not its command, nor the learning rate, which is set anew """
-    held = checkpoints.load(str(path))
+    held = checkpoints.load(str(path), moments=True)
     parts = held['optimizer'].get('pair', [held['optimizer']])
     return {**{key: value for key, value in held.items() if key not in ('config', 'launch')},
             'optimizer': [part['state'] for part in parts]}

@@ -81,7 +81,7 @@ CASES = [ # script, options, part of what is said
     ('train.py', '--dataset=chrs', 'did you mean --dataset=chars?'), ('train.py', '--dataset=no', ' bpe, chars, '),
     ('train.py', '--n_head=3', 'type --n_head='),
     ('train.py', '--n_layer=0', 'at least 1'),
-    ('train.py', '--n_embd=100000000', 'out of memory'),
+    ('train.py', '--n_embd=100000000', 'no plan fits'),
     ('train.py', '--dropout=1.0', '0 <= P < 1'),
     ('train.py', GPU, 'there is no device'),
     ('train.py', '--dtype=fp16', 'there is no dtype'),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import checkpoint as checkpoints
+import saver
 from conftest import ROOT
 from model import GPT, GPTConfig
 from test_dataset import Hostile
@@ -20,11 +21,33 @@ def make(**extra):
 
 def test_a_saved_model_comes_back_equal(tmp_path):
     model, dictionary = make(tokenizer={'name': 'gpt2'})
-    checkpoints.save(dictionary, str(tmp_path / 'ckpt.pt'))
+    saver.save(dictionary, str(tmp_path / 'ckpt.pt'))
     again, rest = checkpoints.load_model(str(tmp_path), dropout=0.25)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
     assert again.lm_head.weight is again.transformer.wte.weight and again.config.dropout == 0.25
     assert rest['tokenizer'] == {'name': 'gpt2'}
+
+def test_moments_come_into_memory_only_where_they_are_asked_for(tmp_path):
+    model, dictionary = make(optimizer={'state': {0: torch.ones(3)}}, iter_num=2)
+    path = str(tmp_path / 'ckpt.pt')
+    saver.save(dictionary, path)
+    assert checkpoints.load(path, moments=True)['optimizer']['state'][0].equal(torch.ones(3))
+    held = checkpoints.load(path)
+    assert 'optimizer' not in held and held['iter_num'] == 2
+    if os.path.exists('/proc/self/maps'): # so that it may be replaced, and the disk gets its room back
+        assert path not in open('/proc/self/maps').read()
+    with open(path, 'r+b') as file: # or written over
+        file.write(bytes(os.path.getsize(path)))
+    assert all(tensor.equal(model.state_dict()[name]) for name, tensor in held['model'].items())
+    assert held['model']['lm_head.weight'].data_ptr() == held['model']['transformer.wte.weight'].data_ptr()
+
+def test_the_shape_of_a_model_is_told_without_its_weights(tmp_path, monkeypatch):
+    model, dictionary = make()
+    saver.save(dictionary, str(tmp_path / 'last.pt'))
+    (tmp_path / 'ckpt.pt').write_bytes(b'damaged')
+    monkeypatch.setattr(checkpoints, 'load', None)
+    assert checkpoints.config_of('resume', str(tmp_path), None) == model.config
+    assert checkpoints.config_of(str(tmp_path / 'last.pt'), '', None) == model.config
 
 def test_the_keys_are_nanogpt_s():
     model, dictionary = make()
@@ -48,21 +71,21 @@ def test_a_nanogpt_checkpoint_loads(tmp_path, prefix):
 
 def test_a_save_that_fails_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     path = str(tmp_path / 'last.pt')
-    checkpoints.save({'iter_num': 1}, path)
+    saver.save({'iter_num': 1}, path)
     before = open(path, 'rb').read()
     def full(*args):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(OSError, match='what it held before is whole'):
-        checkpoints.save({'iter_num': 2}, path)
+        saver.save({'iter_num': 2}, path)
     assert open(path, 'rb').read() == before and os.listdir(tmp_path) == ['last.pt']
 
 def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(tmp_path):
     """ a limit on the size of files stands in for a full disk, in a process of its own """
-    code = ("import checkpoint, resource, signal, sys, torch; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "checkpoint.save({'n': 1}, sys.argv[1])\n"
+    code = ("import saver, resource, signal, sys, torch; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "saver.save({'n': 1}, sys.argv[1])\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))\n"
-            "checkpoint.save({'n': torch.zeros(1000000)}, sys.argv[1])")
+            "saver.save({'n': torch.zeros(1000000)}, sys.argv[1])")
     done = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'last.pt')], cwd=ROOT, capture_output=True,
                           encoding='utf-8')
     assert 'OSError: cannot save' in done.stderr
@@ -96,10 +119,10 @@ def test_the_best_is_the_latest_file_and_stays_when_that_is_replaced(tmp_path, m
         monkeypatch.setattr(os, 'link', lambda *args: (_ for _ in ()).throw(OSError('no links')))
     last, best = str(tmp_path / 'last.pt'), str(tmp_path / 'ckpt.pt')
     for n in (1, 2):
-        checkpoints.save({'iter_num': n}, last)
-        checkpoints.link(last, best)
+        saver.save({'iter_num': n}, last)
+        saver.link(last, best)
         assert os.path.samefile(last, best) == links
-    checkpoints.save({'iter_num': 3}, last)
+    saver.save({'iter_num': 3}, last)
     assert torch.load(best)['iter_num'] == 2 and torch.load(last)['iter_num'] == 3
 
 def test_a_hostile_checkpoint_runs_nothing(tmp_path):
@@ -131,7 +154,7 @@ def test_a_damaged_checkpoint_is_told_in_one_error(tmp_path, case):
 
 def test_a_truncated_checkpoint_is_told(tmp_path):
     _, dictionary = make()
-    checkpoints.save(dictionary, str(tmp_path / 'whole.pt'))
+    saver.save(dictionary, str(tmp_path / 'whole.pt'))
     whole = (tmp_path / 'whole.pt').read_bytes()
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         (tmp_path / 'ckpt.pt').write_bytes(whole[:length])

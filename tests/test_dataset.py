@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset import Split, find_datasets, open_split, read_text, read_tokenizer_state, split_batch
+import dataset
+from dataset import Split, find_datasets, open_split, read_text, read_tokenizer_state
 from publish import fetch, publish, write_dataset
 from tokenizer import CharTokenizer
 
@@ -104,9 +105,16 @@ def test_batches_are_filled_up_with_windows_that_do_not_count(tmp_path):
     assert [len(b) for b in batches] == [5, 5, 5]
     assert (data.batch(batches[-1])[1][3:] == -1).all()
 
-@pytest.mark.parametrize('sequences, fits, expected', [(480, 25, (24, 20)), (7, 3, (1, 7)), (8, 8, (8, 1)), (6, 9, (6, 1))])
-def test_split_batch_takes_the_largest_even_share(sequences, fits, expected):
-    assert split_batch(sequences, fits) == expected
+def test_the_order_of_an_epoch_is_drawn_once_for_each_of_many_datasets(tmp_path, monkeypatch):
+    drawn, draw = [], dataset.epoch_order
+    monkeypatch.setattr(dataset, 'epoch_order', lambda *args: drawn.append(args) or draw(*args))
+    for name in 'abc':
+        (tmp_path / name).mkdir()
+        make_split(tmp_path / name, 50 + len(drawn), 4)
+    mixed = open_split({str(tmp_path / name): 1.0 for name in 'abc'}, 'train', 4, 2**16)
+    for it in range(3):
+        mixed.training_windows(it, 9)
+    assert len(drawn) == 3
 
 def test_an_id_beyond_the_vocabulary_is_refused(tmp_path):
     np.array([1, 2, 70, 3], dtype='<u2').tofile(tmp_path / 'train.bin')

@@ -13,6 +13,7 @@ import torch
 
 import checkpoint as checkpoints
 import lora
+import saver
 from conftest import CHARS, TEXT
 from instruct import render
 from model import GPT, GPTConfig
@@ -50,7 +51,7 @@ def write_run(path, kind):
     moments = {i: {'exp_avg': torch.zeros_like(p), 'exp_avg_sq': torch.zeros_like(p)}
                for i, p in enumerate(model.parameters())}
     template = {'template': TEMPLATE if kind == 'bpe' else None}
-    checkpoints.save({'model': model.state_dict(), 'model_args': checkpoints.model_args(model), 'iter_num': 7,
+    saver.save({'model': model.state_dict(), 'model_args': checkpoints.model_args(model), 'iter_num': 7,
                       'best_val_loss': 1.5, 'config': {'dataset': 'chars'}, 'optimizer': {'state': moments},
                       'tokenizer': STATES[kind], **template}, str(path))
     return model
@@ -120,7 +121,7 @@ def write_adapted(path, hf_dir):
     lora.add(model, 4, 10.0, 0.1, 'attn.c_attn,mlp.c_proj')
     for linear in lora.layers(model):
         torch.nn.init.normal_(linear.lora_B, std=0.5)
-    checkpoints.save({**checkpoints.adapter_state(model, base), 'model_args': checkpoints.model_args(model),
+    saver.save({**checkpoints.adapter_state(model, base), 'model_args': checkpoints.model_args(model),
                       'tokenizer': STATES['bpe']}, str(path))
 
 def test_an_adapter_has_peft_s_layout_and_an_overwrite_leaves_nothing_of_the_old(run, hf_dir, tmp_path):

@@ -14,7 +14,8 @@ import time
 import pytest
 import torch
 
-from checkpoint import Saver, latest, load, save
+from checkpoint import latest, load
+from saver import Saver, save
 from configurator import quote
 from conftest import TINY
 from log import append
@@ -265,7 +266,7 @@ def tensors(value):
 
 def all_finite(out_dir):
     paths = list(out_dir.glob('*.pt'))
-    return paths and all(t.isfinite().all() for path in paths for t in tensors(load(path)))
+    return paths and all(t.isfinite().all() for path in paths for t in tensors(load(path, moments=True)))
 
 @pytest.mark.parametrize('options', [(), ('--dtype=float16',), ('--optimizer=muon',)])
 def test_what_is_no_number_makes_no_update_and_is_in_no_checkpoint(inject, options):
@@ -358,8 +359,8 @@ def test_a_run_of_another_user_s_is_gone_on_with(train):
 
 def test_a_second_ctrl_c_leaves_at_once(clone, tmp_path):
     slow = clone / f'slow_{os.getpid()}.py' # saves for a minute
-    slow.write_text("import runpy, time, checkpoint\nsave = checkpoint.save\n"
-                    "checkpoint.save = lambda c, path: (save(c, path), time.sleep(60 * (c['iter_num'] > 0)))\n"
+    slow.write_text("import runpy, time, saver\nsave = saver.save\n"
+                    "saver.save = lambda c, path: (save(c, path), time.sleep(60 * (c['iter_num'] > 0)))\n"
                     "runpy.run_path('train.py', run_name='__main__')\n")
     with started(clone, tmp_path / 'out', *ENDLESS, '--eval_interval=1000000', script=slow.name) as run:
         wait_for(run, 'iter 10:')

@@ -179,8 +179,15 @@ def test_the_fastest_plan_that_fits_is_chosen_with_the_largest_micro_batch():
     assert memory.choose('auto', xl, 8, 8, 6 * memory.GiB) == ('offload', 4)
     assert memory.choose('recompute', xl, 8, 8, 5 * memory.GiB) == ('recompute', 1) # as was asked
     # 16 bytes a parameter, and 1 GiB to cross the bus
-    with pytest.raises(ValueError, match=r'takes 24.2 GiB of RAM, and 16.0 are free for it'):
+    with pytest.raises(ValueError, match=r'takes 24.2 GiB of RAM, and 16.0 are free; take a smaller'):
         memory.choose('auto', xl, 8, 8, 6 * memory.GiB, ram_free=16 * memory.GiB)
+    with pytest.raises(ValueError, match='are free; type --lora_rank=16, take a smaller'): # which needs no RAM
+        memory.choose('auto', replace(xl, adapts=True), 8, 8, 6 * memory.GiB, ram_free=16 * memory.GiB)
+    assert memory.choose('auto', memory.with_lora(xl, 16), 8, 8, 6 * memory.GiB, memory.PLANS[:3])[0] == 'device'
+
+@pytest.mark.parametrize('sequences, fits, expected', [(480, 25, (24, 20)), (7, 3, (1, 7)), (8, 8, (8, 1)), (6, 9, (6, 1))])
+def test_split_batch_takes_the_largest_even_share(sequences, fits, expected):
+    assert memory.split_batch(sequences, fits) == expected
 
 @pytest.mark.parametrize('budget, changes, plans, advice', [
     (2, {}, memory.PLANS, 'take a smaller model'), (3.7, {'adapts': False}, memory.PLANS, 'type --block_size=256, take'),
@@ -217,18 +224,22 @@ def test_a_dry_run_finds_ram_short_where_the_run_itself_would(free, enough):
         with pytest.raises(ValueError, match='of RAM'):
             choice()
 
-def test_an_offloaded_run_resumes_in_the_ram_that_it_had(train, tmp_path):
+def test_ram_is_found_short_before_a_checkpoint_is_read(train, tmp_path):
     P = sum(p.numel() for p in GPT(GPTConfig(4, len(CHARS), 2, 2, 64, bias=False)).parameters())
     needed = memory.ram('offload', memory.Shape(P, 2, 2, 64, len(CHARS), 4))
-    def offloaded(free, *options, **kwargs): # RAM that is free before any tensor; a run finds less by what it has loaded
-        (tmp_path / 'small.py').write_text(f"import memory, device\nmemory.plans_for = lambda *args: ('offload',)\n"
+    def offloaded(free, *options, **kwargs):
+        (tmp_path / 'small.py').write_text(f"import checkpoint, memory, device\nmemory.plans_for = lambda *args: ('offload',)\n"
                                            f"device.free_memory = lambda device: {free}\n"
-                                           "device.memory_to_fill = lambda *args: 2**30\n")
+                                           "device.memory_to_fill = lambda *args: 2**30\n_load = checkpoint.load\n"
+                                           "checkpoint.load = lambda *args: (print('reading'), _load(*args))[1]\n")
         return train(tmp_path / 'small.py', '--n_embd=64', '--block_size=4', '--batch_size=1', *options, **kwargs)
-    assert 'of RAM' in offloaded(needed - 4 * P - 1, out_dir='b', status=2).err # all but the weights, which are there
-    assert f'expected, {needed / 2**30:.1f} in RAM' in offloaded(needed - 4 * P).out
-    assert 'of RAM' in offloaded(needed - 12 * P - 1, '--init_from=resume', '--max_iters=8', status=2).err
-    assert 'resuming at iteration 6' in offloaded(needed - 12 * P, '--init_from=resume', '--max_iters=8').out
+    assert 'of RAM' in offloaded(needed - 1, out_dir='b', status=2).err
+    assert f'expected, {needed / 2**30:.1f} in RAM' in offloaded(needed).out
+    for start in ('--init_from=resume', f"--init_from={tmp_path / 'out'}"):
+        short = offloaded(needed - 1, start, '--max_iters=8', status=2, out_dir='out' if 'resume' in start else 'b')
+        assert 'of RAM' in short.err and 'reading' not in short.out
+    again = offloaded(needed, '--init_from=resume', '--max_iters=8').out
+    assert again.index('plan offload') < again.index('reading') < again.index('resuming at iteration 6')
 
 @pytest.mark.parametrize('plan, device, options, last', [
     ('auto', 'cuda', {}, 'offload'), ('auto', 'cpu', {}, 'recompute'), ('offload', 'cpu', {}, 'offload'),
@@ -242,6 +253,9 @@ def test_offload_is_offered_where_it_works_and_helps(plan, device, options, last
 def test_out_of_memory_with_one_sequence_names_the_next_plan():
     said = [memory.advice(plan, 1, 1024, 8).rpartition('type ')[2] for plan in memory.PLANS]
     assert said == ['--plan=selective', '--plan=recompute', '--plan=offload', '--block_size=512']
+    saved = [memory.advice(plan, 1, 1024, 8, plans, works, saved=True).rpartition('type ')[2] for plan, plans, works in (
+        ('device', memory.PLANS, True), ('recompute', memory.PLANS[:3], False))]
+    assert saved == ['--init_from=resume --plan=selective', '--lora_rank=16 --out_dir=ANOTHER, or take a smaller model']
     alone = [memory.advice(plan, 6, 1024, 24, plans, works=False).partition('; ')[2] for plan, plans in (
         ('device', memory.PLANS), ('recompute', memory.PLANS[:3]))]
     assert alone == ['type --plan=offload', 'type --lora_rank=16, or take a smaller model'] # no sequences were there

@@ -144,6 +144,19 @@ def test_out_of_memory_is_told_once_with_what_to_type(train, tmp_path):
     error = train(tmp_path / 'full.py', '--plan=recompute', status=2).err.splitlines()[-1]
     assert error == ('error: out of memory in plan recompute, 1 sequence of 16 tokens at a time; type --block_size=8'), error
 
+def test_a_run_without_room_loses_nothing_and_goes_on_with_what_it_names(train, tmp_path):
+    (tmp_path / 'full.py').write_text("import torch, model\n_forward, _n = model.Block.forward, [0]\ndef _later(self, *args, **options):\n"
+                                      "    _n[0] += self.training\n    if _n[0] > 60:\n        raise torch.OutOfMemoryError('out of memory')\n"
+                                      "    return _forward(self, *args, **options)\nmodel.Block.forward = _later\n")
+    end = ('--batch_size=1', '--gradient_accumulation_steps=8', '--max_iters=5', '--eval_interval=100', '--dropout=0.1')
+    whole = train(*end)
+    stopped = train(tmp_path / 'full.py', *end, out_dir='full', status=2)
+    assert 'iter 3: saved' in stopped.out
+    option, message = ('--init_from=resume --plan=selective'), stopped.err.splitlines()[-1]
+    assert message == f'error: out of memory in plan device, 1 sequence of 16 tokens at a time; type {option}'
+    again = train(*end, *option.split(), out_dir='full')
+    assert again.column('loss') == whole.column('loss') and again.column('val_loss') == whole.column('val_loss')
+
 def test_an_evaluation_needs_no_room_for_training(train, tmp_path):
     options = ('--n_embd=128', '--n_layer=8', '--memory_gb=0.62')
     out_dir = train('--n_embd=128', '--n_layer=8', '--max_iters=1').out_dir

@@ -263,6 +263,20 @@ def test_help_takes_less_than_three_seconds(run):
     assert time.time() - begin < 3
     assert '--gradient_accumulation_steps=40' in text and 'learning rate schedule' in text
 
+def test_an_evaluation_whose_iteration_is_not_made_is_in_the_log(clone, train, tmp_path):
+    (tmp_path / 'ends.py').write_text( # told to end within an iteration whose evaluation was made
+        "import os, signal, dataset\n_windows = dataset.Split.training_windows\ndef _end(self, it, n):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM) if it == 4 else None\n    return _windows(self, it, n)\n"
+        "dataset.Split.training_windows = _end\n")
+    whole = train('--max_iters=8')
+    ended = train(tmp_path / 'ends.py', '--max_iters=8', out_dir='ended')
+    assert 'stopped at iteration 4' in ended.out
+    assert ended.column('val_loss')[4] == whole.column('val_loss')[4] and ended.column('iter')[-1] == '4'
+    report = (ended.out_dir / 'report.md').read_text()
+    assert f"loss is {float(whole.column('val_loss')[4]):.4f}, at iteration 4" in report
+    again = train('--max_iters=8', '--init_from=resume', out_dir='ended')
+    assert again.column('loss') == whole.column('loss') and again.column('val_loss') == whole.column('val_loss')
+
 def test_two_thousand_iterations_leave_memory_flat(train):
     result = train('--max_iters=2000', '--eval_interval=250', '--log_interval=50', '--sample_interval=500')
     most = {int(i): float(mb) for i, mb in zip(result.column('iter'), result.column('memory_mb')) if mb}

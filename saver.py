@@ -1,0 +1,122 @@
+"""
+How a run writes its folder: one run at a time, each checkpoint whole or not at all. checkpoint.py reads it.
+"""
+import contextlib
+import glob
+import os
+import shutil
+import sys
+import time
+
+import torch
+
+VERSION = 1 # of the format; rises when an older reader would go wrong
+
+def save(checkpoint: dict, path: str) -> None:
+    """ write `path` so that it holds the old checkpoint or the new one, whenever the machine stops;
+    raises OSError where it cannot """
+    try:
+        with open(path + '.tmp', 'wb') as file:
+            torch.save({**checkpoint, 'version': VERSION}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + '.tmp', path)
+    except (OSError, RuntimeError) as error: # torch raises RuntimeError where the disk is full
+        with contextlib.suppress(OSError):
+            os.remove(path + '.tmp')
+        why = str(error).strip().splitlines()[0]
+        raise OSError(f"cannot save {path} ({why}); what it held before is whole") from None
+
+def link(path: str, to: str) -> None:
+    """ let `to` be the same file as `path`, or a copy where the file system has no links """
+    if os.path.exists(to + '.tmp'):
+        os.remove(to + '.tmp')
+    try:
+        os.link(path, to + '.tmp')
+    except OSError:
+        shutil.copyfile(path, to + '.tmp')
+    os.replace(to + '.tmp', to)
+
+class Saver:
+    """ a run's last.pt, ckpt.pt and, if it keeps them, iter_000500.pt. A save that fails costs a line, and is
+    left to the next one """
+
+    def __init__(self, out_dir: str, keeps_all: bool):
+        self.out_dir, self.keeps_all = out_dir, keeps_all
+        self.saved, self.error = None, None # the iteration that is in last.pt, and why the latest failed
+        self.before = self.stamp()
+
+    def stamp(self) -> list:
+        """ what changes whenever a run saves there """
+        paths = (os.path.join(self.out_dir, name) for name in ('last.pt', 'ckpt.pt'))
+        return [(os.stat(path).st_mtime_ns, os.path.getsize(path)) for path in paths if os.path.exists(path)]
+
+    def lock(self) -> None:
+        """ make out_dir, and keep other runs out of it until this process ends, however it does
+
+        Raises FileExistsError where one holds it, or has saved there since this Saver was made; OSError where
+        nothing can be written.
+        """
+        path = os.path.join(self.out_dir, '.lock')
+        try:
+            os.makedirs(self.out_dir, exist_ok=True)
+            ours = os.access(path, os.W_OK) or not os.path.exists(path) # or one that another user's run made
+            file = os.open(path, os.O_RDWR | os.O_CREAT if ours else os.O_RDONLY, 0o666) # never closed
+        except OSError as error:
+            raise OSError(f"cannot write to {self.out_dir} ({error.strerror}); type "
+                          "--out_dir=ANOTHER") from None
+        try:
+            import fcntl
+        except ImportError: # Windows
+            return
+        for tries in range(50): # a run that was killed a moment ago may take some seconds
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError: # a file system that has no locks
+                return
+        else:
+            raise FileExistsError(f"another run is writing to {self.out_dir}; end it, or type "
+                                  "--out_dir=ANOTHER")
+        if self.stamp() != self.before:
+            raise FileExistsError(f"another run has just saved to {self.out_dir}; type this again, or "
+                                  "--out_dir=ANOTHER")
+
+    def clear(self, anew: bool) -> None:
+        """ take away what a killed save left, and for a run `anew` the checkpoints of the one before """
+        patterns = ['*.pt.tmp'] + ['last.pt', 'ckpt.pt', 'iter_*.pt'] * anew
+        for pattern in patterns:
+            for path in glob.glob(os.path.join(glob.escape(self.out_dir), pattern)):
+                os.remove(path)
+
+    def __call__(self, checkpoint: dict, is_best: bool, tells: bool = False) -> bool:
+        """ write last.pt, and let ckpt.pt be the same file where it is the best; tell if it succeeded """
+        last, started, iter_num = os.path.join(self.out_dir, 'last.pt'), time.time(), checkpoint['iter_num']
+        try:
+            if not all(tensor.isfinite().all() for tensor in checkpoint['model'].values()):
+                raise ValueError(f"the weights are not finite; {last} keeps earlier ones")
+            save(checkpoint, last)
+            if is_best:
+                link(last, os.path.join(self.out_dir, 'ckpt.pt'))
+            if self.keeps_all and not tells: # an evaluation's
+                link(last, os.path.join(self.out_dir, f'iter_{iter_num:06d}.pt'))
+        except (OSError, ValueError) as error:
+            self.error = error
+            print(f"warning: iter {iter_num}: {error}; the next save is another try", file=sys.stderr)
+            return False
+        self.saved, self.error = iter_num, None
+        if tells:
+            print(f"iter {iter_num}: saved {last}, {os.path.getsize(last) / 1e6:,.1f} MB in "
+                  f"{time.time() - started:.1f} s")
+        return True
+
+    def check(self) -> None:
+        """ at the end of a run: raise OSError where no save succeeded, warn where the latest did not """
+        if self.saved is None and self.error:
+            raise OSError(f"{self.error}; nothing of this run was saved; make room on the disk, or type "
+                          "--out_dir=ANOTHER")
+        if self.error:
+            print(f"warning: the last save failed; {os.path.join(self.out_dir, 'last.pt')} is of iteration "
+                  f"{self.saved}", file=sys.stderr)
