@@ -1,7 +1,8 @@
 """
 Measures what train.py's options cost here: tokens/s, milliseconds an iteration, MFU and peak memory.
 
-Takes any config and option of train.py, and the options below. Weights are random, so nothing is fetched:
+Takes train.py's configs and options, of init_from scratch and GPT-2's names, and the options below. Weights are
+random, so nothing is fetched:
 $ python bench.py config/finetune/gpt2_medium.py --batch_size=4 --gradient_accumulation_steps=1
 The tables of docs/performance.md and, on a GPU, of docs/memory.md:
 $ python bench.py --suite=cpu
@@ -32,6 +33,8 @@ for key, choices in (('data', ('synthetic', 'real')), ('work', ('train', 'sample
                      ('way', ('fitgpt', 'nanogpt', 'transformers')), ('suite', ('', 'cpu', 'gpu'))):
     if config[key] not in choices:
         raise ValueError(f"{key} is {config[key]!r}; type --{key}=NAME with one of {', '.join(choices)}")
+if dry_run or eval_only:
+    raise ValueError("dry_run and eval_only are train.py's; type python train.py with them")
 if way not in ('fitgpt', {'train': 'nanogpt', 'cards': 'nanogpt', 'sample': 'transformers'}.get(work)):
     raise ValueError(f"there is no way {way!r} for work {work!r}; type --way=fitgpt")
 

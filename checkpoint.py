@@ -114,7 +114,7 @@ def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> G
     beside, parts = os.path.join(os.path.dirname(os.path.abspath(path)), '..'), base.split(os.sep)
     if os.path.isabs(base) and not os.path.exists(base): # both folders have moved
         near = [os.path.join(beside, *parts[-n:]) for n in (2, 1)]
-        base = next((there for there in near if os.path.exists(there)), base)
+        checkpoint['base'] = base = next((there for there in near if os.path.exists(there)), base)
     try:
         model, _ = load_model(base, dropout)
     except OSError as error:
@@ -209,7 +209,7 @@ def config_of(source: str, out_dir: str, scratch: GPTConfig) -> GPTConfig:
     """ the shape of the model that `source` names, without its weights; 'resume' is that of the run in
     out_dir, 'scratch' is given """
     name = source.partition('@')[0] # without a revision
-    if name in GPT2_SHAPES:
+    if name in GPT2_SHAPES and not os.path.exists(source):
         return GPTConfig(**GPT2_SHAPES[name])
     if source == 'scratch':
         return scratch
@@ -235,24 +235,39 @@ def find_tokenizer(loaded: dict, vocab_size: int) -> dict:
     check_match(state, vocab_size, state, 'its dataset')
     return state
 
+def needs(source: str, place: str) -> bool:
+    """ whether the model that `source` names, or one that it is an adapter for, is `place` or lies in it """
+    seen = []
+    while isinstance(source, str) and source not in seen:
+        path = find(source)
+        # by its name on the hub, too, which would be this folder from then on
+        at = [source, os.path.dirname(path)] if path else [source]
+        if os.path.realpath(place) in map(os.path.realpath, at):
+            return True
+        seen.append(source)
+        source = peek(path).get('base') if path else None
+    return False
+
 def check_new(out_dir: str, init_from: str, overwrite: bool) -> None:
     """ raise FileExistsError where a new run in out_dir would lose what is there: a run, the model it starts
     from, or another program's files """
-    # by its name on the hub, too, which would be this folder from then on
-    path = find(init_from) # in a folder that must not be this one
-    of = [init_from, os.path.dirname(path)] if path else [init_from]
-    if init_from != 'scratch' and os.path.realpath(out_dir) in map(os.path.realpath, of):
-        raise FileExistsError(f"init_from, {init_from}, is out_dir or lies in it; type --init_from=resume to "
-                              "go on with a run, or --out_dir=ANOTHER")
+    if init_from != 'scratch' and needs(init_from, out_dir):
+        raise FileExistsError(f"init_from, {init_from}, or what it is an adapter for, is out_dir or lies in "
+                              "it; type --init_from=resume to go on with a run, or --out_dir=ANOTHER")
     if find(out_dir) and not overwrite:
         raise FileExistsError(f"{out_dir} already holds a run; type --init_from=resume to go on with it, "
                               "--out_dir=ANOTHER to keep it, or --overwrite=True to lose it")
     settings = os.path.join(out_dir, 'config.json')
     if os.path.exists(settings):
         with open(settings, encoding='utf-8', errors='replace') as file:
-            if '"init_from"' not in file.read():
-                raise FileExistsError(f"{settings} is not of train.py, which would write its own; type "
-                                      "--out_dir=ANOTHER")
+            is_ours = '"init_from"' in file.read()
+        theirs = [] if is_ours else ['config.json']
+    else:
+        theirs = [name for name in ('log.csv', 'loss.png', 'report.md')
+                  if os.path.exists(os.path.join(out_dir, name))]
+    if theirs:
+        raise FileExistsError(f"{os.path.join(out_dir, theirs[0])} is not of train.py, which would write its "
+                              "own; type --out_dir=ANOTHER")
 
 def describe_base(source: str, model: GPT) -> dict:
     """ what an adapter's checkpoint says of the model that `source` names, and that it is for; raises
@@ -285,8 +300,8 @@ def tell_changes(before: dict, config: dict) -> str:
     changed = [f"{key} {before[key]!r} -> {config[key]!r}" for key in config
                if key not in not_options and before.get(key, config[key]) != config[key]]
     told = f", with {', '.join(changed)}" if changed else ''
-    if not is_same_data(before, config):
-        earlier = ' as it was' * (before['dataset'] == config['dataset'])
+    if not (is_same_data(before, config) or config['eval_only']):
+        earlier = ' as it was read' * (before['dataset'] == config['dataset'])
         told += f"; the best so far was judged by {before['dataset']}{earlier}: to count anew, type {anew}"
     return told
 

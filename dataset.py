@@ -65,11 +65,14 @@ class Split:
 
     def evaluation_parts(self, limit: int):
         """ (weight, windows, how many of their targets count) of each part, whose mean loss is weighed """
-        windows = self.evaluation_windows(limit)
-        n = self.count(windows)
-        if not n:
-            raise ValueError(f"of {shorten(self.path)} no token that is evaluated counts, by its mask; type "
-                             "--eval_iters=0, or prepare it with more to validate on")
+        for most in (limit, self.windows): # all of them where none of so few counts
+            windows = self.evaluation_windows(most)
+            n = self.count(windows)
+            if n:
+                break
+        else:
+            raise ValueError(f"of {shorten(self.path)} no token that is evaluated counts, by its mask; "
+                             "prepare it with more")
         yield 1.0, windows, n
 
     def mark(self) -> str:

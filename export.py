@@ -72,6 +72,10 @@ if init_from == 'resume' and checkpoints.find(out_dir) is None:
     raise FileNotFoundError(f"there is no checkpoint in {out_dir}; type --out_dir with a run's folder, or "
                             "--init_from with a model")
 
+if there and checkpoints.needs(source, path):
+    raise FileExistsError(f"{to} is what is exported, or what that is an adapter for; type --to with another "
+                          "name")
+
 def put(write):
     """ let write(path) make a file or a folder, which appears under its final name only when it is whole """
     from safetensors import SafetensorError

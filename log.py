@@ -43,7 +43,7 @@ class Best:
         # the best again, after a resume: the run may have died between last.pt and ckpt.pt
         is_best = val_loss < self.best_val_loss or (iter_num == self.best_iter
                                                     and self.best_val_loss < math.inf)
-        n_worse = (self.n_worse if iter_num <= self.evaluated else 0 if is_best else self.n_worse + 1)
+        n_worse = 0 if is_best else self.n_worse + (iter_num > self.evaluated)
         loss, best_iter = (val_loss, iter_num) if is_best else (self.best_val_loss, self.best_iter)
         return Best(loss, best_iter, n_worse, max(iter_num, self.evaluated)), is_best
 

@@ -235,7 +235,7 @@ COSTS = {'device': 'no work twice', 'selective': 'cheap operations twice',
 def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) -> str:
     """ the plan of a run, for its user: what it takes, and what goes where """
     kept = 'all activations' if plan == 'device' else 'of activations what enters each block'
-    kept += ', attention and products' if plan == 'selective' else ''
+    kept += ' and products' if plan == 'selective' else ''
     beside, there = '', f"{'a share of ' * (shape.shards > 1)}weights, gradients, moments; {kept}"
     if plan == 'offload':
         beside = f", {ram(plan, shape) / GiB:.1f} in RAM"

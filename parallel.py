@@ -77,7 +77,7 @@ def share(sequences: int, world_size: int, config: dict) -> int:
     an evaluation, which shares otherwise """
     if sequences % world_size and not config['eval_only']:
         low = sequences // world_size * world_size
-        advice = f"make it {low or world_size} or {low + world_size}"
+        advice = f"make it {f'{low} or ' * (low > 0)}{low + world_size}"
         if config['init_from'] == 'resume': # and an iteration stays as it is
             *less, most = [n for n in range(1, sequences + 1) if sequences % n == 0]
             advice = f"start it with {', '.join(map(str, less)) or 'no more'} or {most} of them"

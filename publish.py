@@ -14,7 +14,7 @@ import numpy as np
 
 from dataset import DATA, read_text, shorten
 
-FILES = ('train.bin', 'val.bin', 'meta.pkl', 'train_mask.bin', 'val_mask.bin', 'template.txt')
+FILES = ('train.bin', 'val.bin', 'meta.pkl', 'template.txt', 'train_mask.bin', 'val_mask.bin')
 
 @contextlib.contextmanager
 def publish(folder: str):
@@ -34,11 +34,12 @@ def publish(folder: str):
     try:
         with temporary as place:
             yield place
+            is_masked = os.path.exists(os.path.join(folder, 'train_mask.bin'))
             for name in FILES:
                 path, made = os.path.join(folder, name), os.path.join(place, name)
                 if os.path.exists(made):
                     os.replace(made, path)
-                elif os.path.exists(path):
+                elif os.path.exists(path) and (name != 'template.txt' or is_masked): # or it is the user's
                     os.remove(path)
     finally:
         if not os.listdir(folder):

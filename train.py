@@ -168,8 +168,9 @@ if not eval_only or plan == 'offload':
 
 train_data = open_split(folders, 'train', block_size, vocab_size, seed=seed)
 val_data = open_split(folders, 'val', block_size, vocab_size)
-config['data'] = parallel.same_data(f'{train_data.mark()} {val_data.mark()}', world_size, device, dataset)
 n_evaluated = eval_iters * batch_size or val_data.windows # windows of each split
+read = f'{train_data.mark()} {val_data.mark()}, {min(n_evaluated, val_data.windows)} x {block_size} evaluated'
+config['data'] = parallel.same_data(read, world_size, device, dataset)
 for data in (train_data, val_data):
     list(data.evaluation_parts(n_evaluated)) # raises where a mask leaves none
 if num_epochs:

@@ -225,6 +225,7 @@ CASES = [ # script, options, part of what is said
     ('bench.py', '--n_head=5', 'type --n_head='),
     ('bench.py', '--n_embd=100000000', 'no plan fits'),
     ('bench.py', '--plan=fast', 'with one of: auto'),
+    ('bench.py', '--dry_run=True', 'type python train.py'),
     ('bench.py', '--memory_gb=0.1', 'no plan fits'),
     ('bench.py', '--way=transformers', "there is no way 'transformers'"),
     ('bench.py', '--config=x', 'unknown option'),

@@ -116,6 +116,13 @@ def test_the_order_of_an_epoch_is_drawn_once_for_each_of_many_datasets(tmp_path,
         mixed.training_windows(it, 9)
     assert len(drawn) == 3
 
+def test_an_evaluation_of_windows_in_which_nothing_counts_takes_all_of_them(tmp_path):
+    mask = np.zeros(101, np.uint8)
+    mask[95] = 1
+    mask.tofile(tmp_path / 'train_mask.bin')
+    (_, windows, n), = make_split(tmp_path, 101, 10).evaluation_parts(2)
+    assert (len(windows), n) == (10, 1)
+
 def test_an_id_beyond_the_vocabulary_is_refused(tmp_path):
     np.array([1, 2, 70, 3], dtype='<u2').tofile(tmp_path / 'train.bin')
     with pytest.raises(ValueError, match='token id 70, but the vocabulary has only 65'):

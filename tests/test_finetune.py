@@ -70,7 +70,7 @@ def test_patience_begins_anew_with_another_dataset(train, base, clone):
     with open(clone / 'data' / 'others' / 'val.bin', 'ab') as file:
         file.write(bytes(2)) # prepared again, of another text
     changed = train(*options[:3], '--init_from=resume', '--learning_rate=0.5', '--max_iters=50', f"--dataset={clone / 'data' / 'others'}")
-    assert 'the best so far was judged by ' in changed.out and ' as it was: to count anew, type --init_from=' in changed.out
+    assert 'the best so far was judged by ' in changed.out and ' as it was read: to count anew, type --init_from=' in changed.out
     assert len([line for line in changed.out.splitlines() if line.startswith('step ')]) > 1
     assert len([line for line in again.out.splitlines() if line.startswith('step ')]) == 1
 
@@ -122,7 +122,7 @@ def test_an_adapter_does_not_overwrite_its_base_and_both_may_move(train, run, ba
     shutil.copytree(base, mine)
     for source in (mine, mine / 'ckpt.pt'):
         done = train(f'--init_from={source}', '--lora_rank=2', '--overwrite=True', f'--out_dir={mine}', status=2)
-        assert f'init_from, {source}, is out_dir or lies in it' in done.err
+        assert f'init_from, {source}, or what it is' in done.err
     assert load(mine / 'ckpt.pt')['iter_num'] == load(base / 'ckpt.pt')['iter_num']
     train(f'--init_from={mine}', '--lora_rank=2', '--max_iters=1', f"--out_dir={tmp_path / 'old' / 'adapter'}")
     shutil.move(tmp_path / 'old', tmp_path / 'new')
@@ -143,7 +143,7 @@ def test_a_run_spares_the_folder_it_starts_from_and_what_other_programs_wrote(tr
         for more in ((), ('--overwrite=True',)):
             assert 'type --' in train(source, *more, f'--out_dir={hf}', status=2).err
     assert {path.name: path.read_bytes() for path in hf.iterdir()} == before
-    assert 'init_from, gpt2, is out_dir' in train('--init_from=gpt2', '--out_dir=gpt2', status=2).err
+    assert 'init_from, gpt2, or what it is' in train('--init_from=gpt2', '--out_dir=gpt2', status=2).err
 
 def test_an_adapter_does_not_take_the_place_of_a_resumed_run_s_weights(train, run, base, tmp_path):
     run('export.py', f'--out_dir={base}', f"--to={tmp_path / 'out' / 'ckpt.pt'}", '--weights_only=True')

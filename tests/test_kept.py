@@ -1,0 +1,52 @@
+"""
+What a user has is never lost to a new run, an export or a dataset: models that adapters need, and others' files.
+"""
+import os
+import shutil
+
+import pytest
+
+from checkpoint import config_of, load_model
+
+def test_the_base_of_an_adapter_is_not_written_over(train, run, tmp_path):
+    base, adapter = train(out_dir='base').out_dir, tmp_path / 'adapter'
+    train(f'--init_from={base}', '--lora_rank=2', out_dir='adapter')
+    for options in ((), ('--lora_rank=2',)): # also where the adapter alone is named
+        error = train(f'--init_from={adapter}', *options, '--overwrite=True', out_dir='base', status=2).err
+        assert 'or what it is an adapter for, is out_dir or lies in it' in error
+    hub = tmp_path / 'model' # and where the base is a folder of Hugging Face's
+    run('export.py', f'--out_dir={base}', f'--to={hub}')
+    train(f'--init_from={hub}', '--lora_rank=2', out_dir='second')
+    error = run('export.py', f"--out_dir={tmp_path / 'second'}", f'--to={hub}', '--overwrite=True', status=2).err
+    assert 'what that is an adapter for' in error
+    for name in ('adapter', 'second'):
+        run('sample.py', f'--out_dir={tmp_path / name}', '--num_samples=1', '--max_new_tokens=4', '--device=cpu')
+
+def test_an_adapter_whose_folders_have_moved_is_evaluated_beside_its_base(train, run, tmp_path):
+    train(out_dir='old/base')
+    train(f"--init_from={tmp_path / 'old' / 'base'}", '--lora_rank=2', out_dir='old/adapter')
+    (tmp_path / 'old').rename(tmp_path / 'new')
+    told = run('evaluate.py', f"--out_dir={tmp_path / 'new' / 'adapter'}", '--dataset=chars', '--device=cpu')
+    assert 'no base beside it' not in told.out + told.err
+
+@pytest.mark.parametrize('name', ['log.csv', 'report.md', 'loss.png'])
+def test_a_file_of_the_user_s_is_not_written_over_by_a_run(train, tmp_path, name):
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / name).write_text('mine')
+    for options in ((), ('--overwrite=True',)):
+        assert f'{name} is not of train.py' in train(*options, out_dir='mine', status=2).err
+    assert (tmp_path / 'mine' / name).read_text() == 'mine'
+
+def test_a_template_txt_that_is_a_text_outlives_the_dataset_made_beside_it(clone, run):
+    folder = clone / 'data' / 'letters'
+    folder.mkdir()
+    for name in ('one.txt', 'template.txt'):
+        (folder / name).write_text('dear all, ' * 40)
+    run('data/custom/prepare.py', f'--input={folder}', '--name=letters', '--tokenizer=char')
+    assert {'one.txt', 'template.txt', 'train.bin'} <= set(os.listdir(folder))
+    shutil.rmtree(folder)
+
+def test_a_model_in_a_folder_of_a_size_s_name_is_the_one_that_is_planned_for(hf_dir, tmp_path, monkeypatch):
+    shutil.copytree(hf_dir, tmp_path / 'gpt2')
+    monkeypatch.chdir(tmp_path)
+    assert config_of('gpt2', '', None) == load_model('gpt2')[0].config
