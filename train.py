@@ -293,7 +293,9 @@ def save(is_best=False, tells=False):
         **state, 'optimizer': moments, 'model_args': checkpoints.model_args(raw_model), 'iter_num': iter_num,
         **vars(best), 'config': config, 'tokenizer': tokenizer, 'template': template,
         'scaler': scaler.state_dict(), 'n_bad': n_bad, 'launch': launch}, is_best, tells)
-    return parallel.all_sum([float(done)], world_size, device)[0] > 0
+    done = parallel.all_sum([float(done)], world_size, device)[0] > 0
+    saver.saved = iter_num if done else saver.saved # as each process may have to tell
+    return done
 
 def write_sample():
     """ add what the model writes now to samples.txt """

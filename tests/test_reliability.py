@@ -70,7 +70,7 @@ def test_an_error_of_all_processes_is_told_once_under_torchrun(clone, tmp_path):
     with Job(['--standalone', '--nproc_per_node=2'], command, clone, tmp_path / 'printed') as job:
         assert job.ended() == 1
         assert re.findall(r'^error: .*', job.text(), re.MULTILINE) == [
-            'error: out of memory in plan device, with weights, gradients and moments alone; type --shard=True']
+            'error: out of memory in plan device, with weights, gradients and moments alone; type --init_from=resume --shard=True']
 
 def test_only_the_same_command_in_the_same_job_goes_on_by_itself(train, monkeypatch):
     """ as when Slurm queues a job again, whose id is torchrun's """
