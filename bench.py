@@ -297,7 +297,8 @@ def run_suite():
     compare('training 124M, beside nanoGPT\'s way', train,
             [*train, '--way=nanogpt', '--dtype=bfloat16' if gpu else '--dtype=float32'])
     sampling = [place, '--work=sample', '--init_from=gpt2', '--iters=3']
-    for n, other in ((1, 'bfloat16' if gpu else 'float32'), (10, 'bfloat16')):
+    best = pick_dtype('auto', 'cuda' if gpu else 'cpu') # what is fast here, for many rows
+    for n, other in ((1, best if gpu else 'float32'), (10, best)):
         each = [*sampling, f'--num_samples={n}']
         compare(f'sampling 124M, {n} at once, beside transformers in {other}', each,
                 [*each, '--way=transformers', f'--dtype={other}'])

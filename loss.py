@@ -15,6 +15,23 @@ def rows_at_once(N: int, V: int, itemsize: int) -> tuple[int, int]:
     rows = min(N, max(N // (2 * itemsize), 2**22 // V, 1))
     return rows, min(rows, max(rows // 8, 2**22 // V, 1))
 
+def add_product(total, a, b, room) -> None:
+    """ total (V, C), in float32, += a (V, N) @ b (N, C); in half precision some rows at a time, since the whole
+    product would be as large as a copy of the head
+
+    room, for half precision, is memory in float32: a CPU adds no two formats without a third tensor, and what
+    its allocator gives and takes so often leaves gaps.
+    """
+    if room is None:
+        total.addmm_(a, b)
+        return
+    on_cpu, (V, C) = total.device.type == 'cpu', total.shape
+    some = min(V, room.numel() // C if on_cpu else 2**13)
+    product = torch.empty(some, C, dtype=b.dtype, device=b.device)
+    for part, rows in zip(total.split(some), a.split(some)):
+        made = torch.mm(rows, b, out=product[:len(rows)])
+        part += room.view(-1)[:made.numel()].view_as(made).copy_(made) if on_cpu else made
+
 class CrossEntropy(nn.Module):
     """ the summed cross-entropy of logits (N, >= V), of which V count, against targets (N, 1), where -1 does
     not; with grads, `scale` times its gradient is left in the place of the logits
@@ -90,7 +107,9 @@ class ChunkedLoss(torch.autograd.Function):
         rows, few = rows_at_once(N, V, dtype.itemsize)
         # these two serve all rows in turn
         logits = torch.empty(rows, padded, dtype=dtype, device=x.device)[:, :len(w)]
-        wide = torch.empty(few, padded, device=x.device)[:, :len(w)] if dtype != torch.float32 else None
+        half = dtype != torch.float32
+        room = torch.empty(max(few, -(-C // padded)), padded, device=x.device) if half else None
+        wide = room[:, :len(w)] if half else None
         with torch.autocast(device, enabled=False):
             for i in range(0, N, rows):
                 xi, ti = x[i:i + rows].to(dtype), targets[i:i + rows, None]
@@ -100,8 +119,7 @@ class ChunkedLoss(torch.autograd.Function):
                 if needs_dx:
                     dx[i:i + rows] = part @ w
                 if needs_dw:
-                    for j in range(0, V, 2**13): # a product in half precision of all would be as large as w
-                        dw[j:j + 2**13] += part[:, j:min(j + 2**13, V)].t() @ xi
+                    add_product(dw, part[:, :V].t(), xi, room)
         ctx.head = head
         ctx.save_for_backward(dx, dw)
         return total * scale

@@ -119,11 +119,12 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     return state + gathered + max(kept + max(loss, backward + again + work), end)
 
 def chunk(s: Shape, tokens: int) -> int:
-    """ what the chunked loss holds for the rows it is at """
-    itemsize = 2 if s.half else 4
-    rows, few = rows_at_once(tokens, s.vocab_size, itemsize)
-    logits = (rows * itemsize + few * 4 * s.half) * s.vocab_size
-    return logits + 2**13 * s.n_embd * 2 + tokens * s.n_embd * 4
+    """ what the chunked loss holds for the rows it is at: logits, the softmax of some, and, all but in float32,
+    a part of the head's gradient; and the gradient of what came in """
+    rows, few = rows_at_once(tokens, s.vocab_size, 2 if s.half else 4)
+    product = min(s.vocab_size * s.n_embd, few * s.vocab_size if s.device == 'cpu' else 2**13 * s.n_embd)
+    held = (2 * rows + 4 * few) * s.vocab_size + 2 * product if s.half else 4 * rows * s.vocab_size
+    return held + tokens * s.n_embd * 4
 
 def ram(plan: str, shape: Shape) -> int:
     """ the bytes of RAM that a plan fills with tensors, when the device is not the CPU itself """

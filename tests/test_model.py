@@ -188,6 +188,18 @@ def test_the_chunked_loss_and_its_gradients_equal_torch_s_cross_entropy():
     expected = loss, *torch.autograd.grad(loss, (x, w))
     assert all(relative_error(a, b) < 1e-6 for a, b in zip(got, expected))
 
+@pytest.mark.parametrize('N, V, C', [(1, 65, 384), (40, 65, 384), (300, 50257, 64), (700, 9000, 768)]) # in 1, 1, 1, 2 parts
+def test_the_chunked_loss_in_half_precision_is_torch_s_but_for_rounding(N, V, C):
+    torch.manual_seed(0)
+    x, w = ((torch.randn(n, C) * std).bfloat16().float().requires_grad_() for n, std in ((N, 1), (V, 0.02)))
+    targets = torch.randint(V, (N,))
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = ChunkedLoss.apply(x, w, targets, 1 / N)
+    got = loss, *torch.autograd.grad(loss, (x, w))
+    loss = torch.nn.functional.cross_entropy(x @ w.t(), targets)
+    expected = loss, *torch.autograd.grad(loss, (x, w))
+    assert all(relative_error(a, b) < 1e-2 for a, b in zip(got, expected))
+
 def test_the_loss_never_holds_a_matrix_of_tokens_by_vocabulary():
     from torch.utils._python_dispatch import TorchDispatchMode
     largest = []

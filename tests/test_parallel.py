@@ -178,12 +178,12 @@ TRACK = """
     model.attend = lambda q, k, v, dropout, mask: F.scaled_dot_product_attention(q, k, v, is_causal=True)
     rank, world_size, device = parallel.start_processes('gloo', 'cpu')
     for plan in ('selective', 'recompute'):
-        gpt = model.GPT(model.GPTConfig(512, 8192, 4, 8, 512))
+        gpt = model.GPT(model.GPTConfig(256, 4096, 4, 4, 256))
         gpt.follow(plan)
-        shape = memory.shape_of(gpt, 512, 0.0, True, processes=world_size, shard=True)
+        shape = memory.shape_of(gpt, 256, 0.0, True, processes=world_size, shard=True)
         parallel.shard_model(gpt, world_size, device)
         opt = make_optimizer('adamw', gpt, 1e-3, 0.0, 0.1, (0.9, 0.95))
-        tracker, idx = MemTracker(), torch.zeros(2, 512, dtype=torch.int64)
+        tracker, idx = MemTracker(), torch.zeros(2, 256, dtype=torch.int64)
         def iterate():
             with torch.autocast('cpu', torch.bfloat16, cache_enabled=False):
                 loss = gpt(idx, idx, scale=1.0)[1]
