@@ -1,5 +1,5 @@
 """
-How a dataset is made: fetched, claimed, written whole or not at all. dataset.py reads it.
+Makes datasets: fetches the text, checks the name, and writes all files or none. dataset.py reads them.
 """
 import contextlib
 import glob
@@ -18,10 +18,10 @@ FILES = ('train.bin', 'val.bin', 'meta.pkl', 'template.txt', 'train_mask.bin', '
 
 @contextlib.contextmanager
 def publish(folder: str):
-    """ gives a temporary folder, and puts the dataset that is written there in `folder` when it is whole
+    """ yield a temporary folder, and move the dataset written there to `folder` once it is complete
 
-    What an earlier dataset had beside it goes. After an error or Ctrl-C all is as it was; what a process that
-    was killed has left goes the next time. Raises OSError where nothing can be written.
+    Other files of an earlier dataset are removed. After an error or Ctrl-C, everything is as it was; what a
+    killed process left behind is removed the next time. Raises OSError if nothing can be written.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -39,26 +39,28 @@ def publish(folder: str):
                 path, made = os.path.join(folder, name), os.path.join(place, name)
                 if os.path.exists(made):
                     os.replace(made, path)
-                elif os.path.exists(path) and (name != 'template.txt' or is_masked): # or it is the user's
+                elif os.path.exists(path) and (name != 'template.txt' or is_masked): # else it is the user's
                     os.remove(path)
     finally:
         if not os.listdir(folder):
             os.rmdir(folder)
 
 def clear(folder: str) -> None:
-    """ take away the unfinished datasets of this machine's processes that are gone """
+    """ remove the unfinished datasets of processes on this machine that are gone """
+    if os.name == 'nt': # there os.kill(pid, 0) is no question, but a Ctrl-C
+        return
     for place in glob.glob(os.path.join(glob.escape(folder), f'unfinished-{socket.gethostname()}-*')):
         try:
-            os.kill(int(place.split('-')[-2]), 0) # is it there?
+            os.kill(int(place.split('-')[-2]), 0) # is it alive?
         except ProcessLookupError:
             shutil.rmtree(place, ignore_errors=True)
-        except (OSError, ValueError): # another user's, or no such name
+        except (OSError, ValueError): # another user's process, or another kind of name
             pass
 
 def write_dataset(folder: str, text: str, tokenizer, val_fraction: float = 0.1) -> None:
-    """ write a text that memory holds as a dataset; the last val_fraction of its characters is val """
+    """ write a text held in memory as a dataset; the last val_fraction of its characters is the val split """
     cut = int(len(text) * (1 - val_fraction))
-    if not 1 < cut < len(text) - 1: # a target has a token before it
+    if not 1 < cut < len(text) - 1: # a target needs a token before it
         raise ValueError(f"{len(text)} characters are too few to keep {val_fraction} of them to validate on; "
                          "add text")
     print(f"{len(text):,} characters, a vocabulary of {tokenizer.n_vocab:,}")
@@ -71,14 +73,14 @@ def write_dataset(folder: str, text: str, tokenizer, val_fraction: float = 0.1) 
             write_meta(place, tokenizer.chars)
 
 def write_meta(folder: str, chars: list[str]) -> None:
-    """ write meta.pkl, which says which character has which id """
+    """ write meta.pkl, the mapping between characters and ids """
     meta = {'vocab_size': len(chars), 'stoi': {char: i for i, char in enumerate(chars)},
             'itos': dict(enumerate(chars))}
     with open(os.path.join(folder, 'meta.pkl'), 'wb') as file:
         pickle.dump(meta, file)
 
 def claim(name: str, own: str, val_fraction: float) -> str:
-    """ the folder of a dataset to be made by data/OWN/prepare.py; raises ValueError for what it cannot be """
+    """ the folder for a dataset made by data/OWN/prepare.py; raises ValueError for a bad name or fraction """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}; type a share between 0 and 1, such as "
                          "--val_fraction=0.1")
@@ -89,7 +91,7 @@ def claim(name: str, own: str, val_fraction: float) -> str:
     return os.path.join(DATA, name)
 
 def split_off(folder: str, stem: str, start: int) -> None:
-    """ move what is in trainSTEM from byte `start` on to valSTEM, a block at a time """
+    """ move everything from byte `start` of trainSTEM to valSTEM, a block at a time """
     with (open(os.path.join(folder, f'train{stem}'), 'r+b') as train,
           open(os.path.join(folder, f'val{stem}'), 'wb') as val):
         train.seek(start)
@@ -97,7 +99,7 @@ def split_off(folder: str, stem: str, start: int) -> None:
         train.truncate(start)
 
 def fetch(url: str, path: str, sha256: str) -> str:
-    """ the text at `path`, fetched from `url` if need be; raises OSError, or ValueError for another text """
+    """ the text at `path`, fetched from `url` if missing; raises OSError, or ValueError for a wrong text """
     if not os.path.exists(path):
         import requests
         try:
