@@ -1,5 +1,5 @@
 """
-What a run makes of a dataset just prepared, and what to type for it; other options for little text.
+What a run does with a dataset just prepared, the command to type, and better options for little text.
 """
 import os
 
@@ -15,29 +15,29 @@ def options_of(config):
     return options | run_file(os.path.join(ROOT, config), options)
 
 def fit_block(options, n_train, n_val):
-    """ {'block_size': N} where the config's sequences are too long for so few tokens """
+    """ {'block_size': N} if the config's sequences are too long for so few tokens, else {} """
     block_size = options['block_size']
     while block_size > 1 and (block_size >= n_val or 8 * block_size > n_train):
         block_size //= 2
     return {'block_size': block_size} if block_size < options['block_size'] else {}
 
 def suiting(options, n_train):
-    """ what suits so much text, as docs/finetuning-quickstart.md has it: iterations of fewer sequences, or
-    fewer epochs, and some evaluations an epoch """
-    if options['init_from'] == 'scratch': # which wants all of its iterations
+    """ options that suit so much text, as in docs/finetuning-quickstart.md: fewer sequences per iteration, or
+    fewer epochs, and a few evaluations per epoch """
+    if options['init_from'] == 'scratch': # needs all of its iterations
         return {'eval_interval': 50, 'patience': 4} if n_train < LITTLE else {}
     adapter = {'lora_rank': 8, 'learning_rate': '3e-4'} if n_train < LITTLE else {}
     sequences, steps, epochs, evaluations, end = (
         (4, 1, 10, 2, {'patience': 4}) if n_train < LITTLE
         else (8, 2, 5, 2, {'patience': 4}) if n_train < SOME
         else (8, 8, 3, 2, {'patience': 3}) if n_train < MUCH
-        else (8, 8, 1, 10, {'eval_iters': 200})) # all of such a validation split would take long
+        else (8, 8, 1, 10, {'eval_iters': 200})) # the whole of such a val split would take long
     interval = max(1, n_train // (evaluations * sequences * steps * options['block_size']))
     return {**adapter, 'batch_size': sequences, 'gradient_accumulation_steps': steps, 'num_epochs': epochs,
             'eval_interval': interval, **end}
 
 def count_epochs(options, n_train):
-    """ what a run makes of so many tokens, in words, by train.py's arithmetic """
+    """ how many epochs and iterations a run makes, in words, by train.py's arithmetic """
     windows = -(-(n_train - 1) // options['block_size'])
     sequences = options['batch_size'] * options['gradient_accumulation_steps']
     iters = options['max_iters']
@@ -47,7 +47,7 @@ def count_epochs(options, n_train):
             f"{sequences * options['block_size']:,} tokens")
 
 def tell_run(config, name, n_train, n_val):
-    """ say what a run with `config` makes of so many tokens, and the command for it, with what suits them """
+    """ print what a run with `config` makes of so many tokens, and a command with options that suit them """
     options = options_of(config)
     fitting = fit_block(options, n_train, n_val)
     options |= fitting

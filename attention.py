@@ -1,7 +1,7 @@
 """
-Causal attention, as each device does it with the least time and memory.
+Causal attention, computed on each device in the way that takes the least time and memory.
 
-Shapes: q, k, v and the result are (B, n_head, T, head_size), of B sequences of T tokens.
+Shapes: q, k, v and the result are (B, n_head, T, head_size), for B sequences of T tokens.
 """
 import math
 
@@ -12,9 +12,9 @@ FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 FLASH_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 def attend(q, k, v, dropout: float, mask=None):
-    """ causal attention of q to itself or, for T = 1, to all of k and v that mask, if given, does not hide;
+    """ causal attention; a single query (T = 1) sees all of k and v that `mask`, if given, does not hide;
     dropout is a probability, which on a CPU is rounded to a multiple of 2**-16 """
-    on_cpu = q.device.type == 'cpu' and q.size(2) == k.size(2) # and each token sees itself and those before
+    on_cpu = q.device.type == 'cpu' and q.size(2) == k.size(2) # each token sees itself and those before
     if on_cpu and dropout:
         n_dropped = min(round(dropout * 2**16), 2**16 - 1)
         return dropped_attention(q, k, v, n_dropped, torch.randint(2**62, ()))
@@ -23,8 +23,8 @@ def attend(q, k, v, dropout: float, mask=None):
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=q.size(2) > 1)
 
 class HalfAttention(torch.autograd.Function):
-    """ causal attention on a CPU in half precision, with a backward in float32: in half precision torch's is
-    slower and no more exact """
+    """ causal attention on a CPU in half precision, with backward in float32: torch's backward in half
+    precision is slower and no more exact """
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -40,14 +40,14 @@ class HalfAttention(torch.autograd.Function):
         return tuple(grad.to(dy.dtype) for grad in grads)
 
 # -----------------------------------------------------------------------------
-# with dropout, for which torch has no kernel on a CPU that does without all T x T scores
+# attention with dropout, for which torch has no CPU kernel that avoids keeping all T x T scores
 
-SCORES = 2**20 # at a time, few enough for the cache
+SCORES = 2**20 # computed at a time, few enough to fit the cache
 
 def score_rows(n_dropped: int, seed, *tensors):
-    """ go through attention some sequences, or some rows of one's scores, at a time: yield the slices of
-    both, these sequences' tensors, q and k the first, as (heads, T, head_size) in float32, the probabilities
-    (heads, rows, tokens seen), and 1 for each that dropout keeps, or 0 """
+    """ compute attention a few sequences, or a few rows of one sequence, at a time; yield the slices of
+    sequences and of rows, these sequences' tensors (q and k come first) in float32 as (heads, T, head_size),
+    the probabilities (heads, rows, tokens seen), and for each of them 1 if dropout keeps it, else 0 """
     B, n_head, T, head_size = tensors[0].shape
     generator = torch.Generator().manual_seed(seed.item())
     many = max(1, SCORES // (n_head * T * T))
@@ -63,7 +63,7 @@ def score_rows(n_dropped: int, seed, *tensors):
             yield sequences, rows, parts, probs, draw(probs.shape, generator).ge_(n_dropped - 2**15)
 
 def draw(shape, generator):
-    """ int16 of any value, all as likely; drawn four at once, much faster than by bernoulli_ """
+    """ uniform random int16 of the full range; drawn four at once, much faster than with bernoulli_ """
     n = math.prod(shape)
     bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-2**63, None, generator=generator)
     return bits.view(torch.int16)[:n].view(shape)
@@ -71,7 +71,7 @@ def draw(shape, generator):
 @torch.library.custom_op('fitgpt::dropped_attention', mutates_args=())
 def dropped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n_dropped: int,
                       seed: torch.Tensor) -> torch.Tensor:
-    """ causal attention whose dropout, by the seed (), leaves out n_dropped / 2**16 of the probabilities """
+    """ causal attention; dropout, seeded by `seed` (), drops n_dropped / 2**16 of the probabilities """
     y, kept_share = torch.empty_like(q), 1 - n_dropped / 2**16
     with torch.autocast('cpu', enabled=False):
         for some, rows, (_, _, v), probs, kept in score_rows(n_dropped, seed, q, k, v):
@@ -91,8 +91,8 @@ def dropped_attention_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
             if rows.start == 0:
                 dq, dk, dv = (torch.zeros_like(tensor) for tensor in (q, k, v))
             n, d = probs.size(2), dy[:, rows] / kept_share
-            dscores = torch.bmm(d, v[:, :n].mT).mul_(kept) # of the probabilities, so far
-            dscores.sub_((dy[:, rows] * y[:, rows]).sum(-1, keepdim=True)).mul_(probs) # and of the scores
+            dscores = torch.bmm(d, v[:, :n].mT).mul_(kept) # gradient of the probabilities
+            dscores.sub_((dy[:, rows] * y[:, rows]).sum(-1, keepdim=True)).mul_(probs) # now of the scores
             dv[:, :n].baddbmm_(probs.mul_(kept).mT, d)
             dk[:, :n].baddbmm_(dscores.mT, q[:, rows], alpha=scale)
             dq[:, rows] = torch.bmm(dscores, k[:, :n]).mul_(scale)

@@ -1,24 +1,24 @@
 """
-Measures what train.py's options cost here: tokens/s, milliseconds an iteration, MFU and peak memory.
+Measures what train.py's options cost on this machine: tokens/s, ms per iteration, MFU and peak memory.
 
-Takes train.py's configs and options, of init_from scratch and GPT-2's names, and the options below. Weights are
-random, so nothing is fetched:
+Takes train.py's configs and options (init_from: only scratch and GPT-2's names) and the options below. The
+weights are random, so nothing is downloaded:
 $ python bench.py config/finetune/gpt2_medium.py --batch_size=4 --gradient_accumulation_steps=1
-The tables of docs/performance.md and, on a GPU, of docs/memory.md:
+To print the tables of docs/performance.md (with --suite=gpu also those of docs/memory.md):
 $ python bench.py --suite=cpu
 """
 # -----------------------------------------------------------------------------
 # options, beside train.py's
 
-iters = 10 # iterations to measure, of which the median counts
-skip = 3 # iterations before these
-data = 'synthetic' # synthetic, random tokens; or real, the dataset's
-work = 'train' # train; sample, num_samples texts of 128 tokens; batch, only fetching; cards, memory on each
-way = 'fitgpt' # fitgpt; nanogpt, all logits at once and the plain AdamW; transformers, for work = 'sample'
-num_samples = 1 # texts at once, of work = 'sample'
-profile = False # write trace.json, which chrome://tracing and ui.perfetto.dev open
+iters = 10 # iterations to measure; the median is reported
+skip = 3 # warm-up iterations before those
+data = 'synthetic' # synthetic (random tokens) or real (the dataset's)
+work = 'train' # train; sample (num_samples x 128 tokens); batch (only fetching); cards (memory by card size)
+way = 'fitgpt' # fitgpt; nanogpt (all logits at once, plain AdamW); transformers (for work = 'sample')
+num_samples = 1 # texts generated at once, for work = 'sample'
+profile = False # write trace.json, for chrome://tracing or ui.perfetto.dev
 json = False # print one JSON object
-suite = '' # cpu or gpu: run many of these, each in a process of its own, and print tables
+suite = '' # cpu or gpu: run many measurements, each in its own process, and print tables
 
 import os
 
@@ -66,24 +66,24 @@ from tokenizer import count_ids
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 if profile:
-    open('trace.json', 'a').close() # tells at once where it cannot be written
+    open('trace.json', 'a').close() # fail now if it cannot be written
 if device.startswith('cuda'):
     torch.set_float32_matmul_precision('high') # as train.py does
 
 def cards():
-    """ sizes of cards in GiB, of those that this one can stand for """
+    """ the card sizes in GiB that this GPU can emulate """
     total = torch.cuda.get_device_properties(device).total_memory / 2**30
     return [gb for gb in (4, 8, 12, 16, 24) if gb < total + 1]
 
 def wait():
-    """ until the device has done what was asked of it """
+    """ block until the device has finished its queued work """
     if device.startswith('cuda'):
         torch.cuda.synchronize(device)
     elif device == 'mps':
         torch.mps.synchronize()
 
 def seconds(job, n, before):
-    """ the median seconds of n calls of job, after `before` others """
+    """ the median seconds per call of `job` over n calls, after `before` warm-up calls """
     times = []
     trace = contextlib.nullcontext()
     for i in range(before + n):
@@ -102,7 +102,7 @@ def seconds(job, n, before):
     return statistics.median(times[before:])
 
 def model_config():
-    """ the shape that train.py would train; random weights are as fast as trained ones """
+    """ the shape of the model that train.py would train; random weights are as fast as trained ones """
     if init_from in GPT2_SHAPES:
         return GPTConfig(**GPT2_SHAPES[init_from], dropout=dropout)
     folders = find_datasets(dataset)
@@ -117,7 +117,7 @@ def model_config():
 # training
 
 class AllLogits(torch.nn.Module):
-    """ a GPT with the loss as nanoGPT makes it, from the logits of all tokens at once """
+    """ a GPT with nanoGPT's loss, computed from the logits of all tokens at once """
 
     def __init__(self, model):
         super().__init__()
@@ -128,7 +128,7 @@ class AllLogits(torch.nn.Module):
         return None, scale * F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='sum')
 
 def make_training():
-    """ an iteration of train.py's, and what there is to know of it """
+    """ a function that runs one iteration as train.py does, and a dict of facts about it """
     sequences, c = batch_size * gradient_accumulation_steps, model_config()
     if shard:
         raise ValueError("shard is True, but one process is measured here; type --shard=False")
@@ -144,7 +144,7 @@ def make_training():
         plan, shape, sequences, batch_size, free, plans, free_memory('cpu'))
     micro_batch, n_steps = memory.split_batch(sequences, fits)
     torch.manual_seed(seed)
-    with torch.device('cpu' if chosen == 'offload' or lora_rank else device): # LoRA's, until it has shrunk
+    with torch.device('cpu' if chosen == 'offload' or lora_rank else device): # LoRA moves after shrinking
         model = GPT(c)
         lora.restrict(model, config)
     if lora_rank:
@@ -154,12 +154,12 @@ def make_training():
     opt = make_optimizer(optimizer, model, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2),
                          (device, DTYPES[dtype]) if chosen == 'offload' else None)
     if plain:
-        fused = device.startswith('cuda') # nanoGPT asks for it there alone
+        fused = device.startswith('cuda') # nanoGPT uses it only there
         learn = [p for p in model.parameters() if p.requires_grad]
         opt = torch.optim.AdamW(learn, lr=learning_rate, betas=(beta1, beta2), fused=fused)
     net = AllLogits(model) if plain else model
     for module in model.modules() if plain else ():
-        if isinstance(module, Linear): # nanoGPT's keeps a copy of its weight for backward
+        if isinstance(module, Linear): # nanoGPT's linear keeps a copy of its weight for backward
             module.__class__ = torch.nn.Linear
     if data == 'real':
         split = open_split(find_datasets(dataset), 'train', block_size, c.vocab_size, seed=seed)
@@ -199,12 +199,12 @@ def measure_training():
             'mfu': flops / took / peak if peak else None}
 
 def measure_cards():
-    """ the most that an iteration reserves, as on each of cards(), the largest first, while it fits """
+    """ the peak memory an iteration reserves on each of cards(), from the largest down, while it fits """
     if not device.startswith('cuda'):
         raise ValueError(f"device is {device!r}, but only what a CUDA device reserves can be limited; type "
                          "--device=cuda")
     iteration, known = make_training()
-    iteration(0) # makes the optimizer's moments
+    iteration(0) # creates the optimizer's moments
     held = {}
     for gb in reversed(cards()):
         torch.cuda.empty_cache()
@@ -225,7 +225,7 @@ def measure_cards():
 
 @torch.no_grad()
 def measure_sampling():
-    """ texts of 128 tokens after a prompt of as many """
+    """ generate num_samples texts of 128 tokens, after a prompt of 128 """
     torch.manual_seed(seed)
     c = model_config()
     prompt = torch.randint(c.vocab_size, (num_samples, 128), device=device)
@@ -243,7 +243,7 @@ def measure_sampling():
             'memory_mb': memory_mb(device)}
 
 def measure_batches():
-    """ fetching batch_size windows from a file of random tokens, as train.py does """
+    """ fetch batch_size windows from a file of random tokens, as train.py does """
     with tempfile.TemporaryDirectory() as folder:
         np.random.default_rng(seed).integers(50257, size=2**24).astype('<u2').tofile(f'{folder}/train.bin')
         split = Split(folder, 'train', block_size, 50257, seed)
@@ -256,7 +256,7 @@ def measure_batches():
 # suites
 
 def spawn(*options):
-    """ the figures of one run of this script in a process of its own, or why there are none """
+    """ the figures of one run of this script in its own process, or why there are none, as text """
     done = subprocess.run([sys.executable, __file__, '--json=True', *options], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, encoding='utf-8')
     if done.returncode:
@@ -268,7 +268,7 @@ def cell(figures, key, unit=1, digits=2):
     return figures if isinstance(figures, str) else f"{figures[key] / unit:,.{digits}f}"
 
 def compare(title, ours, theirs):
-    """ a row: two kinds of run in turn, three times, and the median of each and of their ratios """
+    """ print a row: alternate two kinds of run three times; medians of each and of their ratios """
     pairs = [(spawn(*ours), spawn(*theirs)) for _ in range(3)]
     failed = [figures for pair in pairs for figures in pair if isinstance(figures, str)]
     if failed:
@@ -297,7 +297,7 @@ def run_suite():
     compare('training 124M, beside nanoGPT\'s way', train,
             [*train, '--way=nanogpt', '--dtype=bfloat16' if gpu else '--dtype=float32'])
     sampling = [place, '--work=sample', '--init_from=gpt2', '--iters=3']
-    best = pick_dtype('auto', 'cuda' if gpu else 'cpu') # what is fast here, for many rows
+    best = pick_dtype('auto', 'cuda' if gpu else 'cpu') # the fast dtype here, for many rows
     for n, other in ((1, best if gpu else 'float32'), (10, best)):
         each = [*sampling, f'--num_samples={n}']
         compare(f'sampling 124M, {n} at once, beside transformers in {other}', each,
@@ -308,7 +308,7 @@ def run_suite():
         card_table(place)
 
 def card_table(place):
-    """ the peak of each size and plan on cards of several sizes: what a process may reserve is limited """
+    """ print the peak of each size and plan, on cards emulated by limiting what a process may reserve """
     sizes = [str(gb) for gb in cards()]
     print("\nGiB reserved, not compiled, micro-batch 1, two of them an iteration\n")
     print('| plan | size | predicted | ' + ' | '.join(f'{gb} GB' for gb in sizes) + ' |\n'

@@ -1,8 +1,8 @@
 """
-Checkpoints: read without running what is in them, and rebuilt into a model. saver.py writes them.
+Reads checkpoints, without running code that is in them, and rebuilds their models. saver.py writes them.
 
-The file is nanoGPT's dict (model, optimizer, model_args, iter_num, best_val_loss, config) with our
-tokenizer, scaler and version beside it. It is a zip, which keeps a checksum of each tensor.
+The file is nanoGPT's dict (model, optimizer, model_args, iter_num, best_val_loss, config) plus our
+tokenizer, scaler and version. It is a zip file, which holds a checksum of each tensor.
 """
 import contextlib
 import copy
@@ -24,20 +24,20 @@ from tokenizer import BPETokenizer, check_match
 
 KINDS = {'model': dict, 'model_args': dict, 'optimizer': dict, 'config': dict, 'tokenizer': dict,
          'scaler': dict, 'lora': dict, 'template': str, 'version': int, 'iter_num': int,
-         'best_val_loss': (int, float, torch.Tensor)} # of what a checkpoint holds
+         'best_val_loss': (int, float, torch.Tensor)} # types of a checkpoint's entries
 
 def find(source: str) -> str | None:
-    """ `source` if it is a file, else ckpt.pt or last.pt in that folder; None where there is none """
+    """ `source` if it is a file, else ckpt.pt or last.pt in that folder; None if there is none """
     if source.endswith('.index'): # TensorFlow's
         return None
     paths = [source, os.path.join(source, 'ckpt.pt'), os.path.join(source, 'last.pt')]
     return next((path for path in paths if os.path.isfile(path)), None)
 
 def damage(path: str) -> str | None:
-    """ what of a checkpoint's bytes is not as it was written, by the checksums in it; torch.load does not
-    look at them """
+    """ which bytes of a checkpoint are not as they were written, or None, by the checksums in the file, which
+    torch.load does not check """
     with open(path, 'rb') as file:
-        if file.read(4) != b'PK\x03\x04': # no zip, or an old one
+        if file.read(4) != b'PK\x03\x04': # not a zip, or torch's old format
             return None
         try:
             parts = zipfile.ZipFile(file)
@@ -49,23 +49,23 @@ def damage(path: str) -> str | None:
                 with parts.open(part) as content:
                     while content.read(2**24):
                         pass
-            except Exception: # a reader of damaged files may raise anything
+            except Exception: # reading a damaged file may raise anything
                 return (f"of its bytes the {part.file_size:,} from {part.header_offset:,} are not those "
                         f"that were written; expected the CRC-32 {part.CRC:08x}")
 
 def load(path: str, moments: bool = False) -> dict:
-    """ a checkpoint of ours or nanoGPT's, on the CPU, without its optimizer unless `moments` asks for it, two
-    thirds of the file; raises ValueError where that is anything else """
+    """ a checkpoint of ours or nanoGPT's, on the CPU; its optimizer, two thirds of the file, is loaded only
+    with `moments`; raises ValueError for any other file """
     spoiled = damage(path)
     if spoiled:
         raise ValueError(f"{path} is damaged: {spoiled}; type --out_dir or --init_from with another")
     try:
-        mapped = not moments and zipfile.is_zipfile(path) # old ones cannot be
+        mapped = not moments and zipfile.is_zipfile(path) # torch's old format cannot be
         checkpoint = torch.load(path, map_location='cpu', mmap=mapped, weights_only=True)
         if not moments and isinstance(checkpoint, dict) and isinstance(checkpoint.get('optimizer'), dict):
             del checkpoint['optimizer']
-        checkpoint = copy.deepcopy(checkpoint) if mapped else checkpoint # the file may be replaced
-    except Exception as error: # a reader of damaged files may raise anything
+        checkpoint = copy.deepcopy(checkpoint) if mapped else checkpoint # since the file may be replaced
+    except Exception as error: # reading a damaged file may raise anything
         why = ("it holds more than tensors and plain values, and could run code" if 'GLOBAL' in str(error)
                else "it is cut short, damaged or no checkpoint")
         raise ValueError(f"cannot use {path}: {why}; expected a file that train.py or nanoGPT wrote; "
@@ -87,7 +87,7 @@ def load(path: str, moments: bool = False) -> dict:
     return checkpoint
 
 def take_weights(checkpoint: dict) -> dict:
-    """ the tensors of a checkpoint by name; raises TypeError where one is no tensor of numbers """
+    """ take the tensors by name out of a checkpoint; raises TypeError if one is not a plain float tensor """
     weights = checkpoint.pop('model')
     for name, tensor in weights.items():
         if not (isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
@@ -96,7 +96,7 @@ def take_weights(checkpoint: dict) -> dict:
     return weights
 
 def model_of(checkpoint: dict, path: str, dropout: float = 0.0) -> GPT:
-    """ the model in a checkpoint, which gives its weights away """
+    """ build the model in a checkpoint, taking the weights out of it """
     try:
         weights = {name.removeprefix('_orig_mod.'): tensor
                    for name, tensor in take_weights(checkpoint).items()
@@ -107,12 +107,12 @@ def model_of(checkpoint: dict, path: str, dropout: float = 0.0) -> GPT:
                          "type --out_dir or --init_from with another") from None
 
 def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> GPT:
-    """ the base of a checkpoint of LoRA with its adapter, merged into the weights or beside them """
+    """ the base model of a LoRA checkpoint with its adapter, merged into the weights or beside them """
     base = checkpoint.get('base')
     if not isinstance(base, str):
         raise ValueError(f"{path} does not say which model its adapter is for; type --out_dir with another")
     beside, parts = os.path.join(os.path.dirname(os.path.abspath(path)), '..'), base.split(os.sep)
-    if os.path.isabs(base) and not os.path.exists(base): # both folders have moved
+    if os.path.isabs(base) and not os.path.exists(base): # both folders were moved
         near = [os.path.join(beside, *parts[-n:]) for n in (2, 1)]
         checkpoint['base'] = base = next((there for there in near if os.path.exists(there)), base)
     try:
@@ -134,11 +134,11 @@ def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> G
 
 def load_model(source: str, dropout: float = 0.0, merge: bool = True,
                moments: bool = False) -> tuple[GPT, dict]:
-    """ the model that `source` names, and what is beside it in its checkpoint, the optimizer only with
-    `moments`; LoRA's adapter merged or beside
+    """ the model that `source` names, and the rest of its checkpoint, with the optimizer only if `moments`;
+    a LoRA adapter is merged into the weights, or kept beside them
 
-    source is a checkpoint's path or its folder, or what pretrained.load takes. The second has no
-    'tokenizer' if nanoGPT wrote it.
+    source is a checkpoint, its folder, or anything that pretrained.load takes. The rest has no 'tokenizer'
+    if nanoGPT wrote the checkpoint.
     """
     path = find(source)
     if path:
@@ -149,8 +149,8 @@ def load_model(source: str, dropout: float = 0.0, merge: bool = True,
     return pretrained.load(source, dropout)
 
 def resume(out_dir: str, config: dict, say) -> tuple[GPT, dict]:
-    """ what `latest` gives, for a run of these options: with other data its patience begins anew; raises
-    ValueError where they add an adapter """
+    """ what `latest` returns, for a run with the options `config`: with other data, patience starts anew;
+    raises ValueError if they add an adapter """
     model, loaded = latest(out_dir, config['dropout'], say, moments=not config['eval_only'])
     if config['lora_rank'] and 'lora' not in loaded:
         raise ValueError(f"the run in {out_dir} has no adapter, and lora_rank is {config['lora_rank']}; type "
@@ -160,7 +160,7 @@ def resume(out_dir: str, config: dict, say) -> tuple[GPT, dict]:
     return model, loaded
 
 def to_resume(out_dir: str) -> list[str]:
-    """ the checkpoints that a run in out_dir may go on from, the latest first; raises FileNotFoundError where
+    """ the checkpoints that the run in out_dir can resume from, latest first; raises FileNotFoundError if
     there is none """
     paths = [os.path.join(out_dir, name) for name in ('last.pt', 'ckpt.pt')]
     paths = [path for path in paths if os.path.isfile(path)]
@@ -170,9 +170,9 @@ def to_resume(out_dir: str) -> list[str]:
     return paths
 
 def latest(out_dir: str, dropout: float, say, moments: bool) -> tuple[GPT, dict]:
-    """ what load_model gives of a run's last.pt, or of its ckpt.pt where that one is damaged, to go on from
+    """ what load_model returns for a run's last.pt, or for its ckpt.pt if last.pt is damaged, to resume from
 
-    Raises FileNotFoundError where there is neither, ValueError where none can be used.
+    Raises FileNotFoundError if there is neither, ValueError if none can be used.
     """
     paths = to_resume(out_dir)
     try:
@@ -188,26 +188,26 @@ def latest(out_dir: str, dropout: float, say, moments: bool) -> tuple[GPT, dict]
         raise ValueError(f"{paths[0]} cannot be used, and neither can the other: {error}") from None
 
 def way_back(out_dir: str) -> str:
-    """ what to type where iterations were not finite: what trains the best model of out_dir anew, since a
-    later one may be spoiled, or the same, where there is none """
+    """ what to type after iterations that were not finite: start anew from the best model of out_dir, since
+    a later one may be spoiled, or, if there is none, repeat the same command """
     path = find(out_dir)
     return (f"nothing of them is in a checkpoint of {out_dir}; type "
             f"{f'--init_from={quote(path)} --out_dir=ANOTHER' if path else 'the same'}")
 
 def peek(path: str) -> dict:
-    """ a checkpoint whose tensors stay on the disk; {} where it cannot be read so """
-    with contextlib.suppress(Exception): # damaged, of another program, or not there
+    """ a checkpoint whose tensors stay on the disk; {} if it cannot be read that way """
+    with contextlib.suppress(Exception): # damaged, another program's, or missing
         return dict(torch.load(path, map_location='cpu', mmap=True, weights_only=True))
     return {}
 
 def is_of(out_dir: str, launch: str | None) -> bool:
-    """ whether the run in out_dir was started by this very command in this job of torchrun's """
+    """ whether the run in out_dir was started by this same command in this same torchrun job """
     paths = [os.path.join(out_dir, name) for name in ('last.pt', 'ckpt.pt')]
     return launch is not None and any(peek(path).get('launch') == launch for path in paths)
 
 def config_of(source: str, out_dir: str, scratch: GPTConfig) -> GPTConfig:
-    """ the shape of the model that `source` names, without its weights; 'resume' is that of the run in
-    out_dir, 'scratch' is given """
+    """ the shape of the model that `source` names, without its weights; 'resume' is the run in out_dir, and
+    'scratch' gives the argument `scratch` """
     name = source.partition('@')[0] # without a revision
     if name in GPT2_SHAPES and not os.path.exists(source):
         return GPTConfig(**GPT2_SHAPES[name])
@@ -219,13 +219,13 @@ def config_of(source: str, out_dir: str, scratch: GPTConfig) -> GPTConfig:
     for path in paths:
         with contextlib.suppress(Exception), torch.device('meta'):
             return GPT(GPTConfig(**peek(path)['model_args'])).config
-    # of an old format, or damaged, which these tell
+    # an old format, or damaged: a full load reads the one and reports the other
     return (latest(out_dir, 0.0, print, False) if source == 'resume' else load_model(source))[0].config
 
 def find_tokenizer(loaded: dict, vocab_size: int) -> dict:
-    """ the tokenizer's state for what load_model gave; nanoGPT's checkpoints only name their dataset
+    """ the tokenizer state for what load_model returned; nanoGPT's checkpoints only name their dataset
 
-    Raises FileNotFoundError where its characters are not there, ValueError where they are not the model's.
+    Raises FileNotFoundError if the dataset's characters are missing, ValueError if they are not the model's.
     """
     trained_on = str(loaded.get('config', {}).get('dataset', ''))
     state = loaded.get('tokenizer') or read_tokenizer_state(find_dataset(trained_on))
@@ -236,11 +236,11 @@ def find_tokenizer(loaded: dict, vocab_size: int) -> dict:
     return state
 
 def needs(source: str, place: str) -> bool:
-    """ whether the model that `source` names, or one that it is an adapter for, is `place` or lies in it """
+    """ whether the model that `source` names, or a base that it is an adapter for, is `place` or is in it """
     seen = []
     while isinstance(source, str) and source not in seen:
         path = find(source)
-        # by its name on the hub, too, which would be this folder from then on
+        # its name on the hub counts, too: from then on, it would mean this folder
         at = [source, os.path.dirname(path)] if path else [source]
         if os.path.realpath(place) in map(os.path.realpath, at):
             return True
@@ -249,8 +249,8 @@ def needs(source: str, place: str) -> bool:
     return False
 
 def check_new(out_dir: str, init_from: str, overwrite: bool) -> None:
-    """ raise FileExistsError where a new run in out_dir would lose what is there: a run, the model it starts
-    from, or another program's files """
+    """ raise FileExistsError if a new run in out_dir would overwrite what is there: a run, the model it
+    starts from, or another program's files """
     if init_from != 'scratch' and needs(init_from, out_dir):
         raise FileExistsError(f"init_from, {init_from}, or what it is an adapter for, is out_dir or lies in "
                               "it; type --init_from=resume to go on with a run, or --out_dir=ANOTHER")
@@ -270,8 +270,8 @@ def check_new(out_dir: str, init_from: str, overwrite: bool) -> None:
                               "own; type --out_dir=ANOTHER")
 
 def describe_base(source: str, model: GPT) -> dict:
-    """ what an adapter's checkpoint says of the model that `source` names, and that it is for; raises
-    ValueError where that is none """
+    """ what an adapter's checkpoint stores about its base, the model that `source` names; raises ValueError
+    if there is none """
     if source == 'scratch':
         raise ValueError("lora_rank needs a model to start from; type --init_from=gpt2, or --lora_rank=0")
     source = find(source) or source
@@ -279,10 +279,10 @@ def describe_base(source: str, model: GPT) -> dict:
             'base_fingerprint': lora.fingerprint(model)}
 
 def tell_changes(before: dict, config: dict) -> str:
-    """ which options differ from those of the run that is resumed, for its first line
+    """ which options differ from those of the resumed run, as text for its first line
 
-    Raises ValueError where another part is frozen, since its moments would be those of others; or where an
-    iteration has more sequences or fewer, since these count what of the data was read.
+    Raises ValueError if other parts are frozen, since the moments would belong to other parameters, or if an
+    iteration has another number of sequences, since that number tells how much of the data was read.
     """
     last = os.path.join(config['out_dir'], 'last.pt')
     anew = f"--init_from={quote(last if os.path.isfile(last) else config['out_dir'])} --out_dir=ANOTHER"
@@ -296,7 +296,7 @@ def tell_changes(before: dict, config: dict) -> str:
         raise ValueError(f"the run froze {before.get('freeze', '')!r}, and freeze is {config['freeze']!r}; "
                          f"type --freeze={before.get('freeze', '')}, "
                          "or --init_from=ITS_FOLDER to start afresh")
-    not_options = (*OF_A_CALL, 'data', 'n_layer', 'n_head', 'n_embd', 'bias') # the last are the model's own
+    not_options = (*OF_A_CALL, 'data', 'n_layer', 'n_head', 'n_embd', 'bias') # the last four: the model's own
     changed = [f"{key} {before[key]!r} -> {config[key]!r}" for key in config
                if key not in not_options and before.get(key, config[key]) != config[key]]
     told = f", with {', '.join(changed)}" if changed else ''
@@ -306,7 +306,7 @@ def tell_changes(before: dict, config: dict) -> str:
     return told
 
 def is_same_data(before: dict, config: dict) -> bool:
-    """ whether a run that is resumed goes on with its data, wherever its folders are named from """
+    """ whether a resumed run continues with the same data, however its folders are named """
     if before.get('data', config['data']) != config['data']:
         return False
     names = before.get('dataset', config['dataset']), config['dataset']
@@ -316,8 +316,7 @@ def is_same_data(before: dict, config: dict) -> bool:
     return was == now
 
 def adapter_state(model: GPT, base: dict) -> dict:
-    """ what a checkpoint of LoRA holds in place of the weights; base is
-    {'base': source, 'base_fingerprint'} """
+    """ what a LoRA checkpoint holds in place of the weights; base holds 'base' and 'base_fingerprint' """
     return {'model': lora.adapter(model), 'lora': lora.settings(model), **base}
 
 def model_args(model: GPT) -> dict:

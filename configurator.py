@@ -22,7 +22,7 @@ import tokenize
 import traceback
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-# options of one call of train.py, and not of the run that it begins or goes on with
+# options of a single call of train.py, not of the run that it starts or resumes
 OF_A_CALL = 'init_from', 'out_dir', 'overwrite', 'eval_only', 'dry_run'
 PATHS = 'init_from', 'out_dir', 'base', 'dataset', 'file', 'to', 'input' # options that name files
 
@@ -30,9 +30,9 @@ def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[st
               resumes: bool = False) -> dict:
     """ override `options` (a script's globals()) in place, and return the final settings
 
-    Where `resumes` and init_from is 'resume', what argv leaves alone is as it was given to out_dir's run.
-    Raises ValueError for what is not an option or not of its type, for a number below 0, or below 1 where
-    the option is one of at_least_1.
+    With `resumes` and init_from = 'resume', options not in argv keep what the run in out_dir was given.
+    Raises ValueError for an unknown option, for a value of the wrong type, and for a number below 0, or
+    below 1 if the option is in at_least_1.
     """
     sys.excepthook = report
     argv = sys.argv[1:] if argv is None else argv
@@ -55,18 +55,18 @@ def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[st
     return settings
 
 def say_once(title: str, parts: list[str]) -> None:
-    """ print what there is to say, by the first of a run's processes """
+    """ print `title` and `parts`, if there are any, in the first process of a run only """
     if parts and os.environ.get('RANK', '0') == '0':
         print(title + '; '.join(parts), file=sys.stderr)
 
 def options_of_run(out_dir: str, defaults: dict, typed: dict) -> dict:
-    """ the options that were given to the run in out_dir, by its config.json, but for those `typed` now; none
-    where it does not say """
+    """ the options given to the run in out_dir, from its config.json, except those `typed` now; {} if the
+    file does not hold them """
     path = os.path.join(out_dir, 'config.json')
     try:
         with open(path, encoding='utf-8') as file:
             settings = json.load(file)
-        before = {**settings, **settings['given']} # without what became of them on its machine
+        before = {**settings, **settings['given']} # as given, not as resolved on its machine
         return {k: match_type(k, before[k], defaults[k]) for k in defaults
                 if k in before and k not in typed and k not in OF_A_CALL}
     except (OSError, KeyError, TypeError):
@@ -77,7 +77,7 @@ def options_of_run(out_dir: str, defaults: dict, typed: dict) -> dict:
                          "again") from None
 
 def read_argument(arg: str, current: dict, defaults: dict) -> dict:
-    """ the settings one argument makes: all that a config file assigns, or a single --key=value """
+    """ the settings from one argument: all that a config file assigns, or a single --key=value """
     if arg.startswith('--'):
         key, equals, text = arg[2:].partition('=')
         check_key(key, defaults, where='the command line')
@@ -88,7 +88,7 @@ def read_argument(arg: str, current: dict, defaults: dict) -> dict:
     if not arg.endswith('.py'):
         raise ValueError(f"{arg!r} is neither a config file (*.py) nor an option; options are typed "
                          "--key=value")
-    names = run_file(arg, current) # so that a config may compute from what is set so far
+    names = run_file(arg, current) # so that a config can compute with what is set so far
     settings = {k: v for k, v in names.items() if not k.startswith('_') and not inspect.ismodule(v)
                 and (k in defaults or not callable(v))}
     for key in settings:
@@ -96,13 +96,13 @@ def read_argument(arg: str, current: dict, defaults: dict) -> dict:
     return {key: at_home(key, match_type(key, value, defaults[key])) for key, value in settings.items()}
 
 def at_home(key: str, value):
-    """ `value`, where ~ in a path is the user's home, which a shell does not put into --key=~/path """
+    """ `value` with ~ in a path expanded to the user's home, which a shell does not do in --key=~/path """
     start = '(^|,)' if key in PATHS else '(^FILE:)'
     home = os.path.expanduser('~')
     return re.sub(start + r'~(?=/|$)', lambda m: m[1] + home, value) if isinstance(value, str) else value
 
 class Names(dict):
-    """ a config file's variables, which knows those that it assigns """
+    """ a config file's namespace, which records the variables that the file assigns """
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -113,8 +113,8 @@ class Names(dict):
         self.assigned[key] = value
 
 def run_file(path: str, names: dict) -> dict:
-    """ run a config file, found from here or from the project's folder, over `names`, and return what it
-    assigns; an error in it is told in one line """
+    """ run a config file with the variables `names`, and return what it assigns; the path is relative to the
+    current folder or the project's, and an error in the file becomes a one-line ValueError """
     if not os.path.exists(path) and os.path.exists(os.path.join(ROOT, path)):
         path = os.path.join(ROOT, path)
     try:
@@ -143,7 +143,7 @@ def config_files() -> list[str]:
             for folder, _, files in os.walk(os.path.join(ROOT, 'config')) for name in files]
 
 def check_key(key: str, defaults: dict, where: str) -> None:
-    """ raise ValueError, with the nearest name, where there is no such option """
+    """ raise ValueError, suggesting the closest name, if there is no such option """
     if key not in defaults:
         near = difflib.get_close_matches(key, defaults, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists every option"
@@ -152,17 +152,17 @@ def check_key(key: str, defaults: dict, where: str) -> None:
         raise ValueError(f"unknown option {key!r} in {where}; {hint}")
 
 def check_range(key: str, value, least: int) -> None:
-    """ raise ValueError for a number below `least`, or for a whole one that not all libraries take """
+    """ raise ValueError for a number below `least`, or a whole number that some library does not accept """
     limit = 32 if key == 'seed' else 31
-    if type(value) is int and abs(value) >= 2**limit: # perhaps with more digits than Python prints
+    if type(value) is int and abs(value) >= 2**limit: # may have more digits than Python prints
         raise ValueError(f"{key} is {'above' if value > 0 else 'below'} all that is reasonable; type "
                          f"--{key}=N with N below 2**{limit}")
     if type(value) in (int, float) and value < least:
         raise ValueError(f"{key} is {value}; type --{key}=N with N at least {least}")
 
 def parse(key: str, text: str, default):
-    """ the value of --key=text; text for a text option is never evaluated, so --start=5 is '5', but for line
-    ends alone, so that --start='\\n' is what the help shows """
+    """ the value of --key=text; a text option takes it literally, so --start=5 is '5', unless it is nothing
+    but \\n: those become line ends, so that --start='\\n' is the default that the help shows """
     if isinstance(default, str) and default != 'auto':
         return '\n' * (len(text) // 2) if re.fullmatch(r'(\\n)+', text) else at_home(key, text)
     try:
@@ -172,7 +172,7 @@ def parse(key: str, text: str, default):
     return match_type(key, value, default)
 
 def match_type(key: str, value, default):
-    """ `value` in the type of `default`; an 'auto' option takes text or True and False; else ValueError """
+    """ `value` as the type of `default`; an 'auto' option takes text, True or False; else ValueError """
     if type(default) is float and type(value) is int:
         value = float(value) if abs(value) < 2**1023 else math.inf
     if type(default) is int and type(value) is float and value.is_integer(): # such as 6e5
@@ -193,8 +193,8 @@ def quote(text: str) -> str:
     return shlex.quote(text)
 
 def read_options(script: str) -> tuple[str, list[tuple]]:
-    """ a script's docstring, and its options in order: (group, name, default, comment), from its
-    source alone """
+    """ a script's docstring and its options in order, (group, name, default, comment), read from its source
+    without running it """
     with open(script, encoding='utf-8') as file:
         source = file.read()
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
@@ -214,7 +214,7 @@ def read_options(script: str) -> tuple[str, list[tuple]]:
     return (ast.get_docstring(tree) or '').strip(), options
 
 def describe(script: str) -> str:
-    """ the help: what the script does, and one line per option under the comment that heads its group """
+    """ the --help text: what the script does, then one line per option, under its group's heading """
     text, options = read_options(script)
     out = [text, f"\nusage: python {os.path.relpath(script)} [config/file.py] [--key=value ...]"]
     for before, (group, name, default, comment) in zip([('',), *options], options):
@@ -243,8 +243,8 @@ def reference(scripts: list[str]) -> str:
     return '\n'.join(out)
 
 def report(kind, error, trace) -> None:
-    """ the scripts' sys.excepthook: what our own files raise on purpose is for the user, in one line and
-    with exit status 2; what a library raises is a bug of ours and keeps its traceback """
+    """ the scripts' sys.excepthook: an error that our own files raise on purpose is for the user, and becomes
+    one line and exit status 2; one that a library raises is our bug, and keeps its traceback """
     if issubclass(kind, KeyboardInterrupt):
         sys.exit(130)
     if issubclass(kind, BrokenPipeError): # the reader has gone, as in `python sample.py | head`
@@ -253,7 +253,7 @@ def report(kind, error, trace) -> None:
     frames = traceback.extract_tb(trace)
     raised_in = os.path.abspath(frames[-1].filename) if frames else ''
     ours = raised_in.startswith(ROOT + os.sep) and 'site-packages' not in raised_in
-    device = sys.modules.get('device') # ours, which knows what torch says
+    device = sys.modules.get('device') # our device.py, which knows torch's messages
     ours = ours and issubclass(kind, (ValueError, OSError, ImportError))
     full = issubclass(kind, MemoryError) or not ours and device and device.is_out_of_memory(error)
     if not (full or ours):
@@ -261,7 +261,7 @@ def report(kind, error, trace) -> None:
         sys.exit(1)
     if os.environ.get('LOCAL_RANK', '0') != '0':
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3) # torchrun ends this process first, if the error is not its own alone
+        time.sleep(3) # if other processes fail too, torchrun ends this one before it prints
     text = str(error)
     if full:
         text = f"out of memory ({text}); take a smaller model, or type options with less"

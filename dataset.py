@@ -1,14 +1,14 @@
 """
 Token files, and the order in which training reads them.
 
-A dataset is a folder with train.bin and val.bin, raw little-endian uint16 token ids and nothing else, and
-for character data meta.pkl, a dict with vocab_size, stoi and itos. This is nanoGPT's format. train_mask.bin
-and val_mask.bin, where they are, hold a byte a token: 0 where a token is read but not to be predicted.
+A dataset is a folder with train.bin and val.bin (raw little-endian uint16 token ids, nothing else) and, for
+character data, meta.pkl (a dict with vocab_size, stoi and itos). This is nanoGPT's format. train_mask.bin
+and val_mask.bin, if present, hold one byte per token: 0 for a token that is read but is not a target.
 
-A window is block_size tokens to read and the token after each to predict. An epoch cuts the split into
-windows from a random offset, round the end of the file and on from its beginning, and shuffles them, so
-that every token is a target once an epoch. Both are drawn from (seed, epoch), and iteration i takes
-windows [i*S, (i+1)*S) of the endless row of epochs: what an iteration trains on follows from (seed, i).
+A window is block_size tokens to read and, as targets, the token after each. An epoch cuts the split into
+windows, starting at a random offset and wrapping around the end of the file, and shuffles them: every token
+is a target once per epoch. Offset and order are drawn from (seed, epoch), and iteration i takes windows
+[i*S, (i+1)*S) of the endless series of epochs, so (seed, i) determines what an iteration trains on.
 """
 import difflib
 import functools
@@ -31,14 +31,14 @@ class Split:
     def __init__(self, folder: str, name: str, block_size: int, vocab_size: int, seed: int = 0):
         self.path = os.path.join(folder, f'{name}.bin')
         self.tokens = open_tokens(self.path, block_size)
-        self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, block_size + 1) # each, as a view
+        self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, block_size + 1) # a view of each
         self.mask = open_mask(os.path.join(folder, f'{name}_mask.bin'), len(self.tokens))
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
         self.n_tokens = len(self.tokens)
-        self.epoch_order = functools.lru_cache(maxsize=2)(epoch_order) # the split's own
-        self.targets = self.n_tokens - 1 # every token but the first has one before it
-        self.windows = -(-self.targets // block_size) # an epoch; the last may be short
-        self.check_ids(self.tokens[:2**28]) # tells within a second; `batch` checks what lies beyond
+        self.epoch_order = functools.lru_cache(maxsize=2)(epoch_order) # a cache per split
+        self.targets = self.n_tokens - 1 # all tokens but the first, which has none before it
+        self.windows = -(-self.targets // block_size) # per epoch; the last may be short
+        self.check_ids(self.tokens[:2**28]) # takes less than a second; `batch` checks the rest
 
     def check_ids(self, ids) -> None:
         if ids.max() >= self.vocab_size:
@@ -46,11 +46,11 @@ class Split:
                              f"{self.vocab_size} ids; prepare the data with this model's tokenizer")
 
     def training_windows(self, iter_num: int, sequences: int) -> np.ndarray:
-        """ the windows of an iteration: (sequences, 2), each a start and how many of its targets count """
+        """ the windows of an iteration, (sequences, 2): each a start and how many of its targets count """
         return self.nth(np.arange(iter_num * sequences, (iter_num + 1) * sequences))
 
     def nth(self, number: np.ndarray) -> np.ndarray:
-        """ the windows (n, 2) of these places in the endless row of epochs """
+        """ the windows (n, 2) at these positions in the endless series of epochs """
         out = np.empty((len(number), 2), np.int64)
         for epoch in np.unique(number // self.windows):
             offset, order = self.epoch_order(self.seed, int(epoch), self.targets, self.windows)
@@ -64,8 +64,8 @@ class Split:
         return self.cut(np.arange(n) * self.windows // n)
 
     def evaluation_parts(self, limit: int):
-        """ (weight, windows, how many of their targets count) of each part, whose mean loss is weighed """
-        for most in (limit, self.windows): # all of them where none of so few counts
+        """ yield (weight of the part's mean loss, windows, how many of their targets count) for each part """
+        for most in (limit, self.windows): # use all windows if no target of the few counts
             windows = self.evaluation_windows(most)
             n = self.count(windows)
             if n:
@@ -76,7 +76,7 @@ class Split:
         yield 1.0, windows, n
 
     def mark(self) -> str:
-        """ what is another for other data: how many tokens there are, a checksum of the first and last """
+        """ a fingerprint of the data: the number of tokens, and a checksum of the first and last ones """
         arrays = [array for array in (self.tokens, self.mask) if array is not None]
         ends = [end for array in arrays for end in (array[:2**20], array[-2**20:])]
         return f'{self.n_tokens}:{zlib.crc32(np.concatenate(ends)):08x}'
@@ -85,18 +85,18 @@ class Split:
         return f"{windows / self.windows:.1f} epochs"
 
     def cut(self, index: np.ndarray, offset: int = 0) -> np.ndarray:
-        """ the start of window `index`, and its length, which is short of block_size only for the last """
+        """ the windows `index` as (n, 2) starts and lengths; only the last can be shorter than block_size """
         start = index * self.block_size
         length = np.minimum(self.block_size, self.targets - start)
         return np.stack([(start + offset) % self.targets, length], axis=1)
 
     def batches(self, windows: np.ndarray, size: int):
-        """ the windows, `size` at a time; the last are filled up with windows of which no target counts """
+        """ yield the windows, `size` at a time; the last batch is padded with windows without targets """
         filled = np.concatenate([windows, np.zeros((-len(windows) % size, 2), windows.dtype)])
         yield from filled.reshape(-1, size, 2)
 
     def read(self, tokens: np.ndarray, start: int) -> np.ndarray:
-        """ block_size of the tokens from `start`, over the end of the split and on from its beginning """
+        """ block_size of the tokens from `start`, wrapping around the end of the split """
         if start + self.block_size <= self.targets:
             return tokens[start:start + self.block_size]
         return tokens[np.arange(start, start + self.block_size) % self.targets]
@@ -107,7 +107,7 @@ class Split:
         ids = self.rows[np.minimum(starts, last)]
         self.check_ids(ids)
         x, y = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
-        for row in np.flatnonzero(starts > last): # over the end, of tokens that are checked
+        for row in np.flatnonzero(starts > last): # these wrap around, over tokens already checked
             x[row], y[row] = self.read(self.tokens, starts[row]), self.read(self.tokens[1:], starts[row])
         for row in np.flatnonzero(windows[:, 1] < self.block_size):
             y[row, windows[row, 1]:] = -1
@@ -124,9 +124,9 @@ class Split:
                        for start, n in windows.tolist()))
 
 class Mix(Split):
-    """ several splits read as one, in shares by weight: of every ROUND windows each gives its fixed number,
-    in an order drawn from (seed, round). A window's start counts on from split to split. What is not here of
-    Split's is theirs alone, but for training_windows and batches. """
+    """ several splits read as one, in proportion to their weights: of every ROUND windows each split gives a
+    fixed number, in an order drawn from (seed, round). A window's start counts on from split to split. Of the
+    methods not defined here, only training_windows and batches apply to a Mix. """
     ROUND = 1000
 
     def __init__(self, splits: list[Split], weights: list[float], seed: int):
@@ -135,7 +135,7 @@ class Mix(Split):
         self.windows, self.n_tokens = sum(s.windows for s in splits), sum(s.n_tokens for s in splits)
         self.bases = np.cumsum([0] + [s.n_tokens for s in splits])[:-1]
         ends = np.round(np.cumsum(self.weights) * self.ROUND).astype(int)
-        self.source = np.repeat(np.arange(len(splits)), np.diff(ends, prepend=0)) # of a round's windows
+        self.source = np.repeat(np.arange(len(splits)), np.diff(ends, prepend=0)) # of each window in a round
         if len(set(self.source)) < len(splits):
             raise ValueError(f"one of the weights {', '.join(f'{w:.2g}' for w in self.weights)} is less than "
                              f"a window in {self.ROUND}; type --dataset with more even ones")
@@ -146,7 +146,7 @@ class Mix(Split):
             order = np.random.default_rng([self.seed, int(turn)]).permutation(self.source)
             here = np.flatnonzero(number // self.ROUND == turn)
             for k, split in enumerate(self.splits):
-                before = np.cumsum(order == k) - 1 # of k's windows in this round
+                before = np.cumsum(order == k) - 1 # k's windows so far in this round
                 mine = here[order[number[here] % self.ROUND] == k]
                 earlier = turn * (self.source == k).sum()
                 out[mine] = split.nth(earlier + before[number[mine] % self.ROUND]) + [self.bases[k], 0]
@@ -168,7 +168,7 @@ class Mix(Split):
                          for split, share in zip(self.splits, shares))
 
     def by_split(self, windows):
-        """ (split, its rows of windows, these windows) of each split that has some """
+        """ yield (split, its rows in `windows`, those windows with its own starts) per split with any """
         owner = np.searchsorted(self.bases, windows[:, 0], side='right') - 1
         for k in np.unique(owner):
             rows = np.flatnonzero(owner == k)
@@ -184,7 +184,7 @@ class Mix(Split):
         return sum(split.count(its) for split, _, its in self.by_split(windows))
 
 def epoch_order(seed: int, epoch: int, targets: int, windows: int) -> tuple[int, np.ndarray]:
-    """ where an epoch's first window starts, and the order in which its windows come """
+    """ where an epoch's first window starts, and the order of its windows """
     rng = np.random.default_rng([seed, epoch])
     return int(rng.integers(targets)), rng.permutation(windows)
 
@@ -194,7 +194,7 @@ def find_dataset(dataset: str) -> str:
     return dataset if is_path else os.path.join(DATA, dataset)
 
 def find_datasets(dataset: str) -> dict[str, float]:
-    """ {folder: weight} of what the option names: 'novel', or 'novel:0.7,letters:0.3'; else ValueError """
+    """ {folder: weight} for 'novel' or 'novel:0.7,letters:0.3'; raises ValueError for anything else """
     folders = {}
     for part in dataset.split(','):
         name, weight = re.fullmatch(r'\s*(.*?)(?::([0-9.eE+-]+))?\s*', part, re.DOTALL).groups()
@@ -210,12 +210,12 @@ def find_datasets(dataset: str) -> dict[str, float]:
     return folders
 
 def open_split(folders: dict[str, float], *args, seed: int = 0) -> Split:
-    """ a split of a dataset, or of a mixture of them; args are Split's, after its folder """
+    """ a split of a dataset or of a mixture; args are Split's, after its folder """
     splits = [Split(folder, *args, seed) for folder in folders]
     return splits[0] if len(splits) == 1 else Mix(splits, list(folders.values()), seed)
 
 def open_tokens(path: str, block_size: int) -> np.ndarray:
-    """ the file as an array of uint16, mapped, not read; raises OSError or ValueError for no split """
+    """ the file as a memory-mapped uint16 array; raises OSError or ValueError if it is not a usable split """
     folder = shorten(os.path.dirname(path))
     if not os.path.isfile(path):
         made, scripts = ({os.path.basename(os.path.dirname(found)) for found in
@@ -238,10 +238,10 @@ def open_tokens(path: str, block_size: int) -> np.ndarray:
         least = min(map(os.path.getsize, filter(os.path.exists, both)))
         raise ValueError(f"{shorten(path)} has {size // 2} tokens, too few for block_size = {block_size}; "
                          f"type --block_size={max(1, least // 4)}, or add text")
-    return np.asarray(np.memmap(path, dtype='<u2', mode='r')) # a plain array of it is sliced faster
+    return np.asarray(np.memmap(path, dtype='<u2', mode='r')) # a plain array slices faster than a memmap
 
 def open_mask(path: str, n_tokens: int) -> np.ndarray | None:
-    """ which tokens are to be predicted, a byte a token, None for all; raises ValueError for another size """
+    """ which tokens are targets, one byte per token; None for all; raises ValueError for a wrong size """
     if not os.path.exists(path):
         return None
     if os.path.getsize(path) != n_tokens:
@@ -255,12 +255,12 @@ def shorten(path: str) -> str:
     return path if relative.startswith('..') else relative
 
 class PlainUnpickler(pickle.Unpickler):
-    """ reads dicts, lists, numbers and text, and refuses all that could run code """
+    """ reads dicts, lists, numbers and text, and refuses anything that could run code """
     def find_class(self, module, name):
         raise ValueError(f"it names {module}.{name}, and could run code")
 
 def read_tokenizer_state(folder: str) -> dict:
-    """ what a dataset is encoded with: GPT-2's BPE, or meta.pkl's characters; raises ValueError for less """
+    """ a dataset's tokenizer state: GPT-2's BPE or meta.pkl's characters; ValueError for a bad meta.pkl """
     path = os.path.join(folder, 'meta.pkl')
     if not os.path.exists(path):
         return {'name': 'gpt2'}
@@ -276,7 +276,7 @@ def read_tokenizer_state(folder: str) -> dict:
                          "and itos; prepare the dataset again") from None
 
 def read_shared_state(folders) -> dict:
-    """ what the datasets of a mixture are all encoded with; raises ValueError where they differ """
+    """ the tokenizer state that all datasets of a mixture share; raises ValueError if they differ """
     states = [read_tokenizer_state(folder) for folder in folders]
     names = [shorten(folder) for folder in folders]
     for name, state in zip(names, states):
@@ -287,14 +287,14 @@ def read_shared_state(folders) -> dict:
     return states[0]
 
 def tell_assumed(folders) -> str:
-    """ a line for what is worked out without data: how many ids are assumed where a dataset is not there """
+    """ a line about the vocabulary size that is assumed if a dataset is missing; '' if none is """
     absent = [path for path in (os.path.join(folder, 'train.bin') for folder in folders)
               if not os.path.exists(path)]
     assumed = "a vocabulary of GPT-2's 50,257 ids is assumed"
     return f"there is no {shorten(absent[0])}; {assumed}\n" if absent else ''
 
 def read_template(folders) -> str | None:
-    """ how the datasets put an instruction to the model, if one does; raises ValueError for no template """
+    """ the instruction template of the first dataset that has one, or None; raises ValueError if invalid """
     for folder in folders:
         path = os.path.join(folder, 'template.txt')
         if os.path.exists(path):
@@ -305,7 +305,7 @@ def read_template(folders) -> str | None:
     return None
 
 def read_text(path: str) -> str:
-    """ a text in UTF-8, its line ends made \\n, as by open, without a byte order mark; raises ValueError """
+    """ a UTF-8 text, line ends as \\n like open, no byte order mark; raises ValueError if not UTF-8 """
     with open(path, 'rb') as file:
         data = file.read()
     try:
@@ -314,7 +314,7 @@ def read_text(path: str) -> str:
         raise bad_utf8(path, error) from None
 
 def bad_utf8(path: str, error: UnicodeDecodeError, before: int = 0) -> ValueError:
-    """ the error for a file that is not UTF-8, found in what follows its `before` first bytes """
+    """ the error for a file that is not UTF-8, found in the bytes after the first `before` ones """
     byte = before + error.start
     wide = byte == 0 and error.object[:2] in (b'\xff\xfe', b'\xfe\xff')
     kind = 'utf-16 -t utf-8, since it is UTF-16' if wide else 'latin1 -t utf-8, if it is Latin-1'

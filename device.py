@@ -1,5 +1,5 @@
 """
-The machine: which device and number format a run uses, whether it compiles its model, the signals it gets.
+The machine: the device and the dtype that a run uses, whether it compiles its model, the signals it gets.
 
 Each choice is an option that may be 'auto'.
 """
@@ -17,17 +17,17 @@ import torch
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
-CONTEXT = int(0.6 * 2**30) # what CUDA and its libraries take of a card; 0.5 to 0.8 GiB on most
+CONTEXT = int(0.6 * 2**30) # bytes that CUDA and its libraries take of a card; 0.5 to 0.8 GiB on most
 FILL = 0.95 # the share of a card's memory that tensors can fill; its allocator loses some to gaps
-FILL_RAM = 0.75 # that of RAM, where gaps are larger, and who takes too much is killed without a word
+FILL_RAM = 0.75 # the same for RAM, where gaps are larger and a process that takes too much is killed silently
 
-# peak FLOP/s of dense bf16 or fp16 matrix products that add up in fp32, from NVIDIA's data sheets
+# peak FLOP/s of dense bf16 or fp16 matrix products with fp32 accumulation, from NVIDIA's data sheets
 PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12,
               'L40S': 362e12, 'L4': 121e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12,
               'T4': 65e12}
 
 def pick_device(device: str = 'auto') -> str:
-    """ the fastest device there is, or the one named; raises ValueError where that is not there """
+    """ the fastest device available, or the one named; raises ValueError if that is not available """
     there = [f'cuda:{i}' for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     there += ['mps'] if torch.backends.mps.is_available() else []
     there += ['cpu']
@@ -36,13 +36,13 @@ def pick_device(device: str = 'auto') -> str:
     if device not in there and not (device == 'cuda' and 'cuda:0' in there):
         raise ValueError(f"there is no device {device!r} here; type --device=NAME with one of: auto, "
                          f"{', '.join(there)}")
-    if device.startswith('cuda:'): # or what names none, as pinning does, would take room on the first
+    if device.startswith('cuda:'): # else calls that name no GPU, such as pinning, take memory on the first
         torch.cuda.set_device(device)
     return device
 
 def pick_dtype(dtype: str, device: str) -> str:
-    """ the format of matrix products: bfloat16 where the hardware computes it, else float16 on CUDA, or the
-    one named; raises ValueError for an unknown one """
+    """ the dtype of matrix products: the one named or, for 'auto', bfloat16 if the hardware computes it, else
+    float16 on CUDA and float32 elsewhere; raises ValueError for an unknown name """
     if dtype != 'auto':
         if dtype not in DTYPES:
             raise ValueError(f"there is no dtype {dtype!r}; type --dtype=NAME with one of: auto, "
@@ -66,36 +66,36 @@ def autocast(device: str, dtype: str, cache: bool = False):
 def fetch(x, y, device: str):
     """ inputs and targets, numpy arrays (B, T), as tensors on the device """
     x, y = torch.from_numpy(x), torch.from_numpy(y)
-    pinned = device.startswith('cuda') # and copied while the GPU computes
-    if pinned: # what is not, MPS may read after it is gone
+    pinned = device.startswith('cuda') # pinned memory is copied while the GPU computes
+    if pinned: # other memory is copied before going on, since MPS may read it after it is freed
         x, y = x.pin_memory(), y.pin_memory()
     return x.to(device, non_blocking=pinned), y.to(device, non_blocking=pinned)
 
 def compile_model(modules, choice, device: str, trial) -> bool:
-    """ compile modules in place where `choice` (True, False or 'auto': on CUDA) says so, and tell if they are
+    """ compile modules in place if `choice` (True, False or 'auto': on CUDA) says so; return whether it did
 
-    `trial()` calls them at once, so that a machine without a compiler costs one warning; it may run out of
-    memory, which is raised. Raises ValueError for another choice.
+    `trial()` runs them at once, so that a machine without a compiler costs one warning; if it runs out of
+    memory, that error is raised. Raises ValueError for another choice.
     """
     if choice not in ('auto', True, False):
         raise ValueError(f"compile is {choice!r}; type --compile=auto, True or False")
     pays = device.startswith('cuda') and importlib.util.find_spec('triton')
     if not choice or choice == 'auto' and not pays:
         return False
-    # one code serves all blocks: frozen and not, training and not, of several batch sizes
+    # all blocks share one code object: frozen or not, training or not, of several batch sizes
     torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.optimize_ddp = False # which splits a whole model; blocks are small enough
-    # or it would say, in four lines, that a block in a checkpoint must change nothing in place
+    torch._dynamo.config.optimize_ddp = False # it splits a whole model; blocks are small enough
+    # or it would warn, in four lines, that a block in a checkpoint must not change anything in place
     logging.getLogger('torch._higher_order_ops.wrap').setLevel(logging.ERROR)
     for module in modules:
         module.compile()
     try:
         trial()
-    except Exception as error: # whatever a compiler's absence or fault raises
+    except Exception as error: # a missing or broken compiler may raise anything
         if is_out_of_memory(error):
             raise
         told = str(error).strip() or type(error).__name__
-        reason = re.sub(r'^backend=.* raised:\s*', '', told).splitlines()[0][:150] # whose words say no more
+        reason = re.sub(r'^backend=.* raised:\s*', '', told).splitlines()[0][:150] # the rest says no more
         if os.environ.get('LOCAL_RANK', '0') == '0':
             print(f"warning: torch.compile does not work here ({reason}); going on without it",
                   file=sys.stderr)
@@ -104,7 +104,7 @@ def compile_model(modules, choice, device: str, trial) -> bool:
     return True
 
 def peak_flops(device: str, dtype: str) -> float | None:
-    """ the device's peak FLOP/s in bfloat16 or float16, or None where it is unknown """
+    """ the device's peak FLOP/s in bfloat16 or float16, or None if it is unknown """
     if not device.startswith('cuda'):
         return None
     name = torch.cuda.get_device_name(device)
@@ -113,10 +113,10 @@ def peak_flops(device: str, dtype: str) -> float | None:
     return next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf'\b{key}\b', name)), None)
 
 class Signals:
-    """ what signals ask of a run: an end (`end`, the number of SIGINT, SIGTERM or SIGHUP, or 0), or a
-    checkpoint (`save`, by SIGUSR1); a second Ctrl-C leaves at once
+    """ what signals ask of a run: to stop (`end`, the number of SIGINT, SIGTERM or SIGHUP, or 0), or to save
+    a checkpoint (`save`, by SIGUSR1); a second Ctrl-C exits at once
 
-    Where there is one node, the loss of its torchrun is an end, too: nobody else would end its processes.
+    On a single node, a run also stops when its torchrun is gone: nothing else would end its processes.
     """
 
     def __init__(self, say):
@@ -126,16 +126,16 @@ class Signals:
             signal.signal(signal.SIGUSR1, self.take_save)
 
     def listen(self):
-        """ from now on an end waits until it is asked for; before, there is nothing to save """
+        """ from now on, signals set `end` instead of ending the process; before, there is nothing to save """
         if 'TORCHELASTIC_RUN_ID' in os.environ and os.environ.get('GROUP_WORLD_SIZE', '1') == '1':
             self.launcher = os.getppid()
         signal.signal(signal.SIGINT, self.take_end)
         signal.signal(signal.SIGTERM, self.take_end)
-        if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN: # as nohup has it
-            signal.signal(signal.SIGHUP, self.take_end) # a terminal that is gone
+        if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN: # as under nohup
+            signal.signal(signal.SIGHUP, self.take_end) # the terminal is gone
 
     def asked(self) -> list[float]:
-        """ [an end, a checkpoint], each 0 or 1 """
+        """ [whether to stop, whether to save], each 0 or 1 """
         if self.launcher and os.getppid() != self.launcher:
             self.take_end(signal.SIGTERM, None)
         return [float(self.end > 0), float(self.save)]
@@ -149,14 +149,14 @@ class Signals:
             self.end, self.time = number, time.time()
             self.say(f"stopping{'' if 'RANK' in os.environ else '; a second Ctrl-C leaves at once'}")
         elif number == signal.SIGINT and (time.time() > self.time + 1 or 'RANK' not in os.environ):
-            # torchrun passes on a signal that this process got as well: at once, it is the same one
+            # torchrun passes on a signal that this process got as well: within a second, it is the same one
             os._exit(130)
 
     def take_save(self, number, frame):
         self.save = True
 
 def describe_machine(device: str) -> str:
-    """ processor or GPU, operating system and torch, in a line """
+    """ processor or GPU, operating system, Python and torch, in a line """
     name = f'{os.cpu_count()} CPUs'
     if device.startswith('cuda'):
         name = torch.cuda.get_device_name(device)
@@ -177,17 +177,17 @@ def free_memory(device: str) -> int:
             free = next(int(line.split()[1]) * 1024 for line in file if line.startswith('MemAvailable'))
         try: # a container may have less
             with (open('/sys/fs/cgroup/memory.max') as most, open('/sys/fs/cgroup/memory.current') as used,
-                  open('/sys/fs/cgroup/memory.stat') as stat): # files that it only caches are free
+                  open('/sys/fs/cgroup/memory.stat') as stat): # what only caches files is free
                 cached = sum(int(line.split()[1]) for line in stat if line.startswith('inactive_file '))
                 free = min(free, int(most.read()) - int(used.read()) + cached)
-        except (OSError, ValueError): # there is none, or its limit is the word max
+        except (OSError, ValueError): # no such files, or the limit is the word max
             pass
         return free // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     return 8 * 2**30 # unknown: what a small laptop has
 
 def memory_to_fill(device: str, memory_gb: float, elsewhere: bool = False) -> float:
-    """ the bytes that a run may fill with tensors: of what is free, and of memory_gb GiB, if given, which
-    this process is then limited to on a GPU as if that were all of it; or of a card elsewhere """
+    """ the bytes that a run may fill with tensors: of the free memory and, if given, of memory_gb GiB, to
+    which this process is then limited on a GPU; if `elsewhere`, of a card of that size """
     size = memory_gb * 2**30 - CONTEXT
     if elsewhere:
         return FILL * size
@@ -198,7 +198,7 @@ def memory_to_fill(device: str, memory_gb: float, elsewhere: bool = False) -> fl
     return (FILL_RAM if device == 'cpu' else FILL) * free
 
 def limit_memory(device: str, size: float) -> None:
-    """ let this process have no more than `size` bytes of a GPU, as if it were a smaller one """
+    """ limit this process to `size` bytes of a GPU, as if it were a smaller one """
     if device.startswith('cuda'):
         fraction = size / torch.cuda.get_device_properties(device).total_memory
         index = torch.device(device).index # None for the current one; 'cuda' alone is refused
@@ -210,7 +210,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 def memory_mb(device: str) -> float:
-    """ the most memory this process held so far, in MiB: the device's, or resident memory on a CPU """
+    """ the most memory this process has held so far, in MiB: the device's, or resident memory on a CPU """
     if device.startswith('cuda'):
         return torch.cuda.max_memory_reserved(device) / 2**20
     if device == 'mps':

@@ -1,13 +1,13 @@
 """
-Where text comes from: files, folders, pipes, rows of .jsonl, .json, .csv, datasets of the Hugging Face hub.
+Reads text from files, folders, pipes, rows of .jsonl, .json and .csv, and Hugging Face datasets.
 
 >>> for place, blocks in Documents('texts'): # a folder
 ...     print(place, ''.join(blocks)[:20])
 texts/a.txt First Citizen: Befor
 texts/b.jsonl, line 1 Once upon a time
 
-A document is its place, for messages, and an iterator of blocks of text, to be used up before the next one.
-Files are in UTF-8 and read a block or a line at a time, so their size does not matter, but for .json.
+A document is its place, for messages, and an iterator of text blocks, to be exhausted before the next one.
+Files are UTF-8 and are read a block or a line at a time, so their size does not matter, except for .json.
 """
 import codecs
 import csv
@@ -21,15 +21,15 @@ import sys
 
 from dataset import bad_utf8, read_text, shorten
 
-TEXT_ROW = '{"text": "..."}' # what a row looks like, for messages
+TEXT_ROW = '{"text": "..."}' # an example row, for messages
 BLOCK = 2**20 # bytes or characters at a time
 csv.field_size_limit(2**31 - 1) # Python's own limit is 128 KiB
 
 class Documents:
-    """ the documents of an input, less the blank ones; `count` and `characters` tell what was read so far
+    """ the documents of an input, except blank ones; `count` and `characters` tell what was read so far
 
-    `name` is the path of a file or a folder, or - for a pipe, or the id of a dataset of the hub, whose split
-    train is read. Rows have their text in text_field.
+    `name` is the path of a file or folder, - for a pipe, or the id of a hub dataset, whose train split is
+    read. Rows have their text in the field text_field.
     """
 
     def __init__(self, name: str, text_field: str = 'text', subset: str = ''):
@@ -43,7 +43,7 @@ class Documents:
 
     def __iter__(self):
         from tqdm import tqdm
-        size = sum(map(os.path.getsize, self.paths)) or None # pipes and the hub do not tell
+        size = sum(map(os.path.getsize, self.paths)) or None # unknown for pipes and the hub
         with tqdm(total=size, unit='B', unit_scale=True, delay=1) as progress:
             for place, blocks in self.read(progress.update):
                 blocks = iter(blocks)
@@ -55,13 +55,13 @@ class Documents:
             raise ValueError(f"there is no text in {self.name}; expected more than white space")
 
     def counted(self, blocks):
-        """ the same blocks, their characters counted """
+        """ yield the same blocks, counting their characters """
         for block in blocks:
             self.characters += len(block)
             yield block
 
     def read(self, progress):
-        """ all documents; `progress` is called with the number of bytes at each step """
+        """ yield all documents; `progress` is called with the number of bytes read at each step """
         if self.name == '-':
             yield 'the pipe', self.plain(read_blocks(sys.stdin.buffer, 'the pipe', progress), 'the pipe')
         elif not self.paths:
@@ -76,7 +76,7 @@ class Documents:
                     yield shorten(path), self.plain(read_blocks(file, path, progress), shorten(path))
 
     def plain(self, blocks, place):
-        """ the same blocks, with a warning where they begin with a row rather than with text """
+        """ yield the same blocks, with a warning if they begin with a JSON row rather than with text """
         for block in itertools.islice(blocks, 1):
             if self.text_field in first_object(block):
                 print(f"warning: {place} begins with a JSON object that has {self.text_field!r}, but is read "
@@ -86,7 +86,7 @@ class Documents:
         yield from blocks
 
     def text_of(self, row):
-        """ the document of a row, (place, dict); raises ValueError where it has no such text """
+        """ the document of a row, (place, dict); raises ValueError if it has no text in text_field """
         place, fields = row
         text = fields.get(self.text_field)
         if self.text_field not in fields:
@@ -97,7 +97,7 @@ class Documents:
         return place, (replace_surrogates(text[i:i + BLOCK]) for i in range(0, len(text), BLOCK))
 
 def next_text(blocks) -> list[str]:
-    """ the next blocks up to the first that is not blank; none, if all are """
+    """ the next blocks, up to and including the first that is not blank; [] if all are blank """
     head = []
     for block in blocks:
         head.append(block)
@@ -106,7 +106,7 @@ def next_text(blocks) -> list[str]:
     return []
 
 def replace_surrogates(text: str) -> str:
-    """ halves of surrogate pairs, which JSON can hold and UTF-8 cannot, as U+FFFD, as tiktoken has it """
+    """ replace lone surrogates, which JSON can hold but UTF-8 cannot, by U+FFFD, as tiktoken does """
     try:
         text.encode()
         return text
@@ -114,19 +114,19 @@ def replace_surrogates(text: str) -> str:
         return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
 def find_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
-    """ the file itself, or the files in a folder and below it that end so and are not hidden, in the order of
-    their names; raises OSError where that is not there or cannot be read, ValueError where there are none """
+    """ the file itself, or the non-hidden files with these suffixes anywhere in the folder, sorted by path;
+    raises OSError if `path` is missing or cannot be read, ValueError if there are no such files """
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no {path}; type --input=PATH of a file or of a folder of them")
     if not os.path.isdir(path):
         return [path]
     paths, seen = [], set()
     for folder, folders, files in os.walk(path, onerror=stop, followlinks=True):
-        if os.path.realpath(folder) in seen: # a link in a circle
+        if os.path.realpath(folder) in seen: # a loop of symbolic links
             folders.clear()
             continue
         seen.add(os.path.realpath(folder))
-        folders[:] = [name for name in folders if name[0] != '.'] # what is hidden is no text of the user's
+        folders[:] = [name for name in folders if name[0] != '.'] # hidden folders hold no text of the user's
         folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name)) # links come last
         paths += [os.path.join(folder, file) for file in files if file.lower().endswith(suffixes)
                   and file[0] != '.']
@@ -137,10 +137,10 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
     return paths
 
 def stop(error):
-    raise error # or os.walk would leave out what it cannot read
+    raise error # otherwise os.walk skips what it cannot read
 
 def check_hub_id(name: str) -> None:
-    """ raise FileNotFoundError for what is neither a path nor can be read from the hub """
+    """ raise FileNotFoundError for a name that is not a path and cannot be read from the hub """
     is_file = name.endswith(('.txt', '.md', '.jsonl', '.json', '.csv'))
     is_id = not is_file and re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', name)
     if not is_id or importlib.util.find_spec('datasets') is None:
@@ -152,13 +152,13 @@ def check_hub_id(name: str) -> None:
 # kinds of files
 
 def read_blocks(file, name: str, progress=lambda n: None):
-    """ the text of an open binary file, in blocks, its line ends made \\n; raises ValueError where it is not
+    """ yield the text of an open binary file in blocks, with \\n as line ends; raises ValueError if it is not
     UTF-8 """
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder('utf-8')(), translate=True)
     n_read, first = 0, True
     while True:
         data = file.read(BLOCK)
-        begin = n_read - len(decoder.getstate()[0]) # of what is decoded now: a character may be half read
+        begin = n_read - len(decoder.getstate()[0]) # where this decode starts: a character may be half read
         n_read += len(data)
         try:
             text = decoder.decode(data, final=not data)
@@ -172,8 +172,8 @@ def read_blocks(file, name: str, progress=lambda n: None):
             return
 
 def read_lines(path: str, progress=lambda n: None):
-    """ the lines of a file, with their ends """
-    begin = 0 # of a line, in bytes
+    """ yield the lines of a file, with their line ends """
+    begin = 0 # byte offset of the line
     with open(path, 'rb') as file:
         while lines := file.readlines(BLOCK):
             for line in lines:
@@ -186,8 +186,8 @@ def read_lines(path: str, progress=lambda n: None):
             progress(sum(map(len, lines)))
 
 def json_rows(path: str, progress=lambda n: None, example: str = TEXT_ROW):
-    """ the place and the dict of a .jsonl file's lines, less empty ones; raises ValueError for others, and
-    tells an `example` of a row """
+    """ yield (place, dict) for each non-blank line of a .jsonl file; raises ValueError, showing `example`, if
+    a line is not a JSON object """
     name = shorten(path)
     for number, line in enumerate(read_lines(path, progress), 1):
         place = f'{name}, line {number}'
@@ -203,14 +203,14 @@ def json_rows(path: str, progress=lambda n: None, example: str = TEXT_ROW):
         yield place, row
 
 def is_list(path: str) -> bool:
-    """ whether a file of JSON is one list, and not a value a line, as a pipe is """
+    """ whether a JSON file is one list rather than one value per line, which a pipe is taken to be """
     if not os.path.isfile(path):
         return False
     with open(path, 'rb') as file:
         return file.read(BLOCK).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b'[')
 
 def json_items(path: str, progress=lambda n: None, example: str = TEXT_ROW):
-    """ the place and the dict of each item of a .json file, one list of objects, which memory holds whole """
+    """ yield (place, dict) for each item of a .json file, one list of objects, which is loaded whole """
     name = shorten(path)
     plain = ", or to end in .txt to take it as plain text" if example == TEXT_ROW else ""
     try:
@@ -228,7 +228,7 @@ def json_items(path: str, progress=lambda n: None, example: str = TEXT_ROW):
     progress(os.path.getsize(path))
 
 def first_object(text: str) -> dict:
-    """ the JSON object that a text, or a list in it, begins with; {} where there is none """
+    """ the JSON object that a text, or a list at its start, begins with; {} if there is none """
     try:
         value, _ = json.JSONDecoder().raw_decode(text.lstrip().removeprefix('[').lstrip())
     except (ValueError, RecursionError):
@@ -236,15 +236,15 @@ def first_object(text: str) -> dict:
     return value if isinstance(value, dict) else {}
 
 def csv_rows(path: str, progress=lambda n: None):
-    """ the place and the fields, as a dict, of each row of a .csv file under its header
+    """ yield (place, dict of fields) for each row of a .csv file below its header
 
-    Fields are separated by what the header has most of: commas, semicolons (Excel's in much of Europe), tabs.
+    The separator is the most frequent in the header: comma, semicolon (Excel's in much of Europe) or tab.
     """
     lines = (line.replace('\r\n', '\n') for line in read_lines(path, progress)) # also within "quotes"
     first = next(lines, '')
-    bare = re.sub(r'(^|[,;\t])"(?:[^"]|"")*"?', r'\1', first) # what is quoted separates nothing
+    bare = re.sub(r'(^|[,;\t])"(?:[^"]|"")*"?', r'\1', first) # quoted separators do not count
     reader = csv.reader(itertools.chain([first], lines), delimiter=max(',;\t', key=bare.count), strict=True)
-    name, header, begin = shorten(path), None, 1 # the line that a row begins in
+    name, header, begin = shorten(path), None, 1 # begin is the first line of a row
     try:
         for fields in reader:
             place, begin = f'{name}, line {begin}', reader.line_num + 1
@@ -258,13 +258,13 @@ def csv_rows(path: str, progress=lambda n: None):
         raise ValueError(f"{name}, line {begin} is not CSV ({error}); mend that row") from None
 
 def hub_rows(name: str, subset: str, progress=lambda n: None):
-    """ the place and the dict of each row of a dataset's split train, fetched as it is read """
+    """ yield (place, dict) for each row of a hub dataset's train split, fetched as it is read """
     import datasets
     try:
         rows = datasets.load_dataset(name, subset or None, split='train', streaming=True)
         for number, row in enumerate(rows):
             yield f'{name}, row {number}', row
             progress(sum(len(value.encode()) for value in row.values() if isinstance(value, str)))
-    except Exception as error: # whatever the network, the hub and the files bring about
+    except Exception as error: # whatever the network, the hub and the files cause
         raise OSError(f"cannot read the dataset {name} ({type(error).__name__}: {error}); check its name, "
                       "--subset and the network") from None

@@ -1,8 +1,8 @@
 """
-Text of any size to a file of token ids, by as many processes as there are cores.
+Encodes text of any size into a file of token ids, with one process per core.
 
-The text goes out in jobs of about a million characters, no more than two a process under way, so memory does
-not grow with the text. GPT-2's ids are those of each document encoded as a whole, to the last token.
+The text is split into jobs of about a million characters, at most two per process at a time, so memory use
+does not grow with the text. GPT-2's ids are exactly those of each document encoded as a whole.
 """
 import collections
 import concurrent.futures
@@ -21,12 +21,12 @@ JOB = 2**20 # characters
 END = '<|endoftext|>'
 
 def write_tokens(path: str, documents, tokenizer, workers: int = 0, allow_special: bool = False) -> int:
-    """ write GPT-2's ids of all documents, each closed by end-of-text; return how many there are """
-    # a scheduler may give this process some of the machine's cores; Linux alone tells
+    """ write the GPT-2 ids of all documents, each ended by end-of-text; return how many there are """
+    # a scheduler may give this process only some of the machine's cores; only Linux can tell
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     workers = workers or cores
     jobs = cut_jobs(documents, tokenizer)
-    first = list(itertools.islice(jobs, 4)) # if that is all, processes would take longer to start
+    first = list(itertools.islice(jobs, 4)) # if that is all, starting processes takes longer
     alone = workers == 1 or len(first) < 4
     jobs = itertools.chain(first, jobs)
     results = ((encode_job(job, tokenizer, allow_special) for job in jobs) if alone else
@@ -37,7 +37,7 @@ def write_tokens(path: str, documents, tokenizer, workers: int = 0, allow_specia
         return file.tell() // 2
 
 def cut_jobs(documents, tokenizer):
-    """ lists of pieces of text, with None where a document ends, of JOB characters or a few more """
+    """ yield jobs: lists of pieces of text, None where a document ends, of JOB characters or a few more """
     job, size = [], 0
     for _, blocks in documents:
         for piece in itertools.chain(cut_text(blocks, tokenizer), [None]):
@@ -50,10 +50,10 @@ def cut_jobs(documents, tokenizer):
         yield job
 
 def cut_text(blocks, tokenizer):
-    """ blocks of one text in pieces whose ids, joined, are the whole text's: cut in front of white space,
-    and, in a block that has none, once where the kind of character changes """
+    """ cut the blocks of one text into pieces whose joined ids are those of the whole text: before white
+    space or, in a block that has none, once where the kind of character changes """
     def numbered():
-        """ (n, block), n counting the cuts before it that are not for tokenizer.pieces to find """
+        """ yield (n, block), where n counts the cuts so far that tokenizer.pieces would not find """
         n = 0
         for block in blocks:
             cut = 0 if tokenizer.boundary.search(block) else find_change(block)
@@ -65,38 +65,38 @@ def cut_text(blocks, tokenizer):
         yield from tokenizer.pieces(block for _, block in part)
 
 def find_change(text: str) -> int:
-    """ where letters, numbers and other characters first meet, 0 if nowhere: 'ab,c' -> 2
+    """ the first index where letters, numbers and other characters meet, or 0: 'ab,c' -> 2
 
-    None of GPT-2's words but a contraction ('s, 'll) goes over such a place, and none looks back over one or,
-    white space aside, ahead: so a cut there changes nothing.
+    Of GPT-2's words only contractions ('s, 'll) span such a place; none looks back across one, and only white
+    space looks ahead across one. So a cut there changes nothing.
     """
     kinds = map(kind, text)
     return next((i for i, (a, b) in enumerate(itertools.pairwise(kinds), 1) if a and b and a != b), 0)
 
 @functools.lru_cache(2**16)
 def kind(char: str) -> str:
-    """ letter, number or other, as GPT-2's words tell them apart; '' for one that no cut may be next to
+    """ letter, number or other, as GPT-2's words distinguish them; '' if no cut may be next to `char`
 
-    These are white space, an apostrophe, the bar of <|endoftext|>, and what Unicode has changed or added
-    since its version 3.2, where tiktoken's tables may be older or newer than Python's.
+    '' is for white space, the apostrophe, the bar of <|endoftext|>, and what Unicode has changed or added
+    since version 3.2, since tiktoken's tables may be older or newer than Python's.
     """
     now, then = unicodedata.category(char)[0], unicodedata.ucd_3_2_0.category(char)[0]
     kinds = [{'L': 'letter', 'N': 'number', 'Z': '', 'C': ''}.get(c, 'other') for c in (now, then)]
     return kinds[0] if kinds[0] == kinds[1] and char not in "'|" else ''
 
 def encode_job(job: list[str | None], tokenizer, allow_special: bool) -> bytes:
-    """ the ids of a job, as they stand in the file """
-    if allow_special or not any(END in piece for piece in job if piece): # then one call does it all
+    """ the ids of a job, as bytes for the file """
+    if allow_special or not any(END in piece for piece in job if piece): # one call does it all
         text = ''.join(END if piece is None else piece for piece in job)
         return tokenizer.encode_array(text, allow_special=True).astype('<u2').tobytes()
     ids = ([tokenizer.eot] if piece is None else tokenizer.encode(piece) for piece in job)
     return np.fromiter(itertools.chain.from_iterable(ids), '<u2').tobytes()
 
 def encode_in_processes(jobs, *settings):
-    """ what encode_job makes of the jobs with (tokenizer, allow_special, workers), in their order """
+    """ yield encode_job's result for each job, in order; settings are tokenizer, allow_special, workers """
     *settings, workers = settings
     waiting = collections.deque()
-    context = multiprocessing.get_context('spawn') # the same everywhere, and safe beside threads
+    context = multiprocessing.get_context('spawn') # the same on every platform, and safe with threads
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, settings)
     try:
         for job in jobs:
@@ -112,7 +112,7 @@ def encode_in_processes(jobs, *settings):
         pool.shutdown(cancel_futures=True)
 
 def submit(pool, job):
-    """ hand a job to the pool; a process that this starts inherits that Ctrl-C is not its business """
+    """ submit a job to the pool; a process that this starts inherits that Ctrl-C is ignored """
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return pool.submit(work, job)
@@ -120,14 +120,14 @@ def submit(pool, job):
         signal.signal(signal.SIGINT, handler)
 
 def start_worker(*settings) -> None:
-    """ what a process of the pool does first """
+    """ initialize a process of the pool """
     global _settings
     _settings = settings
-    signal.signal(signal.SIGINT, signal.SIG_IGN) # Windows does not pass it on
+    signal.signal(signal.SIGINT, signal.SIG_IGN) # not inherited on Windows
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 def leave_with_parent() -> None:
-    """ end this process when the one that started it is gone, even if that was killed """
+    """ end this process once its parent is gone, even if the parent was killed """
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -138,11 +138,11 @@ def work(job) -> bytes:
 # characters
 
 def write_characters(path: str, documents, known: list[str] | None = None) -> tuple[list[str], int]:
-    """ write which of the characters each one is, of all documents, each closed by a newline
+    """ write the character ids of all documents, each ended by a newline
 
-    Returns the characters, `known` or else the text's own, sorted, and how many ids there are.
+    Returns the vocabulary (`known`, or else the text's own characters, sorted) and the number of ids.
     """
-    write_code_points(path + '.codes', documents, known) # in `path`'s folder: 4 bytes a character
+    write_code_points(path + '.codes', documents, known) # next to `path`: 4 bytes per character
     seen = np.zeros(0x110000, bool)
     for codes in read_code_points(path + '.codes'):
         seen[codes] = True
@@ -158,7 +158,7 @@ def write_characters(path: str, documents, known: list[str] | None = None) -> tu
         return chars, file.tell() // 2
 
 def write_code_points(path: str, documents, known: list[str] | None) -> None:
-    """ write all characters as they come; raises ValueError for one that is not in `known`, if given """
+    """ write the code points of all characters; raises ValueError for one not in `known`, if given """
     allowed = np.full(0x110000, known is None)
     allowed[[ord(char) for char in known or []]] = True
     with open(path, 'wb') as file:
@@ -174,7 +174,7 @@ def write_code_points(path: str, documents, known: list[str] | None) -> None:
                 before += len(codes)
 
 def read_code_points(path: str):
-    """ what write_code_points wrote, a block at a time """
+    """ yield what write_code_points wrote, a block at a time """
     with open(path, 'rb') as file:
         while len(codes := np.fromfile(file, '<u4', JOB)):
             yield codes

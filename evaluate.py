@@ -1,5 +1,5 @@
 """
-Tells how good a model is, and its base beside it; docs/evaluation.md defines each figure:
+Measures how good a model is, next to its base; docs/evaluation.md defines each figure:
 
 $ python evaluate.py --out_dir=out-novel
 $ python evaluate.py --out_dir=out-novel --task=lambada --file=lambada_test.jsonl
@@ -8,23 +8,23 @@ $ python evaluate.py --out_dir=out-novel --task=lambada --file=lambada_test.json
 # options
 
 # which models
-init_from = 'resume' # resume (out_dir's), gpt2, gpt2-medium, -large, -xl, a hub id (or id@revision), a path
-out_dir = 'out' # a run's folder, whose ckpt.pt is read, or a checkpoint such as out/last.pt
-base = '' # a model to put beside it, such as gpt2 or out-first; '' for the one it was trained from; or none
+init_from = 'resume' # resume (from out_dir), gpt2, gpt2-medium, -large, -xl, a hub id or id@revision, a path
+out_dir = 'out' # a run's folder, to use its ckpt.pt, or a checkpoint such as out/last.pt
+base = '' # a model to compare with, such as gpt2 or out-first; '' for the one it was trained from; or none
 # on what
 task = 'perplexity' # perplexity, lambada or hellaswag
-dataset = '' # for perplexity: its name or path, '' for the one the model was trained on
+dataset = '' # for perplexity: a dataset's name or path; '' for the one the model was trained on
 split = 'val' # of the dataset: val or train
-file = '' # a text to take instead of a dataset; for lambada and hellaswag their .jsonl, as published
-limit = 0 # only the first so many tokens of a text, or items of a task; 0 for all
+file = '' # a text to use instead of a dataset; for lambada and hellaswag, their .jsonl as published
+limit = 0 # use only the first `limit` tokens of a text, or items of a task; 0 for all
 # how
-block_size = 0 # tokens that a model sees at once, 0 for as many as it can
-stride = 0 # tokens by which the window moves on, 0 for half of block_size; fewer take longer
-batch_size = 8 # windows at once
+block_size = 0 # tokens that the model sees at once; 0 for its maximum
+stride = 0 # tokens by which the window advances; 0 for half of block_size; smaller is slower
+batch_size = 8 # windows per forward pass
 json = False # print one line of JSON, with the score of every item, instead of the table
 # machine
 device = 'auto' # auto, cpu, cuda, cuda:1, mps
-dtype = 'auto' # auto, float32, bfloat16, float16; of all but the logits, which are in float32
+dtype = 'auto' # auto, float32, bfloat16, float16; the logits are always in float32
 
 from configurator import configure
 configure(globals(), at_least_1=('batch_size',))
@@ -63,14 +63,14 @@ content = read_text(file) if file else ''
 
 # -----------------------------------------------------------------------------
 # what is scored
-# An item is (line number, context, answers, which is right); a text is (ids, counts), arrays of one length,
-# counts above 0 where a token is scored, which the first never is.
+# An item is (line number, context, answers, index of the right answer). A text is (ids, counts), two arrays
+# of equal length, with counts above 0 where a token is scored; the first token never is.
 
 PUBLISHED = {'lambada': '{"text": "..."}, of two words or more',
              'hellaswag': '{"ctx": "...", "endings": ["...", "...", "...", "..."], "label": 0 to 3}'}
 
 def lambada(item):
-    """ the one answer is the last word, with the white space before it """
+    """ (context, answers, right index); the only answer is the last word, with the white space before it """
     words = re.findall(r'\s*\S+', item['text'])
     if len(words) < 2:
         raise ValueError("no two words")
@@ -98,7 +98,7 @@ def read_items(parse):
     return items
 
 def read_dataset(name, one):
-    """ the split of a dataset, or those of a mixture, as texts, and their names """
+    """ the split of a dataset, or of each dataset of a mixture, as texts; and their names """
     if not name:
         raise ValueError(f"{one.name} names no dataset; type --dataset=NAME, or --file=PATH of a text")
     folders, most = find_datasets(name), limit or None
@@ -120,7 +120,7 @@ def encode_file(one):
     return [(ids, np.broadcast_to(1, len(ids)))]
 
 def encode_items(one):
-    """ a text for each answer, after as much of its context as fits; and how many items do not fit whole """
+    """ a text per answer, preceded by as much of its context as fits; and how many items were cut """
     texts, cut = [], set()
     for n, context, answers, _ in items:
         for answer in answers:
@@ -154,7 +154,7 @@ def load(source):
                            trained_on=config.get('dataset', ''), stride=stride or max(1, T // 2))
 
 def load_base(origin):
-    """ the model to put beside one from `origin`, or None; one that nobody asked for may be missing """
+    """ the model to compare with one from `origin`, or None; unless `base` asks for it, it may be missing """
     if base or origin in ('scratch', 'resume'):
         return load(base) if base not in ('', 'none') else None
     try:
@@ -177,12 +177,12 @@ split_texts, source = (None, file) if file else read_dataset(dataset or first.tr
 # scores
 
 def windows(texts, T, stride):
-    """ (number of the text, inputs, targets) of at most T tokens; a target is -1 if it is not scored here """
+    """ yield (index of the text, inputs, targets), at most T tokens each; targets not scored here are -1 """
     for i, (ids, counts) in enumerate(texts):
         start = done = 0
         while done < len(ids) - 1:
             end = min(start + T, len(ids) - 1)
-            piece = torch.from_numpy(ids[start:end + 1].astype(np.int64)) # the last is not read
+            piece = torch.from_numpy(ids[start:end + 1].astype(np.int64)) # the last is only a target
             scored = torch.from_numpy(counts[start + 1:end + 1] > 0)
             scored[:done - start] = False
             yield i, piece[:-1], piece[1:].where(scored, -1)
@@ -190,7 +190,7 @@ def windows(texts, T, stride):
 
 @torch.inference_mode()
 def score(one, texts):
-    """ (4, len(texts)): of the scored tokens nats, number, how many are not the likeliest, and bytes """
+    """ (4, len(texts)) sums over scored tokens: nats, number, how many are not the likeliest, and bytes """
     sums, coder = torch.zeros(4, len(texts), dtype=torch.float64), one.tokenizer
     sizes = torch.tensor([len(coder.token_bytes(i)) * (i != coder.eot) for i in range(coder.n_vocab)])
     rows, model = windows(texts, one.T, one.stride), one.model.to(device)
@@ -199,27 +199,27 @@ def score(one, texts):
     with autocast(device, dtype, cache=True), bar:
         while batch := [row for _, row in zip(range(batch_size), rows)]:
             text, x, y = zip(*batch)
-            x, y = pad_sequence(x, True).to(device), pad_sequence(y, True, -1) # (B, T), filled up at the end
+            x, y = pad_sequence(x, True).to(device), pad_sequence(y, True, -1) # (B, T), padded at the end
             scored = y >= 0
             hidden, targets = model.hidden(x)[scored.to(device)], y[scored] # (N, C), (N,)
             nats, missed = token_scores(model, hidden, targets.to(device))
             found = torch.stack([nats, torch.ones_like(nats), missed, sizes[targets]])
             sums.index_add_(1, torch.tensor(text)[scored.nonzero()[:, 0]], found.double())
             bar.update(len(targets))
-    model.cpu() # makes room for the next
+    model.cpu() # make room for the next model
     return sums
 
 def token_scores(model, hidden, targets):
-    """ (2, N): the nats of each target (N,) after hidden (N, C), and whether another is likelier """
-    rows, found = max(1, 2**24 // model.config.vocab_size), [] # of logits at once
-    with torch.autocast(hidden.device.type, enabled=False): # logits in half precision would round the most
+    """ (2, N): the nats of each target (N,) given hidden (N, C), and whether another token is likelier """
+    rows, found = max(1, 2**24 // model.config.vocab_size), [] # rows of logits at once
+    with torch.autocast(hidden.device.type, enabled=False): # half-precision logits would round the most
         for h, t in zip(hidden.float().split(rows), targets.split(rows)):
             logits = model.lm_head(h)
             found.append(torch.stack([F.cross_entropy(logits, t, reduction='none'), logits.argmax(-1) != t]))
     return torch.cat(found, dim=1).cpu()
 
 def measure(one):
-    """ the figures of a model, by name """
+    """ a model's figures, by name """
     texts, cut = encode_items(one) if items else (split_texts or encode_file(one), 0)
     nats, n, missed, size = score(one, texts)
     figures = {'context': one.T, 'items': len(items), 'cut': cut, 'scores': -nats}
@@ -236,7 +236,7 @@ def measure(one):
     return {'context': one.T, 'stride': one.stride, 'tokens': n, 'bytes': size, 'nats/token': nats / n,
             'perplexity': (nats / n).exp(), 'bits/byte': nats / np.log(2) / size}
 
-results = [{'model': one.name, **measure(one)} for one in models] # texts, whole numbers, and tensors
+results = [{'model': one.name, **measure(one)} for one in models] # values: text, ints and tensors
 columns = [key for key in results[0] if key != 'scores']
 if len(models) > 1:
     shared = [key for key in columns if torch.is_tensor(results[0][key])] if alike or items else ['bits/byte']

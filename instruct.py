@@ -1,11 +1,11 @@
 r"""
-Instructions and answers as text that a model continues: a prompt, by a template, and the answer after it.
+Instructions and answers as text for a model to continue: a prompt, made by a template, then the answer.
 
 >>> render('Question: {instruction}\n\nAbout: {input}\n\nAnswer: ', 'What is {x}?')
 'Question: What is {x}?\n\nAnswer: '
 
-A template is text with {instruction} in it and, where the data have inputs, {input}. It belongs to a dataset
-and to the models trained on it, which want to be asked in the same words.
+A template is text with {instruction} in it and, if the data have inputs, {input}. It belongs to a dataset
+and to the models trained on it, which expect the same wording in a prompt.
 """
 import re
 
@@ -21,9 +21,9 @@ TEMPLATE = """Below is an instruction that describes a task. Write a response th
 """
 
 def render(template: str, instruction: str, input: str = '') -> str:
-    """ the prompt, which an answer follows directly; without an input, paragraphs with {input} are left out
+    """ the prompt, which the answer follows directly; without input, paragraphs with {input} are left out
 
-    Braces in instruction and input are only text. Raises ValueError where the instruction would be lost.
+    Braces in instruction and input are plain text. Raises ValueError if the instruction would be lost.
     """
     if not input.strip():
         template = '\n\n'.join(part for part in template.split('\n\n') if '{input}' not in part)
@@ -34,10 +34,10 @@ def render(template: str, instruction: str, input: str = '') -> str:
     return re.sub(r'\{instruction\}|\{input\}', lambda found: values[found[0]], template)
 
 def read_turns(item: dict) -> list[tuple[str, str, str]]:
-    """ (instruction, input, answer) of Alpaca's fields, or of each assistant turn in messages
+    """ [(instruction, input, answer)] from Alpaca's fields, or from each assistant turn in messages
 
-    What system and user say before an assistant turn, joined by a blank line, is its instruction; what comes
-    after the last is left out. Raises ValueError, to be put behind the item's place, for what is neither.
+    The system and user messages before an assistant turn, joined by a blank line, are its instruction; those
+    after the last turn are dropped. Raises ValueError for other items; the caller prefixes the item's place.
     """
     if 'messages' not in item:
         turn = item.get('instruction'), item.get('input') or '', item.get('output')
@@ -62,7 +62,7 @@ def read_turns(item: dict) -> list[tuple[str, str, str]]:
     return turns
 
 def read_message(message) -> tuple[str, str]:
-    """ its role and content; raises ValueError where it has not both as text """
+    """ the role and content of a message; raises ValueError unless both are text """
     role, content = (message.get(key) if isinstance(message, dict) else None for key in ('role', 'content'))
     if role not in ('system', 'user', 'assistant') or not isinstance(content, str):
         raise ValueError(f"has the message {str(message)[:80]!r}; expected text as its content, and system, "
@@ -70,10 +70,10 @@ def read_message(message) -> tuple[str, str]:
     return role, content
 
 def encode(turns: list[tuple[str, str, str]], template: str, tokenizer) -> tuple[list[int], list[int]]:
-    """ the ids of an item, each answer closed by end-of-text, and a mask: 1 for these, 0 for the prompts
+    """ the ids of an item, each answer ended by end-of-text, and a mask: 1 for answers, 0 for prompts
 
-    Prompt and answer are encoded each for itself, so a model is later asked with the very ids it learned.
-    Raises ValueError, to be put behind the item's place, for an input that the template has no place for.
+    Prompt and answer are encoded separately, so that a later prompt has exactly the ids seen in training.
+    Raises ValueError for an input that the template has no {input} for; the caller prefixes the item's place.
     """
     ids, mask = [], []
     for instruction, input, answer in turns:

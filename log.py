@@ -1,6 +1,6 @@
 """
-What a run writes for people and for plots: log.csv, a row an iteration; config.json, its settings;
-samples.txt; report.md, the whole run on a page; and all of it to wandb, where that is asked for.
+Writes what a run leaves for people and plots: log.csv, a row per logged iteration; config.json, its settings;
+samples.txt; and report.md, the whole run on one page. On request, wandb gets the rows and settings, too.
 """
 import contextlib
 import csv
@@ -19,7 +19,7 @@ from configurator import quote
 from plot import plot_run
 
 COLUMNS = 'iter,epoch,loss,lr,grad_norm,time_ms,tokens_per_sec,mfu,memory_mb,train_loss,val_loss'.split(',')
-SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias' # options that another model brings along
+SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias' # options that a loaded model decides
 RULE = '-' * 40 + ' ' # between two samples
 
 @dataclass
@@ -27,20 +27,20 @@ class Best:
     """ the lowest validation loss so far; a checkpoint holds these fields """
     best_val_loss: float = math.inf
     best_iter: int = 0
-    n_worse: int = 0 # evaluations since then
-    evaluated: int = -1 # the iteration of the latest
+    n_worse: int = 0 # evaluations since the best
+    evaluated: int = -1 # the iteration of the latest evaluation
 
     @classmethod
     def of(cls, checkpoint: dict) -> 'Best':
-        """ that of a checkpoint of ours or nanoGPT's, which has the loss alone, as a tensor """
+        """ read it from a checkpoint of ours, or of nanoGPT's, which has only the loss, as a tensor """
         iter_num = checkpoint.get('iter_num', 0)
         return cls(float(checkpoint.get('best_val_loss', math.inf)), checkpoint.get('best_iter', iter_num),
                    checkpoint.get('n_worse', 0), checkpoint.get('evaluated', -1))
 
     def after(self, iter_num: int, val_loss: float) -> tuple['Best', bool]:
-        """ the best with one more evaluation, counted once though a resumed run repeats it, and whether that
-        is the best """
-        # the best again, after a resume: the run may have died between last.pt and ckpt.pt
+        """ the Best after one more evaluation, and whether that one is the best; an evaluation that a resumed
+        run repeats counts once """
+        # a resumed run may repeat the best: it may have died between saving last.pt and ckpt.pt
         is_best = val_loss < self.best_val_loss or (iter_num == self.best_iter
                                                     and self.best_val_loss < math.inf)
         n_worse = 0 if is_best else self.n_worse + (iter_num > self.evaluated)
@@ -48,23 +48,23 @@ class Best:
         return Best(loss, best_iter, n_worse, max(iter_num, self.evaluated)), is_best
 
     def without(self, before: 'Best') -> 'Best':
-        """ the same count, and the best as it was before: the latest could not be saved """
+        """ the same counts, but the best as it was before, since the latest could not be saved """
         return Best(before.best_val_loss, before.best_iter, self.n_worse, self.evaluated)
 
     def describe(self, out_dir: str, iter_num: int, patience: int, ended: bool, asked: bool = False) -> str:
-        """ for the end of a run, or of a part of it: what there is, and what to type next; `asked` says that
-        it learned to answer """
+        """ a summary for the end of a run, or of a part of it, and what to type next; `asked` says that the
+        model was trained on instructions """
         waited = ended and 0 < patience <= self.n_worse
         launch = 'python' if os.environ.get('WORLD_SIZE', '1') == '1' else 'torchrun ...'
         goes_on = (f"\nto go on: {launch} train.py --init_from=resume --out_dir={quote(out_dir)}"
                    f"{' --patience=0' * waited}") if waited or not ended else ''
-        learned = max(self.evaluated, self.best_iter) > 0 or not iter_num # whether ckpt.pt may hold it
+        learned = max(self.evaluated, self.best_iter) > 0 or not iter_num # ckpt.pt may hold what it learned
         path = quote(out_dir if learned else os.path.join(out_dir, 'last.pt'))
         following = f"next: python sample.py --out_dir={path}{' --instruction=TEXT' * asked}{goes_on}"
         if self.best_val_loss == math.inf:
             return f"no evaluation has a checkpoint yet; the latest is {out_dir}/last.pt\n{following}"
-        lines = [f"the best val loss, {self.best_val_loss:.4f}, of iteration {self.best_iter}, is that of "
-                 f"{out_dir}/ckpt.pt; the latest is {out_dir}/last.pt"]
+        lines = [f"best val loss {self.best_val_loss:.4f}, at iteration {self.best_iter}: {out_dir}/ckpt.pt; "
+                 f"the latest model: {out_dir}/last.pt"]
         if waited:
             lines.insert(0, f"{self.n_worse} evaluations in a row were no better than that of iteration "
                             f"{self.best_iter}, so it ended")
@@ -78,20 +78,20 @@ class Best:
 @dataclass
 class Clock:
     """ how fast a run goes, and when it will end """
-    tokens: int # an iteration
-    flops: float # an iteration
-    peak: float | None # FLOP/s of all devices, where they are known
-    last: int # iteration
-    begin: tuple[int, float] | None = None # the first iteration that was told, and when it began
+    tokens: int # per iteration
+    flops: float # per iteration
+    peak: float | None # FLOP/s of all devices together, if known
+    last: int # the iteration at which the run ends
+    begin: tuple[int, float] | None = None # the first iteration that was reported, and when it began
 
     def __post_init__(self):
         self.start = time.time()
 
     def lap(self, iter_num: int, epoch: float, dt: float) -> tuple[dict, str]:
-        """ cells of log.csv, and words, for an iteration that took dt seconds """
+        """ log.csv's cells, and the words to print, for an iteration that took dt seconds """
         mfu = self.flops / dt / self.peak if self.peak else None
         speed = self.tokens / dt
-        self.begin = self.begin or (iter_num, time.time() - dt) # after the first evaluation
+        self.begin = self.begin or (iter_num, time.time() - dt) # excludes the first evaluation
         iteration = (time.time() - self.begin[1]) / (iter_num + 1 - self.begin[0])
         left = iteration * (self.last - iter_num - 1)
         return ({'time_ms': round(dt * 1000, 3), 'tokens_per_sec': round(speed, 1), 'mfu': mfu},
@@ -102,7 +102,7 @@ class Clock:
         return datetime.timedelta(seconds=round(time.time() - self.start))
 
 class Steady:
-    """ a stream that shows each line at once, and that a closed pipe or a full disk does not end """
+    """ a stream that shows each line at once, and survives a closed pipe or a full disk """
 
     def __init__(self, stream):
         self.stream = stream
@@ -120,23 +120,23 @@ class Steady:
         return getattr(self.stream, name)
 
 def steady_output() -> None:
-    """ let print outlive its terminal, `| tee` and the disk under `> train.log` """
+    """ let print survive a closed terminal or `| tee`, and a full disk under `> train.log` """
     sys.stdout, sys.stderr = Steady(sys.stdout), Steady(sys.stderr)
 
 @contextlib.contextmanager
 def replacing(path: str):
-    """ a text file that takes the place of `path` when it is whole """
+    """ open a text file that replaces `path` once it is complete """
     with open(path + '.tmp', 'w', encoding='utf-8', newline='') as file:
         yield file
     os.replace(path + '.tmp', path)
 
-open_rows = {} # {log.csv: an evaluation that ended a run which goes on, and where in the file it stands}
+open_rows = {} # {log.csv: (the evaluation row that a resumed run ended with, its offset in the file)}
 
 def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None = None) -> None:
-    """ make out_dir, its config.json, and log.csv with the rows of the iterations before `resume_at`, and of
+    """ create out_dir, its config.json, and log.csv with the rows before iteration `resume_at` and that of
     its evaluation
 
-    config is the options as they were given; facts is what became of some of them, and all else of the run.
+    config holds the options as given; facts holds what became of some of them, and all else about the run.
     """
     facts = {**{key: facts['model_args'][key] for key in SHAPE}, **facts}
     path = os.path.join(out_dir, 'log.csv')
@@ -145,7 +145,7 @@ def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None = N
         rows = []
         if resume_at is not None and os.path.exists(path):
             with open(path, newline='') as file:
-                rows = [row for row in csv.DictReader(file) # without one that was cut short
+                rows = [row for row in csv.DictReader(file) # skips a row that was cut short
                         if None not in row.values() and int(row['iter']) <= resume_at]
             if rows and list(rows[0]) != COLUMNS:
                 raise ValueError('other columns')
@@ -155,7 +155,7 @@ def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None = N
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
-            if again and again['val_loss']: # stays until its iteration is made, which need not evaluate again
+            if again and again['val_loss']: # kept until its iteration is run, which need not evaluate again
                 open_rows[path] = again, file.tell()
                 writer.writerow(again)
         with replacing(os.path.join(out_dir, 'config.json')) as file:
@@ -168,7 +168,7 @@ def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None = N
         raise OSError(f"cannot write to {out_dir} ({error.strerror}); type --out_dir=ANOTHER") from None
 
 def keep_samples(path: str, resume_at: int) -> None:
-    """ take away from samples.txt, if there is one, what a run wrote at this iteration and later """
+    """ remove from samples.txt, if there is one, what was written at iteration `resume_at` and later """
     if os.path.exists(path):
         with open(path, 'rb') as file:
             heads = re.finditer(rf'^{RULE}iteration (\d+)$'.encode(), file.read(), re.MULTILINE)
@@ -176,10 +176,10 @@ def keep_samples(path: str, resume_at: int) -> None:
         if start is not None:
             os.truncate(path, start)
 
-waiting = {} # {file: text that it did not take yet}
+waiting = {} # {file: text that could not be written yet}
 
 def append(path: str, text: str) -> None:
-    """ add text to a file; where the disk does not take it, warn, and add it with what comes next """
+    """ append text to a file; if the disk does not take it, warn, and write it with the next text """
     text = waiting.pop(path, '') + text
     size = os.path.getsize(path) if os.path.exists(path) else 0
     try:
@@ -193,19 +193,19 @@ def append(path: str, text: str) -> None:
               file=sys.stderr)
 
 def finish_log(to_wandb: bool) -> None:
-    """ try once more what no file took, and let wandb send the rest """
+    """ retry what could not be written, and let wandb send the rest """
     for path in list(waiting):
         append(path, '')
     if to_wandb:
         need_wandb().finish()
 
 def append_row(out_dir: str, row: dict, to_wandb: bool = False) -> None:
-    """ add a row to log.csv, with empty cells for what was not measured; after an evaluation, draw it
-    all anew """
+    """ append a row to log.csv, with empty cells for what was not measured; after an evaluation, redraw the
+    report and the picture """
     path, cells, row = (os.path.join(out_dir, 'log.csv'), io.StringIO(),
                         {k: v for k, v in row.items() if v is not None})
     written, (before, start) = {k: repr(v) for k, v in row.items()}, open_rows.pop(path, ({}, 0))
-    if before.get('iter') == written['iter']: # one row of both
+    if before.get('iter') == written['iter']: # merge both into one row
         with contextlib.suppress(OSError):
             os.truncate(path, start)
         written = {**before, **written}
@@ -221,11 +221,11 @@ def append_row(out_dir: str, row: dict, to_wandb: bool = False) -> None:
             print(f"no loss.png or report.md: {error}; python plot.py {out_dir} draws the picture later")
 
 def append_sample(out_dir: str, iter_num: int, text: str) -> None:
-    """ add a text that the model wrote to samples.txt """
+    """ append a text that the model wrote to samples.txt """
     append(os.path.join(out_dir, 'samples.txt'), f"{RULE}iteration {iter_num}\n{text}\n")
 
 def is_logged(out_dir: str, iter_num: int) -> bool:
-    """ whether log.csv has this iteration's evaluation """
+    """ whether log.csv holds this iteration's evaluation """
     with contextlib.suppress(OSError, KeyError):
         with open(os.path.join(out_dir, 'log.csv'), newline='') as file:
             return any(row['iter'] == str(iter_num) and row['val_loss'] for row in csv.DictReader(file))
@@ -237,7 +237,7 @@ def write_report(out_dir: str) -> None:
         settings = json.load(file)
     with open(os.path.join(out_dir, 'log.csv'), newline='') as file:
         evaluated, timed = [], []
-        for row in csv.DictReader(file): # of which there may be a million
+        for row in csv.DictReader(file): # there may be a million
             evaluated += [row] if row['val_loss'] else []
             timed += [float(row['tokens_per_sec'])] if row['tokens_per_sec'] else []
     best = min(evaluated, key=lambda row: float(row['val_loss']))
@@ -247,7 +247,7 @@ def write_report(out_dir: str) -> None:
              f"{settings['max_iters']}, epoch {float(row['epoch']):.2f}. "
              f"The best validation loss is {float(best['val_loss']):.4f}, at iteration {best['iter']}.", '',
              '![loss](loss.png)', '', '| iteration | epoch | train loss | val loss |', '|---|---|---|---|']
-    every = -(-len(evaluated) // 20) # some twenty rows, the last of them
+    every = -(-len(evaluated) // 20) # about twenty rows, including the last
     lines += [f"| {row['iter']} | {float(row['epoch']):.2f} | {float(row['train_loss']):.4f} | "
               f"{float(row['val_loss']):.4f} |" for row in evaluated[::-1][::every][::-1]]
     speed = f", {statistics.median(timed):,.0f} tokens/s" if timed else ''
@@ -263,19 +263,19 @@ def write_report(out_dir: str) -> None:
         file.write('\n'.join(lines))
 
 def need_wandb(wanted: bool = True):
-    """ the wandb package, if it is wanted; raises ImportError where there is none """
+    """ the wandb package, if it is wanted; raises ImportError if it is not installed """
     if not wanted:
         return None
     import wandb
-    if not hasattr(wandb, 'init'): # only a folder that runs left
+    if not hasattr(wandb, 'init'): # only a folder that earlier runs left
         raise ImportError("wandb is not installed; run pip install wandb, or type --wandb_log=False")
     return wandb
 
 def start_wandb(config: dict, resuming: bool) -> str | None:
-    """ start a run of wandb where one is asked for, or go on with that of the run that is resumed, and return
-    its id, which an earlier run may have had, too """
+    """ start a wandb run, or continue that of the resumed run, if one is asked for; return its id, or else
+    the id that the resumed run had, if any """
     run_id = None
-    with contextlib.suppress(OSError, ValueError, AttributeError): # where there is no config.json of a run
+    with contextlib.suppress(OSError, ValueError, AttributeError): # if there is no config.json of a run
         if resuming:
             with open(os.path.join(config['out_dir'], 'config.json')) as file:
                 run_id = json.load(file).get('wandb_id')
@@ -285,14 +285,14 @@ def start_wandb(config: dict, resuming: bool) -> str | None:
         run = need_wandb().init(project=config['wandb_project'],
                                 name=config['wandb_run_name'] or config['out_dir'],
                                 config=config, id=run_id, resume='allow')
-        # a resumed run may repeat some, so that steps are not enough
+        # a resumed run may repeat iterations, so wandb's own steps are not enough
         run.define_metric('*', step_metric='iter')
         return run.id
     except Exception as error: # no key, no network
         raise OSError(f"wandb does not start ({error}); run wandb login, or set WANDB_MODE=offline") from None
 
 def epoch_times(out_dir: str, config: dict) -> dict[str, float]:
-    """ {plan: seconds an epoch} of out_dir's run, empty where there is none of this model, data and kind of
+    """ {plan: seconds per epoch} of the run in out_dir; {} if there is none of this model, data and kind of
     device """
     alike = ('init_from', 'dataset', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'n_layer',
              'n_head', 'n_embd', 'dropout', 'freeze', 'lora_rank', 'optimizer', 'compile', 'shard', 'dtype',
@@ -300,7 +300,7 @@ def epoch_times(out_dir: str, config: dict) -> dict[str, float]:
     try:
         with open(os.path.join(out_dir, 'config.json')) as file:
             settings = json.load(file)
-        settings |= {key: settings['given'].get(key, settings[key]) for key in SHAPE} # as options are
+        settings |= {key: settings['given'].get(key, settings[key]) for key in SHAPE} # as given, like config
         with open(os.path.join(out_dir, 'log.csv'), newline='') as file:
             rows = [row for row in csv.DictReader(file) if row['time_ms']]
         kinds = [each['device'].partition(':')[0] for each in (settings, config)] # cuda:1 is as fast as cuda

@@ -1,9 +1,9 @@
 """
-What of a model learns: all of it, all but some parts, or LoRA's matrices alone.
+Which parts of a model are trained: all, all but some frozen ones, or LoRA's matrices alone.
 
-LoRA, https://arxiv.org/abs/2106.09685: a matrix W (out, in) stays as it is, and two narrow ones beside it
-learn. The layer computes W x + alpha / rank * B A x, with A (rank, in) and B (out, rank), which is zero
-at first. A checkpoint of such a run holds A and B alone, and the name of the model that W is from.
+LoRA, https://arxiv.org/abs/2106.09685: a matrix W (out, in) is frozen, and two narrow ones beside it are
+trained. The layer computes W x + alpha / rank * B A x, with A (rank, in) and B (out, rank), which starts at
+zero. A checkpoint of such a run holds only A, B and the name of the model that W comes from.
 """
 import math
 import re
@@ -18,13 +18,13 @@ from model import Linear
 TARGETS = 'attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj' # the matrices of a block
 
 def freeze_parts(model, names: str) -> None:
-    """ keep the parts that `names` lists, as 'wte,wpe,h.0-5', from learning; wte is the head, too
+    """ freeze the parts that `names` lists, such as 'wte,wpe,h.0-5'; wte is the head, too
 
-    Raises ValueError for a part that is not there, or where nothing is left to train.
+    Raises ValueError for a part that does not exist, or if nothing is left to train.
     """
     for name in names.split(','):
         span = re.fullmatch(r'\s*h\.(\d+)-(\d+)\s*', name)
-        last = min(int(span[2]), len(model.transformer.h)) if span else 0 # one beyond is one too many
+        last = min(int(span[2]), len(model.transformer.h)) if span else 0 # if too large, fails below
         paths = [f'h.{i}' for i in range(int(span[1]), last + 1)] if span else [name.strip()]
         try:
             if not all(paths) or not paths:
@@ -41,8 +41,8 @@ def freeze_parts(model, names: str) -> None:
         raise ValueError(f"freeze = {names!r} leaves nothing to train; name fewer parts")
 
 def restrict(model, config: dict) -> None:
-    """ let only that learn which the options freeze and lora_rank say; a model that has LoRA keeps
-    its own; raises ValueError where they do not go together """
+    """ train only what the options freeze and lora_rank select; a model that has LoRA layers keeps them;
+    raises ValueError if the options do not fit together, or do not fit those layers """
     if config['lora_rank'] and config['optimizer'] == 'muon':
         raise ValueError("muon is for whole matrices, and LoRA's are narrow; type --optimizer=adamw")
     if layers(model):
@@ -64,15 +64,15 @@ def restrict(model, config: dict) -> None:
         freeze_parts(model, config['freeze'])
 
 class LoRALinear(Linear):
-    """ a Linear that `add` has given lora_A, lora_B, their scale and their dropout """
+    """ a Linear to which `add` has given lora_A, lora_B, their scale and their dropout """
 
     def forward(self, x):
         down = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A) # (B, T, rank)
-        more = F.linear(down, self.lora_B) * self.lora_scale # first, so that a block run again may end here
+        more = F.linear(down, self.lora_B) * self.lora_scale # first: a second pass may end after this
         return super().forward(x) + more
 
 def add(model, rank: int, alpha: float, dropout: float, targets: str) -> None:
-    """ freeze a GPT, and give the matrices that `targets` names, as 'attn.c_attn,mlp.c_fc', A and B to learn
+    """ freeze a GPT, and give trainable A and B to the matrices in `targets`, such as 'attn.c_attn,mlp.c_fc'
 
     Raises ValueError for a name that is not in TARGETS.
     """
@@ -96,25 +96,25 @@ def layers(model):
     return [module for module in model.modules() if isinstance(module, LoRALinear)]
 
 def settings(model) -> dict:
-    """ the arguments of `add` that made these layers """
+    """ the arguments of `add` that made the model's LoRA layers """
     targets = [name for name in TARGETS if isinstance(model.transformer.h[0].get_submodule(name), LoRALinear)]
     linear = layers(model)[0]
     return {'rank': linear.lora_A.size(0), 'alpha': linear.lora_alpha, 'dropout': linear.lora_dropout,
             'targets': ','.join(targets)}
 
 def adapter(model) -> dict:
-    """ A and B of all layers, by their names in the model """
+    """ A and B of all LoRA layers, by their names in the model """
     return {name: tensor for name, tensor in model.state_dict().items() if '.lora_' in name}
 
 def load(model, tensors: dict) -> None:
-    """ put the tensors of `adapter` into a model after `add`; raises RuntimeError where they do not fit """
+    """ load the tensors of `adapter` into a model after `add`; raises RuntimeError if they do not fit """
     if tensors.keys() != adapter(model).keys():
         raise RuntimeError("the adapter's matrices are not those that its rank and targets say")
     model.load_state_dict(tensors, strict=False)
 
 @torch.no_grad()
 def merge(model) -> None:
-    """ add B A to the weights, so that it is a plain GPT again """
+    """ add the scaled B A to the weights, which makes the model a plain GPT again """
     for linear in layers(model):
         linear.weight += linear.lora_scale * linear.lora_B @ linear.lora_A
         del linear.lora_A, linear.lora_B
@@ -123,13 +123,13 @@ def merge(model) -> None:
     model.requires_grad_(True)
 
 def shrink(model, dtype: torch.dtype) -> None:
-    """ hold the matrices that do not learn in `dtype`, in which they are multiplied anyway """
+    """ store the frozen matrices in `dtype`, in which they are multiplied anyway """
     for p in model.parameters():
         if p.dim() == 2 and not p.requires_grad:
             p.data = p.data.to(dtype)
 
 def fingerprint(model) -> int:
-    """ a checksum over a piece of every weight, which training anything would change """
+    """ a checksum over a piece of every weight, which any training would change """
     total = 0
     for p in model.parameters():
         total = zlib.crc32(p.detach().flatten()[:1024].float().cpu().numpy().tobytes(), total)

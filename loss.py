@@ -10,17 +10,17 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 def rows_at_once(N: int, V: int, itemsize: int) -> tuple[int, int]:
-    """ the rows of logits of itemsize bytes that come at once: of a product, of which many are faster, and of
-    the softmax, few for the cache of a CPU """
+    """ how many rows of logits, with elements of itemsize bytes, to compute at once: of a product, where many
+    are faster, and of the softmax, where few fit in a CPU's cache """
     rows = min(N, max(N // (2 * itemsize), 2**22 // V, 1))
     return rows, min(rows, max(rows // 8, 2**22 // V, 1))
 
 def add_product(total, a, b, room) -> None:
-    """ total (V, C), in float32, += a (V, N) @ b (N, C); in half precision some rows at a time, since the whole
-    product would be as large as a copy of the head
+    """ total (V, C), in float32, += a (V, N) @ b (N, C); in half precision a few rows at a time, since all of
+    the product would be as large as a copy of the head
 
-    room, for half precision, is memory in float32: a CPU adds no two formats without a third tensor, and what
-    its allocator gives and takes so often leaves gaps.
+    room is float32 scratch memory, given in half precision: a CPU cannot add two dtypes without a temporary
+    tensor, and allocating one this often leaves gaps in memory.
     """
     if room is None:
         total.addmm_(a, b)
@@ -33,10 +33,10 @@ def add_product(total, a, b, room) -> None:
         part += room.view(-1)[:made.numel()].view_as(made).copy_(made) if on_cpu else made
 
 class CrossEntropy(nn.Module):
-    """ the summed cross-entropy of logits (N, >= V), of which V count, against targets (N, 1), where -1 does
-    not; with grads, `scale` times its gradient is left in the place of the logits
+    """ the summed cross-entropy of the first V columns of logits (N, >= V) against targets (N, 1), where -1
+    is ignored; with grads, `scale` times its gradient overwrites the logits
 
-    A module, so that it can be compiled as the blocks are, which fuses its passes over the logits.
+    It is a module so that it can be compiled like the blocks, which fuses its passes over the logits.
     """
 
     def forward(self, logits, targets, scale, V: int, grads: bool, wide=None):
@@ -45,13 +45,13 @@ class CrossEntropy(nn.Module):
         if torch.compiler.is_compiling():
             places = torch.arange(logits.size(1), device=logits.device)
             p = torch.where(places < V, logits.float(), -math.inf)
-            # a sum, since a compiled gather may read what is written below (torch 2.9 to 2.11)
+            # a sum, since a compiled gather may read the values written below (torch 2.9 to 2.11)
             at_target = torch.where(places == t, p, 0.0).sum(dim=1, keepdim=True)
             most = p.amax(dim=1, keepdim=True)
             norm = (p - most).exp().sum(dim=1, keepdim=True)
             if grads:
                 logits.copy_((p - most).exp() * (share / norm) - torch.where(places == t, share, 0.0))
-        else: # in `wide`, room for logits in half precision, or in the place of those in float32
+        else: # in `wide`, float32 scratch memory for half-precision logits; float32 logits change in place
             p = logits if wide is None else wide[:len(logits)].copy_(logits)
             p[:, V:] = -math.inf
             at_target, most = p.gather(1, t), p.amax(dim=1, keepdim=True)
@@ -62,10 +62,10 @@ class CrossEntropy(nn.Module):
         return ((norm.log() + most - at_target) * counts).sum()
 
 class Lookup(torch.autograd.Function):
-    """ the rows idx (B, T) of the tied matrix weight (V, C), whose gradient goes into that of the head
+    """ the rows idx (B, T) of the tied matrix weight (V, C); their gradient is added to that of the head
 
-    `head` is the list that ChunkedLoss's backward, which comes first, left the head's gradient in; so there
-    is no second matrix of V x C, which would be all zeros but for these rows, unless they are more than V.
+    `head` is the list in which ChunkedLoss's backward, which runs first, left the head's gradient. This
+    avoids a second V x C matrix, all zeros but for these rows, unless there are more than V of them.
     """
 
     @staticmethod
@@ -78,17 +78,17 @@ class Lookup(torch.autograd.Function):
     def backward(ctx, grad):
         idx, = ctx.saved_tensors
         dw = ctx.head.pop() if ctx.head else grad.new_zeros(ctx.shape)
-        if idx.numel() > len(dw): # a GPU would add the many of a row one by one
+        if idx.numel() > len(dw): # a GPU would add the many gradients of a row one by one
             return None, dw.add_(torch.ops.aten.embedding_dense_backward(grad, idx, len(dw), -1, False)), None
         return None, dw.index_put_((idx,), grad, accumulate=True), None # in the same order in every run
 
 class ChunkedLoss(torch.autograd.Function):
     """ `scale` times the summed cross-entropy of x (N, C) @ weight.t() (C, V) against targets (N,), where -1
-    does not count
+    is ignored
 
-    Goes through x some rows at a time and makes the gradients in the same pass, so that there is never a
-    matrix of N x V. Matrix products are in autocast's format; sums and the softmax in float32. With a list
-    `head`, weight's gradient is left there for Lookup.
+    It goes through x a few rows at a time and computes the gradients in the same pass, so that there is never
+    an N x V matrix. Matrix products are in autocast's dtype, sums and the softmax in float32. If a list
+    `head` is given, weight's gradient is left there for Lookup.
     """
 
     @staticmethod
@@ -105,7 +105,7 @@ class ChunkedLoss(torch.autograd.Function):
         dw = torch.zeros(V, C, device=x.device) if needs_dw else None
         total = torch.zeros((), device=x.device)
         rows, few = rows_at_once(N, V, dtype.itemsize)
-        # these two serve all rows in turn
+        # all rows share these two buffers, in turn
         logits = torch.empty(rows, padded, dtype=dtype, device=x.device)[:, :len(w)]
         half = dtype != torch.float32
         room = torch.empty(max(few, -(-C // padded)), padded, device=x.device) if half else None

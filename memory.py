@@ -1,17 +1,17 @@
 """
-How much memory a run takes on its device, worked out before it starts, and the plan that fits.
+How much memory a run will take on its device, computed before it starts, and the plan that fits.
 
 The plans, fastest first:
   device     weights, gradients, moments and activations, all on the device
-  selective  of what a block makes, attention and the products that backward needs are kept; the rest, which
-             is cheap, is made again
-  recompute  only what enters each block is kept, and backward runs the block again: a third more products, or
-             a fifth where it is not compiled (beside frozen matrices, half as much again)
-  offload    as recompute, and the device holds the blocks' matrices in half precision alone; the float32
+  selective  a block keeps attention and the products that backward needs; the rest, which is cheap, is
+             recomputed
+  recompute  only the input of each block is kept, and backward runs the block again: a third more products,
+             or a fifth if it is not compiled (with frozen matrices, half as many again)
+  offload    as recompute, but the device holds the blocks' matrices only in half precision; the float32
              weights, the gradients and AdamW's moments are in RAM, where the CPU updates them
-S, the sequences of an iteration, stays the same, and so does what is computed.
+Every plan keeps S, the number of sequences in an iteration, and computes the same.
 
-Arithmetic on shapes; nothing is allocated. Sizes are in bytes, where no unit is named. B is the micro-batch.
+This is arithmetic on shapes; nothing is allocated. Sizes are in bytes if no unit is named; B: micro-batch.
 """
 import math
 from dataclasses import dataclass, replace
@@ -23,31 +23,31 @@ PLANS = 'device', 'selective', 'recompute', 'offload'
 
 @dataclass
 class Shape:
-    """ what of a run its memory depends on """
+    """ everything about a run that its memory depends on """
     params: int # the tied matrix counted once
     n_layer: int
     n_head: int
     n_embd: int
     vocab_size: int
-    block_size: int # of the sequences, not the model's positions
+    block_size: int # length of the sequences, not the model's positions
     dropout: float = 0.0
     half: bool = True # matrix products in bfloat16 or float16
-    frozen: int = 0 # of the parameters, those that are not trained
-    lora: bool = False # these are matrices in half precision, with LoRA's beside them
+    frozen: int = 0 # how many of params are not trained
+    lora: bool = False # the frozen ones are half-precision matrices, with LoRA's beside them
     head: bool = True # the tied matrix is trained
-    muon: bool = False # one moment of the blocks' matrices, not AdamW's two
-    shards: int = 1 # the processes that share weights, gradients and moments
-    buckets: int = 0 # the processes, if gradients lie in DDP's buckets, which stay
-    adapts: bool = False # LoRA could be had in its place
-    idle: int = 0 # the first blocks, if nothing in or before them is trained: backward never gets there
-    device: str = 'cuda' # or cpu, mps, whose attention keeps more
-    inputs: float = 6.0 # inputs_of, what the matrices that learn read in a block where all do
-    dropped: float = 0.0 # and what of it LoRA drops
+    muon: bool = False # the blocks' matrices have one moment, not AdamW's two
+    shards: int = 1 # number of processes that share weights, gradients and moments
+    buckets: int = 0 # number of processes if gradients lie in DDP's buckets, which stay allocated; else 0
+    adapts: bool = False # LoRA could be used instead
+    idle: int = 0 # first blocks that backward never reaches, since nothing in or before them is trained
+    device: str = 'cuda' # or cpu or mps, whose attention keeps more
+    inputs: float = 6.0 # from inputs_of: the inputs of trained matrices; 6 if a block's are all trained
+    dropped: float = 0.0 # from inputs_of: those that LoRA's dropout is applied to
 
 def shape_of(model, block_size: int, dropout: float, half: bool, lora: bool = False,
              muon: bool = False, processes: int = 1, shard: bool = False, device: str = 'cuda',
              adapts: bool = False) -> Shape:
-    """ that of a run of `model`, a GPT anywhere, on `device`; its parameters that learn require gradients """
+    """ the Shape of a run of `model`, a GPT anywhere, on `device`; trained parameters require gradients """
     c, n_params = model.config, model.num_params()
     learns = [any(p.requires_grad for p in part.parameters()) for part in model.parts()[:-1]]
     idle = 0 if any(learns[:2]) else [*learns[2:], True].index(True)
@@ -58,39 +58,39 @@ def shape_of(model, block_size: int, dropout: float, half: bool, lora: bool = Fa
                  *inputs_of(model.transformer.h[idle:], c.n_embd))
 
 def inputs_of(blocks, n_embd: int) -> tuple[float, float]:
-    """ what the matrices of a block read and backward needs, and of it what LoRA drops: the mean of these
-    blocks, in n_embd channels a token """
+    """ the inputs of a block's matrices that backward needs, and those that LoRA's dropout is applied to:
+    means over these blocks, in units of n_embd channels per token """
     kept = dropped = 0.0
     for block in blocks:
         for name, channels in (('attn.c_attn', 1), ('attn.c_proj', 1), ('mlp.c_fc', 1), ('mlp.c_proj', 4)):
             linear = block.get_submodule(name)
             if name != 'attn.c_proj' and any(p.requires_grad and p.dim() == 2 for p in linear.parameters()):
-                kept += channels # attention keeps the other's, its own output, anyway
+                kept += channels # attn.c_proj's is attention's output, kept anyway
             if hasattr(linear, 'lora_A'):
-                kept += linear.lora_A.size(0) / n_embd # which lora_B reads
+                kept += linear.lora_A.size(0) / n_embd # the input of lora_B
                 dropped += channels * (linear.lora_dropout > 0)
     return kept / max(1, len(blocks)), dropped / max(1, len(blocks))
 
 def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
-    """ the most bytes on the device in an iteration of micro-batches of B sequences
+    """ peak bytes on the device in an iteration with micro-batches of B sequences
 
-    accumulates says that gradients of earlier micro-batches lie there, too.
+    accumulates: whether gradients of earlier micro-batches are there, too.
     """
     s, tokens = shape, B * shape.block_size
     width, E = tokens * s.n_embd, s.vocab_size * s.n_embd
     matrices, item = 12 * s.n_layer * s.n_embd**2, 2 if s.half else 4
     trained, head = s.params - s.frozen, 4 * E * s.head # the head's gradient
-    # what a block keeps for backward: 36 bytes a token and channel under autocast, 64 in float32, if all
-    # learns, and what dropout leaves, with masks of a byte, or on a CPU as wide as their tensors
+    # what a block keeps for backward: 36 bytes per token and channel under autocast, 64 in float32, if all of
+    # it is trained, plus what dropout keeps, with masks of a byte, or on a CPU as wide as their tensors
     block = int(width * ((24 if s.half else 40) + item * s.inputs + 2 * (s.dropout > 0)))
     block += int(width * s.dropped * (1.5 if s.device != 'cpu' else 3 if s.half else 4.5))
     block += 4 * tokens * s.n_head
-    products = width * (18 if s.half else 36) + 4 * tokens * s.n_head * (s.dropout == 0) # selective's of it
-    if s.device == 'cpu' and s.dropout: # attention is kept here, too
+    products = width * (18 if s.half else 36) + 4 * tokens * s.n_head * (s.dropout == 0) # kept by selective
+    if s.device == 'cpu' and s.dropout: # then attention is kept, too
         products += item * width
-    if s.device == 'mps': # without a kernel that keeps no T x T scores
+    if s.device == 'mps': # it has no kernel that avoids keeping T x T scores
         block += int(12.5 * B * s.n_head * s.block_size**2)
-    work = width * (6 if s.half else 14) # what a block's backward makes for itself
+    work = width * (6 if s.half else 14) # temporaries of a block's backward
     kept_blocks = s.n_layer - s.idle
     grads = 4 * trained
     loss = head + 2 * E * (s.half and not s.lora) + chunk(s, tokens) # and the head's copy in half precision
@@ -99,17 +99,17 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     else:
         state = 12 * trained + (item if s.lora else 4) * s.frozen - 4 * matrices * (s.muon and not s.frozen)
         gathered, made = grads if accumulates or s.buckets else 0, grads
-    casts = 2 * matrices * (s.half and not s.lora) # of the float32 matrices, in a block's backward
+    casts = 2 * matrices * (s.half and not s.lora) # copies of the float32 matrices, in a block's backward
     backward = head + (casts + 4 * matrices * (not s.lora)) // s.n_layer
-    if s.shards > 1: # and, put together, the embeddings, two blocks, and a block's gradient on its way
+    if s.shards > 1: # plus, gathered: the embeddings, two blocks, and a block's gradient on its way
         state, gathered, made = (size // s.shards for size in (state, gathered, made))
         state += 4 * (s.params - matrices) + 8 * matrices // s.n_layer
         backward += 4 * matrices // s.n_layer
-    # at the first block, the last in backward, all gradients but its own are made; where they add up, the
-    # head's is beside them until then
+    # at the first block, the last in backward, all gradients but its own exist; if they accumulate, the
+    # head's new one is beside them until then
     end = made - gathered + max(0, block + work - 4 * matrices // s.n_layer)
     end += head if s.shards > 1 or made == gathered else 0
-    # what all blocks keep, and what the block whose turn it is makes again
+    # what all blocks keep, and what the current block recomputes
     if plan == 'device':
         kept, again = kept_blocks * block + 8 * width, 0
     else:
@@ -119,15 +119,15 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     return state + gathered + max(kept + max(loss, backward + again + work), end)
 
 def chunk(s: Shape, tokens: int) -> int:
-    """ what the chunked loss holds for the rows it is at: logits, the softmax of some, and, all but in float32,
-    a part of the head's gradient; and the gradient of what came in """
+    """ what the chunked loss holds: the current rows' logits and, in half precision, the softmax of some of
+    them and a part of the head's gradient; and the gradient of its input """
     rows, few = rows_at_once(tokens, s.vocab_size, 2 if s.half else 4)
     product = min(s.vocab_size * s.n_embd, few * s.vocab_size if s.device == 'cpu' else 2**13 * s.n_embd)
     held = (2 * rows + 4 * few) * s.vocab_size + 2 * product if s.half else 4 * rows * s.vocab_size
     return held + tokens * s.n_embd * 4
 
 def ram(plan: str, shape: Shape) -> int:
-    """ the bytes of RAM that a plan fills with tensors, when the device is not the CPU itself """
+    """ the bytes of RAM that a plan fills with tensors, if the device is not the CPU itself """
     if plan != 'offload':
         return 0
     # the largest matrix crosses the bus both ways, in pinned memory, which comes in powers of two
@@ -135,11 +135,11 @@ def ram(plan: str, shape: Shape) -> int:
     return 16 * shape.params + pinned # weights, gradients and two moments
 
 def plans_for(config: dict, device: str, processes: int = 1) -> tuple[str, ...]:
-    """ the plans that a run of train.py's options may take; raises ValueError where they name another """
+    """ the plans that a run with these options may take; raises ValueError if `plan` names another """
     wanted = config['plan']
     cannot = config['optimizer'] != 'adamw' or config['lora_rank'] or config['freeze'] or processes > 1
-    # on a CPU, offloading gains nothing, and is there to be tried; MPS shares the RAM, too, and may crash
-    # where offload's thread copies while another computes
+    # on a CPU offloading gains nothing, and is there only to be tried; MPS shares the RAM, too, and may crash
+    # when offload's thread copies while another computes
     cannot = cannot or device == 'mps' or device == 'cpu' and wanted != 'offload'
     plans = PLANS[:3] if cannot else PLANS
     if wanted != 'auto' and wanted not in plans:
@@ -149,13 +149,13 @@ def plans_for(config: dict, device: str, processes: int = 1) -> tuple[str, ...]:
     return plans
 
 def split_batch(sequences: int, most: int) -> tuple[int, int]:
-    """ the largest micro-batch, of at most `most`, that divides evenly, and how many of them: (480, 25) ->
-    (24, 20) """
+    """ the largest micro-batch, of at most `most`, that divides `sequences` evenly, and how many of them
+    there are: (480, 25) -> (24, 20) """
     batch_size = max(n for n in range(1, most + 1) if sequences % n == 0)
     return batch_size, sequences // batch_size
 
 def largest(plan: str, shape: Shape, sequences: int, most: int, budget: float) -> int:
-    """ the largest micro-batch, of at most `most`, that divides `sequences` and fits; 0 where none does """
+    """ the largest micro-batch, of at most `most`, that divides `sequences` and fits; 0 if none does """
     fitting = (B for B in range(min(most, sequences), 0, -1) if sequences % B == 0
                and peak(plan, shape, B, accumulates=B < sequences) <= budget)
     return next(fitting, 0)
@@ -163,9 +163,9 @@ def largest(plan: str, shape: Shape, sequences: int, most: int, budget: float) -
 def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
            plans: tuple[str, ...] = PLANS, ram_free: float = math.inf,
            learns: bool = True) -> tuple[str, int]:
-    """ the fastest of `plans` that fits, and its micro-batch; raises ValueError where none fits
+    """ the fastest of `plans` that fits, and its micro-batch; raises ValueError if none fits
 
-    A plan that is `wanted` by name is taken even where it is not expected to fit, then at micro-batch 1.
+    A plan `wanted` by name is taken even if it is not expected to fit, then with a micro-batch of 1.
     """
     if not learns and wanted != 'offload' and (4 * shape.params < budget or 'offload' not in plans):
         return 'device', min(most, sequences) # an evaluation takes the weights, and little more
@@ -186,7 +186,7 @@ def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
                      f"--plan={plans[-1]} to try all the same")
 
 def leaner_runs(plan: str, shape: Shape, budget: float):
-    """ the options with which a run that does not fit would, the one that changes least first """
+    """ options that would make a run fit which does not, the one that changes least first """
     shared = replace(shape, shards=shape.buckets, buckets=0)
     if shape.buckets and not (shape.lora or shape.muon) and peak('recompute', shared, 1) <= budget:
         yield '--shard=True'
@@ -200,7 +200,7 @@ def tell_leaner(plan: str, shape: Shape, budget: float) -> str:
     return ''.join(f'type {run}, ' for run in leaner_runs(plan, shape, budget))
 
 def with_lora(s: Shape, rank: int) -> Shape:
-    """ that of LoRA for a model of this shape: two matrices beside each of a block's four """
+    """ the Shape of the same run with LoRA: two matrices beside each of a block's four """
     adapter = 16 * rank * s.n_embd * s.n_layer
     return replace(s, params=s.params + adapter, frozen=s.params, lora=True, head=False, muon=False, idle=0,
                    adapts=False, inputs=6 + 4 * rank / s.n_embd, shards=1,
@@ -208,10 +208,10 @@ def with_lora(s: Shape, rank: int) -> Shape:
 
 def advice(plan: str, B: int, block_size: int, sequences: int, plans: tuple[str, ...] = PLANS,
            works: bool = True, shards: bool = False, saved: bool = False) -> str:
-    """ what to say where a plan ran out of memory all the same; an iteration keeps its `sequences`
+    """ the error for a plan that ran out of memory all the same; its advice keeps an iteration's `sequences`
 
-    works says that sequences were at work, not weights or moments alone, of which only offload and shards,
-    where the run might have them, hold less. A run that has saved goes on with what is to be typed.
+    works: whether sequences were being processed; if not, weights, gradients and moments alone were too much,
+    and only offload or shards, where the run can use them, hold less. saved: the run can be resumed.
     """
     resumed = 'type --init_from=resume ' if saved else 'type '
     leaner = [name for name in PLANS[PLANS.index(plan) + 1:] if name in plans]
@@ -229,13 +229,13 @@ def advice(plan: str, B: int, block_size: int, sequences: int, plans: tuple[str,
 def count(sequences: int) -> str:
     return f"{sequences} sequence{'s' if sequences > 1 else ''}"
 
-COSTS = {'device': 'no work twice', 'selective': 'cheap operations twice',
-         'recompute': 'a fifth to a half more products',
-         'offload': 'a fifth to a third more products, weights and gradients cross the bus'}
+COSTS = {'device': 'recomputes nothing', 'selective': 'recomputes cheap operations',
+         'recompute': 'a fifth to a half more matrix products',
+         'offload': 'a fifth to a third more matrix products, weights and gradients cross the bus'}
 
 def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) -> str:
-    """ the plan of a run, for its user: what it takes, and what goes where """
-    kept = 'all activations' if plan == 'device' else 'of activations what enters each block'
+    """ a run's plan in words: what memory it takes, and what is kept where """
+    kept = 'all activations' if plan == 'device' else "of activations each block's input"
     kept += ' and products' if plan == 'selective' else ''
     beside, there = '', f"{'a share of ' * (shape.shards > 1)}weights, gradients, moments; {kept}"
     if plan == 'offload':
@@ -243,13 +243,13 @@ def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) 
         there = (f"embeddings, the blocks' matrices{' in half precision' * shape.half}; {kept}; "
                  "in RAM: weights, gradients, moments in float32")
     return (f"plan {plan}, {count(B)} at a time: {peak(plan, shape, B, accumulates) / GiB:.2f} GiB "
-            f"expected{beside}, {max(budget, 0) / GiB:.1f} free to fill; it costs {COSTS[plan]}\n"
+            f"expected{beside}, {max(budget, 0) / GiB:.1f} free to fill; {COSTS[plan]}\n"
             f"on {shape.device}: {there}")
 
 def table(shape: Shape, sequences: int, most: int, budget: float, epochs: dict[str, float],
           plans: tuple[str, ...] = PLANS, ram_free: float = math.inf, processes: int = 1) -> str:
-    """ every plan's memory, the micro-batch it would use, its cost, and the seconds an epoch that are
-    known, for each of the processes with its share of an iteration, `sequences` """
+    """ a table of every plan's memory, micro-batch, cost and, where known, seconds per epoch, for one of the
+    processes, whose share of an iteration is `sequences` """
     beside = f', {sequences} by each of {processes} processes' if processes > 1 else ''
     lines = [f"{count(sequences * processes)} of {shape.block_size} tokens an iteration{beside}; "
              f"{max(budget, 0) / GiB:.1f} GiB to fill",

@@ -3,7 +3,7 @@ GPT-2: the model, its pretrained weights and how it continues a text.
 
 References:
 1) OpenAI's TensorFlow implementation: https://github.com/openai/gpt-2/blob/master/src/model.py
-2) Hugging Face's PyTorch implementation, to which this one is equal:
+2) Hugging Face's PyTorch implementation, which this one matches:
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/gpt2/modeling_gpt2.py
 Parameter names are nanoGPT's. Shapes: B sequences of T tokens, C = n_embd channels.
 """
@@ -29,7 +29,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True # in the linear layers and layer norms, as GPT-2 has it
+    bias: bool = True # in the linear layers and layer norms, as in GPT-2
 
 GPT2_SHAPES = {
     'gpt2': dict(n_layer=12, n_head=12, n_embd=768), # 124M parameters
@@ -39,14 +39,14 @@ GPT2_SHAPES = {
 }
 
 class HalfLinear(torch.autograd.Function):
-    """ x (..., n_in) in half precision times weight (n_out, n_in), plus bias, both rounded to x's format; or
-    `stand_in`, of the result's shape, where only what is kept for backward counts """
+    """ a linear layer on half-precision x (..., n_in), weight (n_out, n_in) and bias rounded to its dtype;
+    given `stand_in`, of the result's shape, it returns that, and only what it saves for backward matters """
 
     @staticmethod
     def forward(ctx, x, weight, bias, stand_in):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         if stand_in is not None:
-            return stand_in.detach() # a selective checkpoint lets in nothing else that was not done before
+            return stand_in.detach() # a selective checkpoint allows no other op that is new in a second pass
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -59,15 +59,15 @@ class HalfLinear(torch.autograd.Function):
         return dx, dw, rows.sum(0).float() if needs_db else None, None
 
 class Linear(nn.Linear):
-    """ a Linear that under autocast keeps no copy of its weight in half precision for backward, which rounds
-    it again """
+    """ a Linear that, under autocast, keeps no half-precision copy of its weight for backward, but rounds it
+    again there """
 
-    stand_in = None # SecondPass's, for a result that nothing needs
+    stand_in = None # set by SecondPass when nothing needs the result
 
     def forward(self, x):
         device = x.device.type
         learns = torch.is_grad_enabled() and torch.is_autocast_enabled(device)
-        if not learns or torch.compiler.is_compiling(): # what is compiled does so by is_cast
+        if not learns or torch.compiler.is_compiling(): # is_cast does the same in compiled code
             return super().forward(x)
         return HalfLinear.apply(x.to(torch.get_autocast_dtype(device)), self.weight, self.bias,
                                 self.stand_in)
@@ -88,7 +88,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         y = attend(q, k, v, self.dropout if self.training else 0.0, cache.mask if cache is not None else None)
-        y = y.transpose(1, 2).reshape(B, T, C) # the heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, C) # put the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 class MLP(nn.Module):
@@ -100,22 +100,22 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))) # GPT-2's GELU is tanh's
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))) # tanh, as in GPT-2
 
 ATTENTION = [getattr(torch.ops.aten, f'_scaled_dot_product_{kind}').default for kind in (
     'flash_attention', 'efficient_attention', 'cudnn_attention', 'flash_attention_for_cpu')]
 DROPPED_ATTENTION = torch.ops.fitgpt.dropped_attention.default
 PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
-LINEAR = torch.ops.aten.linear.default # a product as MPS has it
+LINEAR = torch.ops.aten.linear.default # the op of a product on MPS
 
 def is_kept(draws, ctx, op, *args, **options):
-    """ whether a selective block keeps what `op` makes: attention and the products of its matrices, told from
-    LoRA's (of a rank below n_embd / 4) by shape; that of the MLP's c_proj only in float32 with dropout after
-    it, since backward stops before it otherwise
+    """ whether a selective block keeps the result of `op`: of attention, and of products with its matrices,
+    told from LoRA's (of a rank below n_embd / 4) by shape; of the MLP's c_proj only in float32 with dropout
+    after it, since otherwise the second pass stops before it
 
-    draws says that there is dropout: then torch's attention runs again, since left out it would not draw, and
-    what comes after it would draw otherwise than before; ours draws its seed before. torch passes all
-    arguments but this one.
+    `draws`: whether there is dropout. torch's attention then runs again: skipping it would also skip its
+    random draws and change all later ones. dropped_attention draws its seed beforehand, so it can be kept.
+    torch passes all arguments but `draws`.
     """
     keep = op == DROPPED_ATTENTION or op in ATTENTION and not draws
     if op in PRODUCTS or op == LINEAR:
@@ -124,8 +124,8 @@ def is_kept(draws, ctx, op, *args, **options):
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 def is_cast(ctx, op, *args, **options):
-    """ whether a compiled block's backward makes again what `op` makes: a weight's copy in half precision, as
-    in Linear; all else is for the compiler to choose """
+    """ whether backward of a compiled block recomputes the result of `op`: always a weight's half-precision
+    copy, as in Linear; the compiler decides about the rest """
     again = op == torch.ops.aten._to_copy.default and args[0].dim() == 2
     return CheckpointPolicy.MUST_RECOMPUTE if again else CheckpointPolicy.PREFER_SAVE
 
@@ -133,7 +133,7 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.selective = False # backward makes all again but what is_kept
+        self.selective = False # whether backward recomputes all but what is_kept names
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -149,7 +149,7 @@ class Block(nn.Module):
         lean = self.selective or compiles and isinstance(self.mlp.c_fc, Linear)
         if not (lean and learns and torch.is_grad_enabled()):
             return self.layers(x, cache)
-        # what is compiled gives each draw a seed of its own
+        # compiled code gives each random draw its own seed
         keep = partial(is_kept, self.attn.dropout > 0 and not compiles) if self.selective else is_cast
         contexts = partial(create_selective_checkpoint_contexts, keep)
         if not compiles:
@@ -157,18 +157,18 @@ class Block(nn.Module):
         return checkpoint(self.layers, x, use_reentrant=False, context_fn=contexts)
 
     def two_passes(self, x, contexts=lambda: (nullcontext(), nullcontext())):
-        """ for checkpoint, the contexts of a pass over x, and of a SecondPass for backward """
+        """ checkpoint's two contexts: of the forward pass over x, and of its SecondPass for backward """
         first, second = contexts()
         return first, SecondPass(self.mlp.c_proj, x, second)
 
-FORGOTTEN = 'mps' # the device whose draws torch's checkpoint does not repeat
+FORGOTTEN = 'mps' # torch's checkpoint does not restore the random state of this device
 
 class SecondPass:
-    """ the context of a block that is run again for backward, over x; under autocast it ends before its last
-    product: torch stops at the last tensor that backward needs, which a HalfLinear keeps as it returns
+    """ the context in which a block runs over x again for backward; under autocast without its last product
 
-    The stand-in's values are whatever was in memory: of what comes after, only dropout's mask counts, which
-    does not depend on them.
+    torch stops this run at the last tensor that backward needs, but a HalfLinear saves its tensors only when
+    it returns, so the last one returns a stand-in instead of its product. The stand-in is uninitialized: of
+    what follows it, only dropout's mask matters, which does not depend on its values.
     """
 
     def __init__(self, last, x, context):
@@ -191,14 +191,14 @@ class SecondPass:
         return self.context.__exit__(*error)
 
 class GPT(nn.Module):
-    """ token ids (B, T) to logits or a loss; raises ValueError for a config of sizes that make no model """
+    """ token ids (B, T) to logits or a loss; raises ValueError if the config's sizes are invalid """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         check_shape(config)
         self.config = config
-        self.draws = config.dropout > 0 # whether a pass in training is random
-        self.recompute = False # for backward, keep what enters the blocks, and run each block again
+        self.draws = config.dropout > 0 # whether a training pass is random
+        self.recompute = False # keep only the input of each block, and run the block again in backward
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -221,39 +221,39 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def num_params(self, trained: bool = False) -> int:
-        """ the parameters, the tied matrix counted once: 124,439,808 for gpt2; or only those that are
-        trained """
+        """ the number of parameters, the tied matrix counted once: 124,439,808 for gpt2; or only of those
+        that are trained """
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trained)
 
     def follow(self, plan: str) -> None:
-        """ keep for backward what this plan of memory.py's does """
+        """ keep for backward what this plan of memory.py keeps """
         self.recompute = plan in ('recompute', 'offload')
         for block in self.transformer.h:
             block.selective = plan == 'selective'
 
     def parts(self) -> list:
-        """ the modules that hold all parameters, in the order in which a pass comes to them """
+        """ the modules that hold all parameters, in the order in which a forward pass reaches them """
         t = self.transformer
         return [t.wte, t.wpe, *t.h, t.ln_f]
 
     def before(self, part) -> None:
-        """ called ahead of each of `parts`; an optimizer that still sends its weights waits here for them """
+        """ called before each of `parts` runs; an offloading optimizer waits here for the part's weights """
 
     def compiled_parts(self) -> list:
-        """ what to compile, each for itself, for training """
+        """ the modules to compile for training, each on its own """
         return [*self.transformer.h, self.cross_entropy]
 
     def flops_per_token(self, T: int) -> float:
-        """ forward and backward, T tokens a sequence; PaLM's appendix B, https://arxiv.org/abs/2204.02311 """
+        """ FLOPs of forward and backward at length T; PaLM, appendix B, https://arxiv.org/abs/2204.02311 """
         config = self.config
         matrices = self.num_params() - self.transformer.wpe.weight.numel() # positions are looked up
-        frozen = self.num_params() - self.num_params(trained=True) # no gradient of their own
+        frozen = self.num_params() - self.num_params(trained=True) # these get no gradient
         return 6 * matrices - 2 * min(frozen, matrices) + 12 * config.n_layer * config.n_embd * T
 
     def hidden(self, idx, cache=None, head=None):
         """ the last layer's output (B, T, C) for token ids idx (B, T), from which lm_head makes logits
 
-        cache, a KVCache a layer, holds the tokens before idx; head is the list that ChunkedLoss shares.
+        cache: a KVCache per layer, holding the tokens before idx. head: the list shared with ChunkedLoss.
         """
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens are more than block_size"
@@ -275,12 +275,12 @@ class GPT(nn.Module):
         return ln_f(x)
 
     def forward(self, idx, targets=None, cache=None, scale=None):
-        """ (logits, loss) of token ids idx (B, T), one of them None
+        """ (logits, loss) for token ids idx (B, T); one of the two is None
 
-        With targets (B, T), of which -1 do not count, the loss is their cross-entropy in nats: the mean, or
-        `scale` times the sum. Without, the logits are those of the last position, (B, 1, vocab_size).
+        With targets (B, T), where -1 is ignored, the loss is their cross-entropy in nats: the mean, or
+        `scale` times the sum. Without targets, the logits are of the last position, (B, 1, vocab_size).
         """
-        head = [] # the gradient of the tied matrix on its way from the head to the embedding
+        head = [] # carries the gradient of the tied matrix from the head to the embedding
         x = self.hidden(idx, cache, head)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
@@ -293,10 +293,10 @@ class GPT(nn.Module):
     @torch.no_grad()
     def stream(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                top_p: float | None = None, n_vocab: int | None = None, fixed: bool | None = None):
-        """ yield max_new_tokens times the next token (B,) of each sequence of the prompt idx (B, T >= 1)
+        """ yield the next token (B,) of each sequence of the prompt idx (B, T >= 1), max_new_tokens times
 
-        The options are sample_token's. Past block_size the window restarts from its second half. `fixed` says
-        whether shapes stay fixed, as a CUDA graph wants them; None is True on CUDA.
+        The options are sample_token's. Past block_size the window restarts from its second half. `fixed`
+        keeps all shapes fixed, as a CUDA graph needs them; None means True on CUDA.
         """
         block_size, window = self.config.block_size, idx[:, -self.config.block_size:]
         length = min(block_size, window.size(1) + max_new_tokens)
@@ -317,18 +317,18 @@ class GPT(nn.Module):
                     logits, _ = self(token[:, None], cache=cache)
             token = sample_token(logits[:, -1, :n_vocab].float(), temperature, top_k, top_p)
             yield token
-            token = token.clamp(min=0) # -1, where there was none to draw, is none to look up
+            token = token.clamp(min=0) # -1, when none could be drawn, cannot be looked up
             window = torch.cat((window, token[:, None]), dim=1)
 
     def generate(self, idx, max_new_tokens: int, *args, **options):
-        """ idx (B, T) and what stream, with the same arguments, makes of it: (B, T + max_new_tokens) """
+        """ idx (B, T) continued by `stream`, which takes the same arguments: (B, T + max_new_tokens) """
         tokens = self.stream(idx, max_new_tokens, *args, **options)
         return torch.cat([idx, *(token[:, None].clamp(min=0) for token in tokens)], dim=1)
 
     @classmethod
     def from_weights(cls, config: GPTConfig, weights: dict) -> 'GPT':
-        """ a model of these tensors, which it keeps; raises RuntimeError where a name or a shape differs """
-        with torch.device('meta'): # no memory and no time for weights that go at once
+        """ a model that takes over these tensors; raises RuntimeError if a name or a shape differs """
+        with torch.device('meta'): # no memory or time for weights that are replaced at once
             model = cls(config)
         weights = {name: tensor.float() for name, tensor in weights.items()}
         model.load_state_dict(weights, assign=True)
@@ -337,10 +337,10 @@ class GPT(nn.Module):
 
     @staticmethod
     def pretrained_config(source: str, dropout: float = 0.0, revision: str = 'main') -> GPTConfig:
-        """ the shape of a model of Hugging Face's; raises ValueError if it computes otherwise than ours """
+        """ the shape of a Hugging Face model; raises ValueError if it computes something else than ours """
         from transformers import AutoConfig
         c = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-        ours = dict(model_type=['gpt2'], activation_function=['gelu_pytorch_tanh', 'gelu_new'], # the same
+        ours = dict(model_type=['gpt2'], activation_function=['gelu_pytorch_tanh', 'gelu_new'], # synonyms
                     n_inner=[None, 4 * getattr(c, 'n_embd', 0)], scale_attn_weights=[True],
                     scale_attn_by_inverse_layer_idx=[False], tie_word_embeddings=[True],
                     layer_norm_epsilon=[1e-5])
@@ -355,12 +355,12 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, source: str, dropout: float = 0.0, revision: str = 'main') -> 'GPT':
         """ GPT-2 from Hugging Face: one of the four names, a hub id, or a local directory; raises ValueError
-        where it computes otherwise or lacks weights """
+        if it computes something else or lacks weights """
         from transformers import GPT2LMHeadModel
         config = cls.pretrained_config(source, dropout, revision)
         theirs, info = GPT2LMHeadModel.from_pretrained(
             source, revision=revision, weights_only=True, output_loading_info=True,
-            attn_implementation='eager') # or config.json could name code on the hub
+            attn_implementation='eager') # else config.json could name code on the hub
         if info['missing_keys']:
             raise ValueError(f"{source} lacks the weights {sorted(info['missing_keys'])[:3]} and maybe more; "
                              "expected a whole GPT-2; fetch or save it again")
@@ -370,11 +370,11 @@ class GPT(nn.Module):
         return cls.from_weights(config, weights)
 
 def check_shape(config: GPTConfig) -> None:
-    """ raise ValueError for sizes that make no model """
+    """ raise ValueError for invalid sizes """
     for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; type --{name}=N with N at least 1")
-    if config.n_layer > 1000: # making so many takes long
+    if config.n_layer > 1000: # more would take long to build
         raise ValueError(f"n_layer is {config.n_layer:,}; type --n_layer=N with N at most 1000")
     if config.n_embd % config.n_head:
         near = [n for n in range(1, config.n_embd + 1) if config.n_embd % n == 0]
@@ -385,7 +385,7 @@ def check_shape(config: GPTConfig) -> None:
         raise ValueError(f"dropout is {config.dropout}; type --dropout=P with 0 <= P < 1")
 
 def check_length(block_size: int, positions: int) -> None:
-    """ raise ValueError for sequences that are longer than a model's positions """
+    """ raise ValueError if sequences are longer than the model has positions """
     if block_size > positions:
         raise ValueError(f"block_size is {block_size}, but the model has {positions} positions; type "
                          f"--block_size={positions} or less")

@@ -10,7 +10,7 @@ import torch
 import parallel
 
 def get_lr(it: int, learning_rate: float, min_lr: float, warmup_iters: int, lr_decay_iters: int) -> float:
-    """ the learning rate of iteration `it`: up in a line, down along a cosine, then min_lr
+    """ the learning rate of iteration `it`: linear warm-up, cosine decay, then min_lr
 
     >>> [round(get_lr(it, 1.0, 0.1, 4, 10), 2) for it in (0, 3, 4, 7, 10, 11)]
     [0.2, 0.8, 1.0, 0.55, 0.1, 0.1]
@@ -23,13 +23,13 @@ def get_lr(it: int, learning_rate: float, min_lr: float, warmup_iters: int, lr_d
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 class Pair:
-    """ two optimizers, each with its own parameters, as one """
+    """ two optimizers with separate parameters, used as one """
 
     def __init__(self, first, second):
         self.both = first, second
 
     @property
-    def param_groups(self): # made anew each time, since loading a state replaces an optimizer's groups
+    def param_groups(self): # rebuilt each time, since loading a state replaces an optimizer's groups
         return [group for optimizer in self.both for group in optimizer.param_groups]
 
     def step(self):
@@ -44,45 +44,45 @@ class Pair:
         return {'pair': [optimizer.state_dict() for optimizer in self.both]}
 
 class OffloadedAdamW(torch.optim.AdamW):
-    """ AdamW in RAM for a model on a device, which keeps its matrices there in half precision
+    """ AdamW in RAM, for a model that keeps its matrices on a device in half precision
 
-    The float32 weights, gradients and moments are tensors on the CPU, and its state is AdamW's own. Each
-    gradient leaves the device as soon as backward has made it; a thread adds it to the earlier micro-batches'
-    while backward goes on. Clipping takes the norm of them all (clip_gradients), so the update comes after
-    backward, in that thread, too: part by part in the order of the next forward, which `wait`s for each part
-    as it comes to it.
-    Call `collect` before looking at the gradients, `finish` before looking at weights or moments.
+    The float32 weights, gradients and moments are CPU tensors, and the optimizer's state is AdamW's own. Each
+    gradient leaves the device as soon as backward has made it; a thread adds it to those of the earlier
+    micro-batches while backward goes on. Clipping needs the norm of all gradients (clip_gradients), so the
+    update comes after backward, in the same thread: part by part in the order of the next forward, which
+    `wait`s for each part before using it.
+    Call `collect` before reading the gradients, `finish` before reading weights or moments.
     """
 
     def __init__(self, model, device: str, half: torch.dtype, groups, **options):
         named = {p: name for name, p in model.named_parameters()}
         self.pinned = device.startswith('cuda')
         self.stream = torch.cuda.Stream(device) if self.pinned else None
-        here = (torch.cuda.set_device, (self.stream.device,)) if self.pinned else () # not the first one
-        self.thread = concurrent.futures.ThreadPoolExecutor(1, '', *here) # one after another, as asked for
-        self.jobs, self.updates = collections.deque(), {} # of gradients, and of parts of the model
-        self.room = {} # memory of gradients that are gone: the system takes long to give more
-        self.limit = None # of the gradients' norm, and what it is
-        self.masters = {p: torch.nn.Parameter(p.detach().to('cpu', torch.float32)) # unpinned: pinning
-                        for group in groups for p in group['params']} # rounds up to powers of two
+        here = (torch.cuda.set_device, (self.stream.device,)) if self.pinned else () # else it uses GPU 0
+        self.thread = concurrent.futures.ThreadPoolExecutor(1, '', *here) # runs its jobs in order
+        self.jobs, self.updates = collections.deque(), {} # futures: of gradients, of parts
+        self.room = {} # buffers of past gradients, reused since the system is slow to give more memory
+        self.limit = None # (maximum norm of the gradients, their norm)
+        self.masters = {p: torch.nn.Parameter(p.detach().to('cpu', torch.float32)) # not pinned: pinning
+                        for group in groups for p in group['params']} # rounds sizes up to powers of two
         self.names = {named[p]: master for p, master in self.masters.items()}
         self.copies = {master: p for p, master in self.masters.items()}
         super().__init__([{**group, 'params': [self.masters[p] for p in group['params']]}
                           for group in groups],
                          fused=True, **options)
-        self.updater = torch.optim.AdamW(list(self.copies), fused=True) # the thread's, with this one's state
+        self.updater = torch.optim.AdamW(list(self.copies), fused=True) # runs in the thread, on this state
         self.parts = {part: {self.masters[p] for p in part.parameters()} for part in model.parts()}
         for p, master in self.masters.items():
-            # autocast rounds these alike; the embeddings it does not
+            # autocast would round these in the same way, but not the embeddings
             in_half = p.dim() == 2 and '.h.' in named[p]
             p.data = master.detach().to(device, half if in_half else torch.float32, copy=True)
             p.register_post_accumulate_grad_hook(self.take)
         model.before = self.wait
 
     def take(self, p):
-        """ send a gradient to RAM, and forget it on the device """
+        """ send a gradient to RAM, and drop it on the device """
         grad, p.grad, sent = p.grad, None, None
-        if self.pinned: # beside what the device computes
+        if self.pinned: # copy while the device computes
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 there = torch.empty(grad.shape, dtype=grad.dtype, pin_memory=True)
@@ -90,7 +90,7 @@ class OffloadedAdamW(torch.optim.AdamW):
                 grad.record_stream(self.stream)
                 grad, sent = there, self.stream.record_event()
         self.jobs.append(self.thread.submit(self.add, self.masters[p], grad, sent))
-        if len(self.jobs) > 24: # two blocks', since a compiled one has its 12 at once; more would wait in RAM
+        if len(self.jobs) > 24: # two blocks: a compiled one sends its 12 at once; more would pile up in RAM
             self.jobs.popleft().result()
 
     def add(self, master, grad, sent):
@@ -108,23 +108,23 @@ class OffloadedAdamW(torch.optim.AdamW):
             self.jobs.popleft().result()
 
     def step(self, closure=None):
-        """ have every part updated, and the gradients forgotten, while the caller goes on """
+        """ start to update every part and to drop its gradients, while the caller goes on """
         self.collect()
-        if getattr(self, 'found_inf', None): # float16's
+        if getattr(self, 'found_inf', None): # set by float16's scaler
             return
         first, self.updater.state = not self.updater.state, self.state
-        if self.pinned: # what still reads the weights there goes first
+        if self.pinned: # first finish whatever still reads the weights there
             self.stream.wait_stream(torch.cuda.current_stream())
         limit, self.limit = self.limit, None
         for part, masters in self.parts.items():
-            groups = [{**group, 'params': [p for p in group['params'] if p in masters]} # the next iteration's
-                      for group in self.param_groups] # learning rate is not for them
+            groups = [{**group, 'params': [p for p in group['params'] if p in masters]} # copies: the next
+                      for group in self.param_groups] # iteration's learning rate is not for them
             self.updates[part] = self.thread.submit(self.update, groups, limit)
-        if first: # it makes the moments, and what crosses the bus, for which there may be no room
+        if first: # it allocates the moments and transfer buffers, which may not fit
             self.finish()
 
     def update(self, groups, limit):
-        """ update a part's weights in RAM, and send them; tell when they will be there """
+        """ update a part's weights in RAM and send them; return a CUDA event of their arrival, if pinned """
         masters = [p for group in groups for p in group['params']]
         if limit:
             torch.nn.utils.clip_grads_with_norm_(masters, *limit)
@@ -138,7 +138,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         return self.stream.record_event() if self.pinned else None
 
     def wait(self, part):
-        """ until the weights of a part of the model are there """
+        """ wait until the weights of a part of the model are on the device """
         if part in self.updates:
             sent = self.updates[part].result()
             if sent:
@@ -146,7 +146,7 @@ class OffloadedAdamW(torch.optim.AdamW):
             del self.updates[part]
 
     def finish(self):
-        """ wait until all parts are updated, and give back memory that waits for gradients """
+        """ wait until all parts are updated, and free the buffers kept for gradients """
         for part in list(self.updates):
             self.wait(part)
         self.room.clear()
@@ -156,14 +156,14 @@ class OffloadedAdamW(torch.optim.AdamW):
         return super().state_dict()
 
     def zero_grad(self, set_to_none: bool = True):
-        while self.jobs: # whatever they raise is of gradients that go
+        while self.jobs: # ignore what they raise: these gradients are dropped
             self.jobs.popleft().exception()
-        if not self.updates: # which forget their own; there are no others yet
+        if not self.updates: # these drop their own gradients, and there are no others yet
             super().zero_grad(set_to_none)
 
 def clip_gradients(optimizer, max_norm: float):
-    """ limit the norm of all gradients together, as clip_grad_norm_ does, and return what it was; an
-    optimizer in RAM leaves the limit to its update """
+    """ clip the gradients by their total norm, as clip_grad_norm_ does, and return the norm they had; an
+    OffloadedAdamW clips only in its update """
     params = [p for group in optimizer.param_groups for p in group['params']]
     if not isinstance(optimizer, OffloadedAdamW):
         return parallel.full(torch.nn.utils.clip_grad_norm_(params, max_norm))
@@ -172,22 +172,22 @@ def clip_gradients(optimizer, max_norm: float):
     return norm
 
 def weights(model, optimizer) -> dict:
-    """ the model's state in float32, wherever its weights are """
+    """ the model's state dict in float32, wherever its weights are """
     state = model.state_dict()
     if isinstance(optimizer, OffloadedAdamW):
         optimizer.finish()
         state.update({name: master.detach() for name, master in optimizer.names.items()})
-    del state['lm_head.weight'] # it is that of wte, and so it stays when shards are put together
+    del state['lm_head.weight'] # it is wte's, and must still be when shards are put together
     state = parallel.whole(state)
     return {**state, 'lm_head.weight': state['transformer.wte.weight']}
 
 def make_optimizer(name: str, model, learning_rate: float, muon_learning_rate: float, weight_decay: float,
                    betas: tuple[float, float], offload_to: tuple[str, torch.dtype] | None = None):
-    """ 'adamw', with decay for matrices and none for vectors, in nanoGPT's order; or 'muon', which takes the
-    matrices of the blocks and leaves the rest to AdamW
+    """ the optimizer `name`: 'adamw', with decay for matrices but not for vectors, in nanoGPT's order; or
+    'muon', for the matrices of the blocks, with AdamW for the rest
 
     With offload_to = (device, half), `model` moves there and the optimizer stays in RAM. Raises ValueError
-    for another name, or betas that are not below 1.
+    for another name, or if the betas are not below 1.
     """
     if max(betas) >= 1:
         raise ValueError(f"beta1 and beta2 are {betas[0]} and {betas[1]}; type --beta1=0.9 --beta2=0.95, "
@@ -208,14 +208,14 @@ def make_optimizer(name: str, model, learning_rate: float, muon_learning_rate: f
     return Pair(torch.optim.Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay), adamw)
 
 def set_lr(optimizer, factor: float) -> None:
-    """ every group's learning rate, as a fraction of the one it was made with """
+    """ set every group's learning rate to `factor` times its initial one """
     for group in optimizer.param_groups:
         group['lr'] = group.setdefault('initial_lr', group['lr']) * factor
 
 def load_optimizer(optimizer, state: dict) -> None:
-    """ take over the moments of a saved state, and keep the learning rate, betas and decay of this run
+    """ load the moments of a saved state, but keep the learning rate, betas and decay of this run
 
-    Raises ValueError where it is of another optimizer or of other parameters.
+    Raises ValueError if the state is of another optimizer or of other parameters.
     """
     parts = optimizer.both if isinstance(optimizer, Pair) else [optimizer]
     states = state.get('pair', [state])
@@ -223,7 +223,7 @@ def load_optimizer(optimizer, state: dict) -> None:
     try:
         same = [[len(g['params']) for g in groups] for groups in now] == [
             [len(g['params']) for g in saved['param_groups']] for saved in states]
-    except (KeyError, TypeError): # it is no optimizer's
+    except (KeyError, TypeError): # not an optimizer's state
         same = False
     if not same:
         raise ValueError("the checkpoint is of another optimizer or of other trained parameters; type the "

@@ -1,6 +1,5 @@
 """
-Draws log.csv into loss.png, the picture that train.py leaves in its out_dir; or several runs into one
-picture:
+Draws a run's log.csv into its loss.png, as train.py does, or several runs into compare.png:
 
 $ python plot.py out-quickstart
 $ python plot.py out-first out-second
@@ -17,7 +16,7 @@ def read_log(out_dir: str) -> dict:
     columns, row = {key: ([], []) for key in ('loss', 'train_loss', 'val_loss')}, None
     with open(os.path.join(out_dir, 'log.csv'), encoding='utf-8', newline='') as file:
         try:
-            for row in csv.DictReader(line for line in file if line.endswith('\n')): # the last may be cut
+            for row in csv.DictReader(line for line in file if line.endswith('\n')): # the last may be cut off
                 for key, (iters, values) in columns.items():
                     if row[key]:
                         iters.append(int(row['iter']))
@@ -29,7 +28,7 @@ def read_log(out_dir: str) -> dict:
     return columns
 
 def name_of(out_dir: str) -> str:
-    return os.path.basename(os.path.abspath(out_dir)).replace('$', r'\$') # which begins a formula
+    return os.path.basename(os.path.abspath(out_dir)).replace('$', r'\$') # $ starts a formula
 
 def plot_run(out_dir: str) -> str:
     """ draw the run in `out_dir` and return the picture's path """
@@ -60,15 +59,15 @@ def plot_runs(out_dirs: list[str]) -> str:
     return picture(draw, 'compare.png')
 
 def picture(draw, path: str) -> str:
-    """ let `draw` fill the axes of a loss by iteration, and write them to `path` """
-    from matplotlib.figure import Figure # pyplot would keep it, and want a screen
+    """ let `draw` plot onto axes of loss by iteration, and save the figure to `path` """
+    from matplotlib.figure import Figure # pyplot would keep it, and need a screen
     figure = Figure(figsize=(8, 5), dpi=100)
     axes = figure.subplots()
     try:
         draw(axes)
         axes.set(xlabel='iteration', ylabel='loss, nats a token')
         axes.grid(alpha=0.3)
-        axes.legend(loc='upper right') # looking for the best place takes long
+        axes.legend(loc='upper right') # searching for the best place is slow
         figure.tight_layout()
         figure.savefig(path + '.tmp', format='png')
         os.replace(path + '.tmp', path)
@@ -76,7 +75,7 @@ def picture(draw, path: str) -> str:
         if os.path.exists(path + '.tmp'):
             os.remove(path + '.tmp')
         del figure, axes
-        gc.collect() # they refer to each other, and a long run would gather many
+        gc.collect() # they refer to each other, and would pile up in a long run
     return path
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """
-Models that others wrote, and the tokenizer that goes with them: GPT-2 in Hugging Face's format, in a
-directory or on the hub, and in TensorFlow's, as OpenAI and gpt-2-simple hold it.
+Loads models from elsewhere, and their tokenizers: GPT-2 in Hugging Face's format, from a directory or the
+hub, and in TensorFlow's, as OpenAI and gpt-2-simple save it.
 """
 import contextlib
 import glob
@@ -17,26 +17,26 @@ from model import GPT, GPT2_SHAPES, GPTConfig
 from tokenizer import BPETokenizer
 
 def load(source: str, dropout: float = 0.0) -> tuple[GPT, dict]:
-    """ the model that `source` names, and {'tokenizer': its state}, with 'template' where it has one
+    """ the model that `source` names, and {'tokenizer': its state}, with 'template' if it has one
 
-    source is a Hugging Face directory, a GPT-2 name or a hub id, where name@REVISION takes that commit, tag
-    or branch, or a TensorFlow checkpoint: its folder, its prefix or its .index file.
+    source is a Hugging Face directory; a GPT-2 name or a hub id, where name@REVISION picks a commit, tag or
+    branch; or the folder, prefix or .index file of a TensorFlow checkpoint.
     """
     prefix = find_tensorflow(source)
     if prefix:
         return load_tensorflow(prefix, dropout), {'tokenizer': {'name': 'gpt2'}}
     name, revision = find_hugging_face(source)
     say_once('', [f"loading {source} ..."])
-    os.environ.setdefault('DISABLE_SAFETENSORS_CONVERSION', '1') # which transformers asks a service for
+    os.environ.setdefault('DISABLE_SAFETENSORS_CONVERSION', '1') # else transformers asks a service for it
     with readable(source):
-        GPT.pretrained_config(name, revision=revision) # without a network each file takes long to fail
+        GPT.pretrained_config(name, revision=revision) # first: without a network each file is slow to fail
         beside = {'tokenizer': read_tokenizer(name, revision)}
         model = GPT.from_pretrained(name, dropout, revision)
-    template = read_template([source]) # of an export
+    template = read_template([source]) # if export.py wrote it
     return model, {**beside, 'template': template} if template is not None else beside
 
 def config_of(source: str) -> GPTConfig:
-    """ the shape of the model that `source` names, without reading its weights, TensorFlow's excepted """
+    """ the shape of the model that `source` names, without reading its weights, except TensorFlow's """
     if find_tensorflow(source):
         return load(source)[0].config
     name, revision = find_hugging_face(source)
@@ -47,8 +47,7 @@ def config_of(source: str) -> GPTConfig:
 # Hugging Face
 
 def find_hugging_face(source: str) -> tuple[str, str]:
-    """ the directory or the hub id, and the revision, that `source` names; raises FileNotFoundError for
-    what can be neither """
+    """ (directory or hub id, revision) that `source` names; raises FileNotFoundError if it can be neither """
     if os.path.isdir(source) and not os.path.exists(os.path.join(source, 'config.json')):
         raise FileNotFoundError(f"{source} holds neither ckpt.pt nor last.pt nor a Hugging Face model nor "
                                 "TensorFlow's; type a folder that train.py wrote")
@@ -71,12 +70,12 @@ def readable(source: str):
                       f"{why}); expected a GPT-2 in a local directory or on the hub; {do}") from None
 
 def split_revision(source: str) -> tuple[str, str | None]:
-    """ 'gpt2@607a30d' -> ('gpt2', '607a30d'); a path that is there keeps its @ """
+    """ 'gpt2@607a30d' -> ('gpt2', '607a30d'); an existing path keeps its @ """
     parts = re.fullmatch(r'([\w.-]+(?:/[\w.-]+)?)@([\w./-]+)', source)
     return parts.groups() if parts and not os.path.exists(source) else (source, None)
 
 def read_tokenizer(source: str, revision: str = 'main') -> dict:
-    """ the state of a model's tokenizer, GPT-2's if it brings none; raises ValueError for an unknown one """
+    """ the state of a model's tokenizer, GPT-2's if it has none; raises ValueError for an unknown one """
     from transformers.utils import cached_file
     added = {}
     for name in ('vocab.json', 'tokenizer.json', 'added_tokens.json'):
@@ -104,7 +103,7 @@ def read_tokenizer(source: str, revision: str = 'main') -> dict:
     return {'name': 'gpt2'}
 
 def read_chars(words: dict) -> list[str] | None:
-    """ the characters of the 'model' of a tokenizer.json, if it has an id for each and for nothing else """
+    """ the characters in a tokenizer.json's 'model', or None if it has ids for anything else """
     if words.get('type') != 'WordLevel':
         return None
     chars = sorted(words['vocab'], key=words['vocab'].get)
@@ -115,14 +114,14 @@ def read_chars(words: dict) -> list[str] | None:
 # TensorFlow
 
 def find_tensorflow(source: str) -> str | None:
-    """ the prefix of the checkpoint that `source` is, or of the latest in that folder; None if there is none
+    """ the prefix of the checkpoint `source`, or of the latest one in that folder; None if there is none
 
     A prefix P stands for the files P.index, P.data-00000-of-00001 and P.meta.
     """
     prefix = source.removesuffix('.index')
     if os.path.isfile(prefix + '.index'):
         return prefix
-    if os.path.exists(os.path.join(source, 'config.json')): # Hugging Face's, with another's files beside it
+    if os.path.exists(os.path.join(source, 'config.json')): # a Hugging Face model, with other files beside it
         return None
     try: # TensorFlow's note of the latest; its folder may have moved since
         with open(os.path.join(source, 'checkpoint'), encoding='utf-8') as file:
@@ -134,8 +133,8 @@ def find_tensorflow(source: str) -> str | None:
     return named if named in found else max(found, key=lambda p: os.path.getmtime(p + '.index'), default=None)
 
 def load_tensorflow(prefix: str, dropout: float) -> GPT:
-    """ the GPT-2 in a TensorFlow checkpoint; raises ImportError where there is no TensorFlow to read it """
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2') # it tells of the processor at length
+    """ the GPT-2 in a TensorFlow checkpoint; raises ImportError if TensorFlow is not installed """
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2') # or it prints a lot about the processor
     try:
         import tensorflow
     except ImportError:
@@ -156,7 +155,7 @@ def load_tensorflow(prefix: str, dropout: float) -> GPT:
                          "OpenAI's code or gpt-2-simple saved; type --init_from with another") from None
 
 def read_shape(prefix: str, shapes: dict, dropout: float) -> GPTConfig:
-    """ the sizes of a model, from its tensors' and, for what these do not tell, from hparams.json """
+    """ the sizes of a model, from its tensors' shapes and, for n_head, from hparams.json """
     n_vocab, n_embd = shapes['model/wte']
     n_layer = len({name.split('/')[1] for name in shapes if re.match(r'model/h\d+/', name)})
     path = os.path.join(os.path.dirname(prefix), 'hparams.json')
@@ -176,6 +175,6 @@ def tensorflow_name(name: str) -> str:
     return f'model/{path}{kind}'
 
 def convert(array) -> torch.Tensor:
-    """ TensorFlow's array as ours: a convolution of width 1, (1, in, out), is a matrix (out, in) """
+    """ TensorFlow's array as our tensor: a convolution of width 1, (1, in, out), becomes (out, in) """
     tensor = torch.tensor(array)
     return tensor[0].t().contiguous() if tensor.dim() == 3 else tensor

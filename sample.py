@@ -7,21 +7,21 @@ $ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples
 # options
 
 # which model
-init_from = 'resume' # resume (out_dir's), gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a model's path
-out_dir = 'out' # a run's folder, whose ckpt.pt is read, or a checkpoint such as out/last.pt
+init_from = 'resume' # resume (from out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path
+out_dir = 'out' # a run's folder, to use its ckpt.pt, or a checkpoint such as out/last.pt
 # what to write
-start = '\n' # the prompt; FILE:prompt.txt takes it from a file, <|endoftext|> in it stands for that token
-instruction = '' # instead of start: a question, put as the training data put theirs; only answers are printed
+start = '\n' # the prompt, or FILE:prompt.txt to read it from a file; <|endoftext|> in it becomes that token
+instruction = '' # used instead of start: a question, put in the training template; only answers are printed
 input = '' # what the instruction is about, if anything
-num_samples = 10 # texts at once
-max_new_tokens = 500 # in each sample, at the most
-stop = '' # end a sample where this text comes up; it is not printed
-stream = False # print the first sample as it is made
+num_samples = 10 # number of samples, generated together
+max_new_tokens = 500 # maximum number of tokens per sample
+stop = '' # end a sample where this text appears; the text itself is not printed
+stream = False # print the first sample as it is generated
 # how to draw tokens
-temperature = 0.8 # below 1 is more careful, above more random; 0 always takes the likeliest token
-top_k = 200 # draw from the likeliest top_k tokens, 0 for all
-top_p = 1.0 # draw from the likeliest tokens that together have this probability
-seed = 1337 # of the draws
+temperature = 0.8 # below 1 is more conservative, above 1 more random; 0 always takes the likeliest token
+top_k = 200 # draw only from the top_k likeliest tokens; 0 for all
+top_p = 1.0 # draw only from the likeliest tokens whose probabilities add up to this
+seed = 1337 # random seed of the draws
 # machine
 device = 'auto' # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto' # auto, float32, bfloat16, float16
@@ -51,7 +51,7 @@ if input and not instruction:
     raise ValueError(f"input is {input!r}, but there is no instruction that it is for; type "
                      "--instruction=TEXT, too, or --start=TEXT instead")
 
-sys.stdout.reconfigure(errors='replace') # for what the terminal's encoding lacks
+sys.stdout.reconfigure(errors='replace') # for characters that the terminal's encoding lacks
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 
@@ -83,7 +83,7 @@ if instruction:
                          "--instruction, and no --input")
     start = render(loaded['template'], instruction, input)
 prompt = tokenizer.encode(start, allow_special=not instruction)
-shown = '' if instruction else start # what is printed in front of a sample
+shown = '' if instruction else start # printed before each sample
 if len(prompt) > model.config.block_size:
     print(f"the prompt has {len(prompt)} tokens, of which the model sees the last {model.config.block_size}",
           file=sys.stderr)
@@ -98,7 +98,7 @@ class Sample:
 
     def __init__(self):
         self.text, self.ended, self.printed = '', False, 0
-        self.decoder = codecs.getincrementaldecoder('utf-8')('replace') # holds a character's first bytes back
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace') # holds back incomplete characters
 
     def add(self, token, last):
         if self.ended:
@@ -110,7 +110,7 @@ class Sample:
             self.text, self.ended = self.text[:self.text.index(stop)], True
 
     def print_new(self):
-        """ print what came since the last call, less an end that may turn out to be `stop` """
+        """ print what is new since the last call, but hold back an ending that may become `stop` """
         starts = [n for n in range(len(stop)) if self.text.endswith(stop[:n])]
         held = 0 if self.ended else max(starts, default=0)
         upto = len(self.text) - held
@@ -137,7 +137,7 @@ try:
             samples[0].print_new()
         if all(sample.ended for sample in samples):
             break
-except KeyboardInterrupt: # what there is is printed
+except KeyboardInterrupt: # print what there is so far
     stopped = samples[0].ended = True
     if stream:
         samples[0].print_new()

@@ -1,5 +1,5 @@
 """
-How a run writes its folder: one run at a time, each checkpoint whole or not at all. checkpoint.py reads it.
+Writes a run's folder: one run at a time, each checkpoint complete or not at all. checkpoint.py reads it.
 """
 import contextlib
 import glob
@@ -10,25 +10,25 @@ import time
 
 import torch
 
-VERSION = 1 # of the format; rises when an older reader would go wrong
+VERSION = 1 # of the format; raised when older readers would go wrong
 
 def save(checkpoint: dict, path: str) -> None:
-    """ write `path` so that it holds the old checkpoint or the new one, whenever the machine stops;
-    raises OSError where it cannot """
+    """ write `path` so that it holds either the old checkpoint or the new one, whenever the machine stops;
+    raises OSError if it cannot """
     try:
         with open(path + '.tmp', 'wb') as file:
             torch.save({**checkpoint, 'version': VERSION}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + '.tmp', path)
-    except (OSError, RuntimeError) as error: # torch raises RuntimeError where the disk is full
+    except (OSError, RuntimeError) as error: # torch raises RuntimeError when the disk is full
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
         why = str(error).strip().splitlines()[0]
         raise OSError(f"cannot save {path} ({why}); what it held before is whole") from None
 
 def link(path: str, to: str) -> None:
-    """ let `to` be the same file as `path`, or a copy where the file system has no links """
+    """ make `to` a hard link to `path`, or a copy if the file system has no links """
     if os.path.exists(to + '.tmp'):
         os.remove(to + '.tmp')
     try:
@@ -38,29 +38,29 @@ def link(path: str, to: str) -> None:
     os.replace(to + '.tmp', to)
 
 class Saver:
-    """ a run's last.pt, ckpt.pt and, if it keeps them, iter_000500.pt. A save that fails costs a line, and is
-    left to the next one """
+    """ saves a run's last.pt, ckpt.pt and, with keeps_all, iter_000500.pt; if a save fails, it prints a
+    warning and leaves it to the next one """
 
     def __init__(self, out_dir: str, keeps_all: bool):
         self.out_dir, self.keeps_all = out_dir, keeps_all
-        self.saved, self.error = None, None # the iteration that is in last.pt, and why the latest failed
+        self.saved, self.error = None, None # the iteration in last.pt; why the latest save failed
         self.before = self.stamp()
 
     def stamp(self) -> list:
-        """ what changes whenever a run saves there """
+        """ the checkpoints' times and sizes, which change whenever a run saves there """
         paths = (os.path.join(self.out_dir, name) for name in ('last.pt', 'ckpt.pt'))
         return [(os.stat(path).st_mtime_ns, os.path.getsize(path)) for path in paths if os.path.exists(path)]
 
     def lock(self) -> None:
-        """ make out_dir, and keep other runs out of it until this process ends, however it does
+        """ create out_dir, and keep other runs out of it until this process ends, in whatever way
 
-        Raises FileExistsError where one holds it, or has saved there since this Saver was made; OSError where
-        nothing can be written.
+        Raises FileExistsError if another run holds it, or has saved there since this Saver was made; OSError
+        if nothing can be written.
         """
         path = os.path.join(self.out_dir, '.lock')
         try:
             os.makedirs(self.out_dir, exist_ok=True)
-            ours = os.access(path, os.W_OK) or not os.path.exists(path) # or one that another user's run made
+            ours = os.access(path, os.W_OK) or not os.path.exists(path) # else another user's run made it
             file = os.open(path, os.O_RDWR | os.O_CREAT if ours else os.O_RDONLY, 0o666) # never closed
         except OSError as error:
             raise OSError(f"cannot write to {self.out_dir} ({error.strerror}); type "
@@ -69,13 +69,13 @@ class Saver:
             import fcntl
         except ImportError: # Windows
             return
-        for tries in range(50): # a run that was killed a moment ago may take some seconds
+        for tries in range(50): # a run that was just killed may take some seconds
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 time.sleep(0.1)
-            except OSError: # a file system that has no locks
+            except OSError: # a file system without locks
                 return
         else:
             raise FileExistsError(f"another run is writing to {self.out_dir}; end it, or type "
@@ -85,14 +85,14 @@ class Saver:
                                   "--out_dir=ANOTHER")
 
     def clear(self, anew: bool) -> None:
-        """ take away what a killed save left, and for a run `anew` the checkpoints of the one before """
+        """ remove what a killed save left and, for a run that begins `anew`, earlier checkpoints """
         patterns = ['*.pt.tmp'] + ['last.pt', 'ckpt.pt', 'iter_*.pt'] * anew
         for pattern in patterns:
             for path in glob.glob(os.path.join(glob.escape(self.out_dir), pattern)):
                 os.remove(path)
 
     def __call__(self, checkpoint: dict, is_best: bool, tells: bool = False) -> bool:
-        """ write last.pt, and let ckpt.pt be the same file where it is the best; tell if it succeeded """
+        """ write last.pt, and link ckpt.pt to it if it is the best; return whether that succeeded """
         last, started, iter_num = os.path.join(self.out_dir, 'last.pt'), time.time(), checkpoint['iter_num']
         try:
             if not all(tensor.isfinite().all() for tensor in checkpoint['model'].values()):
@@ -100,7 +100,7 @@ class Saver:
             save(checkpoint, last)
             if is_best:
                 link(last, os.path.join(self.out_dir, 'ckpt.pt'))
-            if self.keeps_all and not tells: # an evaluation's
+            if self.keeps_all and not tells: # saved at an evaluation
                 link(last, os.path.join(self.out_dir, f'iter_{iter_num:06d}.pt'))
         except (OSError, ValueError) as error:
             self.error = error
@@ -113,7 +113,7 @@ class Saver:
         return True
 
     def check(self) -> None:
-        """ at the end of a run: raise OSError where no save succeeded, warn where the latest did not """
+        """ at the end of a run, raise OSError if no save succeeded, and warn if the latest did not """
         if self.saved is None and self.error:
             raise OSError(f"{self.error}; nothing of this run was saved; make room on the disk, or type "
                           "--out_dir=ANOTHER")

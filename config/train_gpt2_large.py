@@ -1,5 +1,5 @@
 # train GPT-2 large (774M parameters) from scratch on OpenWebText, on 8 GPUs
-# with its train.bin and val.bin in data/openwebtext, which nanoGPT's prepare.py also writes
+# needs train.bin and val.bin in data/openwebtext, such as nanoGPT's prepare.py writes
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_large.py
 out_dir = 'out-train-gpt2-large'
 n_layer, n_head, n_embd = 36, 20, 1280

@@ -3,10 +3,10 @@
 # $ python train.py config/finetune/gpt2_medium.py
 init_from = 'gpt2-medium'
 out_dir = 'out-gpt2-medium'
-dataset = 'shakespeare' # your own, by data/custom/prepare.py: --dataset=NAME
+dataset = 'shakespeare' # or your own, made by data/custom/prepare.py: --dataset=NAME
 batch_size, gradient_accumulation_steps = 16, 2 # 32 sequences of 1024 tokens an iteration
-num_epochs = 10.0 # 92 iterations of this text; a larger model overfits in fewer
+num_epochs = 10.0 # 92 iterations on this text; larger models overfit in fewer
 eval_interval, eval_iters = 10, 0 # the whole validation split
-learning_rate, min_lr = 3e-5, 3e-6 # pretrained weights move gently
+learning_rate, min_lr = 3e-5, 3e-6 # small, to move pretrained weights gently
 warmup_iters = 100 # or a tenth of the run, if that is less
 dropout = 0.1

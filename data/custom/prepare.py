@@ -1,7 +1,7 @@
 """
-Makes a dataset of your own text, of any size. Each document is closed by end-of-text, or by a newline where
-the tokens are characters. A document is a text file, a line of .jsonl, an item of a list in .json, a row of
-.csv or of a dataset of the Hugging Face hub, or all that comes through a pipe; a folder may hold many.
+Makes a dataset from your own text, of any size. A document is a text file, a line of .jsonl, an item of a
+list in .json, a row of .csv or of a Hugging Face dataset, or all that comes through a pipe; a folder may hold
+many. Each document is ended by end-of-text, or by a newline if the tokens are characters.
 
 $ python data/custom/prepare.py --input=novel.txt --name=novel
 $ python train.py config/finetune/gpt2_small.py --dataset=novel
@@ -9,12 +9,12 @@ $ python train.py config/finetune/gpt2_small.py --dataset=novel
 # options
 input = '' # a file, a folder (its *.txt, *.md, *.jsonl, *.csv), a dataset id of the hub, or - for a pipe
 name = 'custom' # the dataset is written to data/NAME
-text_field = 'text' # which field of a row is the text
-subset = '' # which one of a dataset of the hub that has several
-tokenizer = 'gpt2' # gpt2, char for the text's own characters, or a dataset whose characters to use again
-val_fraction = 0.1 # the share of the tokens, at the end, that is kept to validate on
+text_field = 'text' # the field of a row that holds the text
+subset = '' # which subset of a hub dataset, if it has several
+tokenizer = 'gpt2' # gpt2, char (the text's own characters), or a dataset whose characters to reuse
+val_fraction = 0.1 # share of the tokens, from the end, to validate on
 allow_special = False # read <|endoftext|> in the text as that token, rather than as text
-workers = 0 # processes, 0 for one a core
+workers = 0 # number of processes; 0 for one per core
 
 import os
 import signal
@@ -26,7 +26,7 @@ sys.path.insert(0, os.path.join(_folder, '..', '..')) # for the project's module
 from configurator import configure
 
 def known_characters():
-    """ those of the dataset that `tokenizer` names """
+    """ the characters of the dataset that `tokenizer` names """
     from dataset import find_dataset, read_tokenizer_state
     chars = read_tokenizer_state(find_dataset(tokenizer)).get('chars')
     if not chars:
@@ -57,7 +57,7 @@ def main():
             chars, n = write_characters(path, documents, chars)
             write_meta(place, chars)
         n_val = int(n * val_fraction)
-        if not 1 < n_val < n - 1: # a target has a token before it
+        if not 1 < n_val < n - 1: # a target needs a token before it
             raise ValueError(f"{n} tokens are too few to keep {val_fraction} of them to validate on; add "
                              "text")
         split_off(place, '.bin', 2 * (n - n_val))
@@ -67,7 +67,7 @@ def main():
     config = f"config/{'train_shakespeare_char_cpu' if chars else 'finetune/gpt2_small'}.py"
     tell_run(config, name, n - n_val, n_val)
 
-if __name__ == '__main__': # and not in the processes that encode, which read this file too
+if __name__ == '__main__': # not in the worker processes, which import this file too
     configure(globals())
-    signal.signal(signal.SIGTERM, signal.default_int_handler) # ends as Ctrl-C does, with nothing left behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler) # end as on Ctrl-C, leaving nothing behind
     main()

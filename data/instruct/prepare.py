@@ -1,16 +1,16 @@
 """
-Makes a dataset of instructions and their answers, of which only the answers are learned. A line of .jsonl,
-or an item of a list in .json, has instruction, perhaps input, and output (Alpaca's fields), or messages of
-role and content.
+Makes a dataset of instructions and answers, of which only the answers are learned. Each line of .jsonl, or
+item of a list in .json, has either instruction, output and optionally input (Alpaca's fields), or messages
+with role and content.
 
 $ python data/instruct/prepare.py --input=questions.jsonl --name=questions
 $ python train.py config/finetune/gpt2_small.py --dataset=questions
 """
 # options
-input = '' # a .jsonl file or a folder of them, or a .json file that is one list
+input = '' # a .jsonl file, a folder of them, or a .json file that is one list
 name = 'instruct' # the dataset is written to data/NAME
-template = '' # text with {instruction} and {input}, and \n for a line end; FILE:PATH; '' for Alpaca's
-val_fraction = 0.1 # the share of the items, at the end, that is kept to validate on
+template = '' # text with {instruction} and {input}, where \n is a line end; or FILE:PATH; '' for Alpaca's
+val_fraction = 0.1 # share of the items, from the end, to validate on
 
 import os
 import signal
@@ -35,10 +35,10 @@ from publish import claim, publish, split_off
 from tokenizer import BPETokenizer
 
 LONGEST = 1024 # tokens that GPT-2 reads at once
-ITEM = '{"instruction": "...", "output": "..."}' # what one looks like, for messages
+ITEM = '{"instruction": "...", "output": "..."}' # an example item, for messages
 
 def read_template():
-    """ the text that `template` names; raises where there is none, or no {instruction} in it """
+    """ the text that `template` names; raises an error if there is none, or no {instruction} in it """
     if template.startswith('FILE:'):
         path = template.removeprefix('FILE:')
         if not os.path.isfile(path):
@@ -50,8 +50,8 @@ def read_template():
     return text
 
 def write_items(place, text):
-    """ write all items, as `text` puts them, into the train files; return each one's length and how many
-    tokens count """
+    """ write all items, in the template `text`, to the train files; return their lengths and how many tokens
+    count """
     lengths, n_counted, tokenizer, paths = [], 0, BPETokenizer(), find_files(input, ('.jsonl',))
     with (open(os.path.join(place, 'train.bin'), 'wb') as tokens,
           open(os.path.join(place, 'train_mask.bin'), 'wb') as masks,
@@ -71,7 +71,7 @@ def write_items(place, text):
             n_counted += sum(mask)
     return lengths, n_counted
 
-signal.signal(signal.SIGTERM, signal.default_int_handler) # ends as Ctrl-C does, with nothing left behind
+signal.signal(signal.SIGTERM, signal.default_int_handler) # end as on Ctrl-C, leaving nothing behind
 if not input:
     raise ValueError("there is no input; type --input=PATH of a .jsonl file, of a folder of them, or of a "
                      "list in .json")

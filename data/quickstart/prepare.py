@@ -1,11 +1,11 @@
 """
-A text that every Python carries: the prose of its documentation, a token a character, from no network.
+Makes a dataset from the documentation that comes with Python, one token per character, without a network.
 
-The paragraphs are those of the language's documentation (pydoc_data.topics) and of the docstrings of the
-standard library, less the ones that are mostly code. Another version of Python has a few more or less.
+The paragraphs are from the language's documentation (pydoc_data.topics) and the docstrings of the standard
+library, without those that are mostly code. Other versions of Python have a few more or fewer.
 """
 # options
-max_chars = 3_000_000 # of text, at the most
+max_chars = 3_000_000 # maximum length of the text
 
 import ast
 import inspect
@@ -55,7 +55,7 @@ def prose(text):
 texts = [text for _, text in sorted(pydoc_data.topics.topics.items())]
 for path in tqdm(list(library_files()), desc='reading docstrings', unit='file', delay=1):
     texts += docstrings(path)
-paragraphs = list(dict.fromkeys(paragraph for text in texts for paragraph in prose(text))) # each of them once
+paragraphs = list(dict.fromkeys(paragraph for text in texts for paragraph in prose(text))) # no duplicates
 random.Random(0).shuffle(paragraphs) # the same order every time, and all kinds in both splits
 text = re.sub(r'[^\n -~]', '', '\n\n'.join(paragraphs))[:max_chars]
 write_dataset(_folder, text, CharTokenizer(sorted(set(text))))

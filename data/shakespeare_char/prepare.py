@@ -1,9 +1,9 @@
 """
-Tiny Shakespeare, a token a character: 1,003,854 tokens to train on and 111,540 to validate on.
+Tiny Shakespeare, one token per character: 1,003,854 tokens to train on and 111,540 to validate on.
 """
 # where the text comes from, unless input.txt is in this folder already
 url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt' # the text
-sha256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed' # of that file
+sha256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed' # checksum of that file
 
 import os
 import sys
