@@ -66,8 +66,8 @@ class Best:
         lines = [f"best val loss {self.best_val_loss:.4f}, at iteration {self.best_iter}: {out_dir}/ckpt.pt; "
                  f"the latest model: {out_dir}/last.pt"]
         if waited:
-            lines.insert(0, f"{self.n_worse} evaluations in a row were no better than that of iteration "
-                            f"{self.best_iter}, so it ended")
+            several = f"{self.n_worse} evaluations in a row were" if self.n_worse > 1 else "1 evaluation was"
+            lines.insert(0, f"{several} no better than that of iteration {self.best_iter}, so it ended")
         if not learned:
             lines.append("nothing was evaluated since iteration 0: what was learned is in last.pt alone")
         elif self.best_iter == 0 and iter_num:

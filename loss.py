@@ -15,22 +15,24 @@ def rows_at_once(N: int, V: int, itemsize: int) -> tuple[int, int]:
     rows = min(N, max(N // (2 * itemsize), 2**22 // V, 1))
     return rows, min(rows, max(rows // 8, 2**22 // V, 1))
 
-def add_product(total, a, b, room) -> None:
-    """ total (V, C), in float32, += a (V, N) @ b (N, C); in half precision a few rows at a time, since all of
-    the product would be as large as a copy of the head
+COPIES = 'cpu' # the device on which adding tensors of two dtypes makes a temporary copy of one
 
-    room is float32 scratch memory, given in half precision: a CPU cannot add two dtypes without a temporary
-    tensor, and allocating one this often leaves gaps in memory.
+def add_product(total, a, b, room) -> None:
+    """ total (V, C), in float32, += a (V, N) @ b (N, C); in half precision a few rows of total at a time,
+    since the whole product would be as large as a copy of the head
+
+    room: float32 scratch memory in place of a CPU's temporary copies, which, made this often, leave gaps in
+    its memory; None if a and b are in float32.
     """
     if room is None:
         total.addmm_(a, b)
         return
-    on_cpu, (V, C) = total.device.type == 'cpu', total.shape
-    some = min(V, room.numel() // C if on_cpu else 2**13)
+    copies, (V, C) = total.device.type == COPIES, total.shape
+    some = min(V, room.numel() // C if copies else 2**13)
     product = torch.empty(some, C, dtype=b.dtype, device=b.device)
     for part, rows in zip(total.split(some), a.split(some)):
         made = torch.mm(rows, b, out=product[:len(rows)])
-        part += room.view(-1)[:made.numel()].view_as(made).copy_(made) if on_cpu else made
+        part += room.view(-1)[:made.numel()].view_as(made).copy_(made) if copies else made
 
 class CrossEntropy(nn.Module):
     """ the summed cross-entropy of the first V columns of logits (N, >= V) against targets (N, 1), where -1

@@ -1,12 +1,12 @@
 """
 How much memory a run will take on its device, computed before it starts, and the plan that fits.
 
-The plans, fastest first:
+The plans, the one that recomputes least first:
   device     weights, gradients, moments and activations, all on the device
   selective  a block keeps attention and the products that backward needs; the rest, which is cheap, is
              recomputed
   recompute  only the input of each block is kept, and backward runs the block again: a third more products,
-             or a fifth if it is not compiled (with frozen matrices, half as many again)
+             or a fifth if it is not compiled (with frozen matrices, up to half more)
   offload    as recompute, but the device holds the blocks' matrices only in half precision; the float32
              weights, the gradients and AdamW's moments are in RAM, where the CPU updates them
 Every plan keeps S, the number of sequences in an iteration, and computes the same.
@@ -163,7 +163,7 @@ def largest(plan: str, shape: Shape, sequences: int, most: int, budget: float) -
 def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
            plans: tuple[str, ...] = PLANS, ram_free: float = math.inf,
            learns: bool = True) -> tuple[str, int]:
-    """ the fastest of `plans` that fits, and its micro-batch; raises ValueError if none fits
+    """ the first of `plans` that fits, and its micro-batch; raises ValueError if none fits
 
     A plan `wanted` by name is taken even if it is not expected to fit, then with a micro-batch of 1.
     """
@@ -230,8 +230,12 @@ def count(sequences: int) -> str:
     return f"{sequences} sequence{'s' if sequences > 1 else ''}"
 
 COSTS = {'device': 'recomputes nothing', 'selective': 'recomputes cheap operations',
-         'recompute': 'a fifth to a half more matrix products',
-         'offload': 'a fifth to a third more matrix products, weights and gradients cross the bus'}
+         'recompute': '{} more matrix products',
+         'offload': '{} more matrix products, weights and gradients cross the bus'}
+
+def cost(plan: str, shape: Shape) -> str:
+    """ what a plan costs in speed, in words """
+    return COSTS[plan].format('up to half' if shape.frozen else 'a fifth to a third')
 
 def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) -> str:
     """ a run's plan in words: what memory it takes, and what is kept where """
@@ -243,7 +247,7 @@ def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) 
         there = (f"embeddings, the blocks' matrices{' in half precision' * shape.half}; {kept}; "
                  "in RAM: weights, gradients, moments in float32")
     return (f"plan {plan}, {count(B)} at a time: {peak(plan, shape, B, accumulates) / GiB:.2f} GiB "
-            f"expected{beside}, {max(budget, 0) / GiB:.1f} free to fill; {COSTS[plan]}\n"
+            f"expected{beside}, {max(budget, 0) / GiB:.1f} free to fill; {cost(plan, shape)}\n"
             f"on {shape.device}: {there}")
 
 def table(shape: Shape, sequences: int, most: int, budget: float, epochs: dict[str, float],
@@ -260,7 +264,7 @@ def table(shape: Shape, sequences: int, most: int, budget: float, epochs: dict[s
         used = peak(plan, shape, B or 1, accumulates=(B or 1) < sequences) / GiB
         took = f"{epochs[plan]:,.0f} s" if plan in epochs else 'unknown'
         fits = 'yes' if B and plan in plans else 'no'
-        why = (COSTS[plan] if plan in plans else 'gains nothing on a CPU' if shape.device == 'cpu'
+        why = (cost(plan, shape) if plan in plans else 'gains nothing on a CPU' if shape.device == 'cpu'
                else 'is not for these options')
         if B and plan in plans and ram(plan, shape) > ram_free:
             why += '; more RAM than is free here'

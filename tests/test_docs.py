@@ -54,3 +54,10 @@ def test_the_troubleshooting_is_headed_by_messages_that_the_code_has():
     for heading in headings:
         for part in heading.removeprefix('error: ').removeprefix('warning: ').split('…'):
             assert part.strip() in code, (heading, part)
+
+def test_the_plans_in_memory_md_are_those_of_a_dry_run(run):
+    with open(os.path.join(ROOT, 'docs', 'memory.md'), encoding='utf-8') as file:
+        command, block = re.findall(r'```\n(.*?)```', file.read(), re.DOTALL)[:2]
+    out = run(*command.split()[1:]).out.strip()
+    here = '; more RAM than is free here' # or not
+    assert block.strip().replace(here, '') == out.replace(here, '')

@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 import lora
+import loss as losses
 import model as model_module
 from model import GPT, GPT2_SHAPES, Block, ChunkedLoss, CrossEntropy, GPTConfig, Linear
 from sampling import sample_token
@@ -188,8 +189,10 @@ def test_the_chunked_loss_and_its_gradients_equal_torch_s_cross_entropy():
     expected = loss, *torch.autograd.grad(loss, (x, w))
     assert all(relative_error(a, b) < 1e-6 for a, b in zip(got, expected))
 
-@pytest.mark.parametrize('N, V, C', [(1, 65, 384), (40, 65, 384), (300, 50257, 64), (700, 9000, 768)]) # in 1, 1, 1, 2 parts
-def test_the_chunked_loss_in_half_precision_is_torch_s_but_for_rounding(N, V, C):
+@pytest.mark.parametrize('copies', ['cpu', None]) # as on a CPU, and as on other devices
+@pytest.mark.parametrize('N, V, C', [(1, 65, 384), (40, 65, 384), (300, 50257, 64), (700, 9000, 768)]) # in up to 65 parts
+def test_the_chunked_loss_in_half_precision_is_torch_s_but_for_rounding(N, V, C, copies, monkeypatch):
+    monkeypatch.setattr(losses, 'COPIES', copies)
     torch.manual_seed(0)
     x, w = ((torch.randn(n, C) * std).bfloat16().float().requires_grad_() for n, std in ((N, 1), (V, 0.02)))
     targets = torch.randint(V, (N,))
