@@ -54,8 +54,8 @@ def tell_run(config, name, n_train, n_val):
     with_block = f" with --block_size={options['block_size']}" if fitting else ''
     print(f"a default run of {config}{with_block} makes {count_epochs(options, n_train)}")
     if fitting:
-        print(f"warning: {n_val:,} tokens to validate on say little of how good a model is, and make "
-              "sequences short; add text, or type a larger --val_fraction")
+        print(f"warning: {n_train:,} tokens to train on and {n_val:,} to validate on make sequences short, "
+              "and the loss of so few says little; add text, or type another --val_fraction")
     suits = suiting(options, n_train)
     fitting |= suits
     if suits:

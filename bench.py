@@ -8,10 +8,10 @@ To print the tables of docs/performance.md (with --suite=gpu also those of docs/
 $ python bench.py --suite=cpu
 """
 # -----------------------------------------------------------------------------
-# options, beside train.py's
+# options, besides train.py's
 
 iters = 10 # iterations to measure; the median is reported
-skip = 3 # warm-up iterations before those
+skip = 3 # warm-up iterations before those; 1 for work = 'sample'
 data = 'synthetic' # synthetic (random tokens) or real (the dataset's)
 work = 'train' # train; sample (num_samples x 128 tokens); batch (only fetching); cards (memory by card size)
 way = 'fitgpt' # fitgpt; nanogpt (all logits at once, plain AdamW); transformers (for work = 'sample')

@@ -22,6 +22,7 @@ from model import GPT, GPT2_SHAPES, GPTConfig
 from saver import VERSION
 from tokenizer import BPETokenizer, check_match
 
+OTHERS = " and the run's other options" # which a new run does not take over
 KINDS = {'model': dict, 'model_args': dict, 'optimizer': dict, 'config': dict, 'tokenizer': dict,
          'scaler': dict, 'lora': dict, 'template': str, 'version': int, 'iter_num': int,
          'best_val_loss': (int, float, torch.Tensor)} # types of a checkpoint's entries
@@ -180,7 +181,7 @@ def latest(out_dir: str, dropout: float, say, moments: bool) -> tuple[GPT, dict]
     except ValueError as error:
         if len(paths) == 1:
             raise
-        say(f"warning: {error}")
+        say(f"warning: {str(error).partition('; type')[0]}")
     try:
         say(f"going on from {paths[1]}, the best so far, instead")
         return load_model(paths[1], dropout, False, moments)
@@ -192,7 +193,7 @@ def way_back(out_dir: str) -> str:
     a later one may be spoiled, or, if there is none, repeat the same command """
     path = find(out_dir)
     return (f"nothing of them is in a checkpoint of {out_dir}; type "
-            f"{f'--init_from={quote(path)} --out_dir=ANOTHER' if path else 'the same'}")
+            f"{f'--init_from={quote(path)} --out_dir=ANOTHER{OTHERS}' if path else 'the same'}")
 
 def peek(path: str) -> dict:
     """ a checkpoint whose tensors stay on the disk; {} if it cannot be read that way """
@@ -285,7 +286,8 @@ def tell_changes(before: dict, config: dict) -> str:
     iteration has another number of sequences, since that number tells how much of the data was read.
     """
     last = os.path.join(config['out_dir'], 'last.pt')
-    anew = f"--init_from={quote(last if os.path.isfile(last) else config['out_dir'])} --out_dir=ANOTHER"
+    source = last if os.path.isfile(last) else config['out_dir']
+    anew = f"--init_from={quote(source)} --out_dir=ANOTHER{OTHERS}"
     was, now = ([c.get(key, 0) for key in ('batch_size', 'gradient_accumulation_steps')]
                 for c in (before, config))
     if math.prod(was) not in (0, math.prod(now)) and not config['eval_only']:
@@ -293,9 +295,9 @@ def tell_changes(before: dict, config: dict) -> str:
                          f"gradient_accumulation_steps), not {now[0]} x {now[1]}; keep the product, or type "
                          f"{anew} to start anew from its weights")
     if before.get('freeze', '') != config['freeze']:
-        raise ValueError(f"the run froze {before.get('freeze', '')!r}, and freeze is {config['freeze']!r}; "
-                         f"type --freeze={before.get('freeze', '')}, "
-                         "or --init_from=ITS_FOLDER to start afresh")
+        raise ValueError(f"the run froze {before.get('freeze') or 'nothing'}, and freeze is "
+                         f"{config['freeze']!r}; type --freeze={before.get('freeze', '')}, or {anew} to "
+                         "start anew from its weights")
     not_options = (*OF_A_CALL, 'data', 'n_layer', 'n_head', 'n_embd', 'bias') # the last four: the model's own
     changed = [f"{key} {before[key]!r} -> {config[key]!r}" for key in config
                if key not in not_options and before.get(key, config[key]) != config[key]]

@@ -80,10 +80,10 @@ def read_argument(arg: str, current: dict, defaults: dict) -> dict:
     """ the settings from one argument: all that a config file assigns, or a single --key=value """
     if arg.startswith('--'):
         key, equals, text = arg[2:].partition('=')
-        check_key(key, defaults, where='the command line')
+        check_key(key, defaults, where='on the command line')
         if not equals:
             example = not defaults[key] if type(defaults[key]) is bool else 'VALUE'
-            raise ValueError(f"{arg} has no value; type {arg}={example}, with = and no blank")
+            raise ValueError(f"{arg} has no value; type {arg}={example}, with = and no space")
         return {key: parse(key, text, defaults[key])}
     if not arg.endswith('.py'):
         raise ValueError(f"{arg!r} is neither a config file (*.py) nor an option; options are typed "
@@ -92,7 +92,7 @@ def read_argument(arg: str, current: dict, defaults: dict) -> dict:
     settings = {k: v for k, v in names.items() if not k.startswith('_') and not inspect.ismodule(v)
                 and (k in defaults or not callable(v))}
     for key in settings:
-        check_key(key, defaults, where=arg)
+        check_key(key, defaults, where=f'in {arg}')
     return {key: at_home(key, match_type(key, value, defaults[key])) for key, value in settings.items()}
 
 def at_home(key: str, value):
@@ -149,7 +149,7 @@ def check_key(key: str, defaults: dict, where: str) -> None:
         hint = f"did you mean {near[0]}?" if near else "--help lists every option"
         if where.endswith('.py'):
             hint = f"a variable of the file's own begins with _, as _{key}; {hint}"
-        raise ValueError(f"unknown option {key!r} in {where}; {hint}")
+        raise ValueError(f"unknown option {key!r} {where}; {hint}")
 
 def check_range(key: str, value, least: int) -> None:
     """ raise ValueError for a number below `least`, or a whole number that some library does not accept """
@@ -227,8 +227,8 @@ def reference(scripts: list[str]) -> str:
     """ docs/configuration-reference.md: every option of the scripts, in tables """
     kinds = {bool: 'True or False', int: 'whole number', float: 'number', str: 'text'}
     out = ["# Every option of every script", '',
-           "An option is typed `--name=value`, or set in a config file, `name = value`. From left to right, "
-           "the last one counts. `auto` lets the program choose.", '',
+           "An option is typed `--name=value`, or set in a config file, `name = value`. They apply from left "
+           "to right, and the last one counts. `auto` lets the program choose.", '',
            "This page is printed by `python configurator.py` from the scripts themselves.", '']
     for script in scripts:
         text, options = read_options(os.path.join(ROOT, script))
@@ -237,7 +237,7 @@ def reference(scripts: list[str]) -> str:
         for before, (group, name, default, comment) in zip([('',), *options], options):
             if group != before[0]:
                 out.append(f"| **{group.partition(';')[0]}** | | | |")
-            out.append(f"| `{name}` | {'auto or a choice' if default == 'auto' else kinds[type(default)]} | "
+            out.append(f"| `{name}` | {'auto or one named' if default == 'auto' else kinds[type(default)]} | "
                        f"`{default!r}` | {comment} |".replace('<|endoftext|>', '`<\\|endoftext\\|>`'))
         out.append('')
     return '\n'.join(out)
@@ -264,11 +264,11 @@ def report(kind, error, trace) -> None:
         time.sleep(3) # if other processes fail too, torchrun ends this one before it prints
     text = str(error)
     if full:
-        text = f"out of memory ({text}); take a smaller model, or type options with less"
+        text = f"out of memory ({text}); take a smaller model, or a smaller --batch_size or --block_size"
     elif isinstance(error, OSError) and error.filename is not None: # the system's own words
         text = f"cannot use {error.filename} ({error.strerror}); type another path, or mend that one"
     if kind is ModuleNotFoundError:
-        text += '; run pip install -r requirements.txt'
+        text += '; activate its environment (. .venv/bin/activate), or run pip install -r requirements.txt'
     print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 

@@ -205,7 +205,7 @@ def find_datasets(dataset: str) -> dict[str, float]:
             weight = 0.0
         if not (name and 0 < weight < math.inf and folder not in folders):
             raise ValueError(f"dataset is {dataset!r}; type --dataset=NAME, or --dataset=A:0.7,B:0.3 with "
-                             "weights above 0, and each of them once")
+                             "weights above 0, each dataset once")
         folders[folder] = weight
     return folders
 
@@ -222,9 +222,11 @@ def open_tokens(path: str, block_size: int) -> np.ndarray:
                           glob.glob(os.path.join(DATA, '*', file))} for file in ('train.bin', 'prepare.py'))
         name, known = os.path.basename(folder), sorted(made | scripts - {'custom', 'instruct'})
         near = difflib.get_close_matches(name, known, n=1)
-        how = (f"run python data/{name}/prepare.py first" if name in scripts
+        text = ' --input=PATH' * (name in ('custom', 'instruct')) # these make a dataset of any text
+        how = (f"run python data/{name}/prepare.py{text} first" if name in scripts
                else f"did you mean --dataset={near[0]}?" if near
-               else f"type --dataset=NAME with one of {', '.join(known)}, or run data/custom/prepare.py")
+               else f"type --dataset=NAME with one of {', '.join(known)}, or make it by "
+               f"python data/custom/prepare.py --input=PATH --name={name}")
         raise FileNotFoundError(f"there is no {shorten(path)}; {how}")
     size = os.path.getsize(path)
     script = os.path.join(folder, 'prepare.py')

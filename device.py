@@ -147,7 +147,7 @@ class Signals:
     def take_end(self, number, frame):
         if not self.end:
             self.end, self.time = number, time.time()
-            self.say(f"stopping{'' if 'RANK' in os.environ else '; a second Ctrl-C leaves at once'}")
+            self.say(f"stopping{'' if 'RANK' in os.environ else '; a second Ctrl-C leaves without saving'}")
         elif number == signal.SIGINT and (time.time() > self.time + 1 or 'RANK' not in os.environ):
             # torchrun passes on a signal that this process got as well: within a second, it is the same one
             os._exit(130)

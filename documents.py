@@ -90,8 +90,8 @@ class Documents:
         place, fields = row
         text = fields.get(self.text_field)
         if self.text_field not in fields:
-            raise ValueError(f"{place} has no field {self.text_field!r}, but {', '.join(fields)}; type "
-                             "--text_field=NAME with one of its own")
+            raise ValueError(f"{place} has no field {self.text_field!r}; its fields are {', '.join(fields)}; "
+                             "type --text_field=NAME with one of these")
         if not isinstance(text, str):
             raise ValueError(f"{place} has {text!r} as its {self.text_field}; expected text")
         return place, (replace_surrogates(text[i:i + BLOCK]) for i in range(0, len(text), BLOCK))
@@ -133,7 +133,7 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
     paths.sort()
     if not paths:
         raise ValueError(f"there is no text in {path}; expected files that end in {', '.join(suffixes)}")
-    print(f"{len(paths)} files in {path}")
+    print(f"{len(paths)} file{'s' * (len(paths) > 1)} in {path}")
     return paths
 
 def stop(error):

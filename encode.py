@@ -169,7 +169,7 @@ def write_code_points(path: str, documents, known: list[str] | None) -> None:
                 if not allowed[codes].all():
                     at = int(allowed[codes].argmin())
                     raise ValueError(f"character {before + at + 1:,} of {place} is {block[at]!r}, not one of "
-                                     f"the {len(known)} of the dataset that --tokenizer names; take it out")
+                                     f"the {len(known)} of the dataset that --tokenizer names; remove it")
                 file.write(codes)
                 before += len(codes)
 

@@ -8,9 +8,9 @@ $ python evaluate.py --out_dir=out-novel --task=lambada --file=lambada_test.json
 # options
 
 # which models
-init_from = 'resume' # resume (from out_dir), gpt2, gpt2-medium, -large, -xl, a hub id or id@revision, a path
-out_dir = 'out' # a run's folder, to use its ckpt.pt, or a checkpoint such as out/last.pt
-base = '' # a model to compare with, such as gpt2 or out-first; '' for the one it was trained from; or none
+init_from = 'resume' # resume (the model in out_dir), gpt2, gpt2-medium, -large, -xl, a hub id, a path
+out_dir = 'out' # a run's folder, to use its ckpt.pt (else last.pt), or a checkpoint's path
+base = '' # a model to compare with, such as gpt2 or out-first; '' for the one it was trained from; none
 # on what
 task = 'perplexity' # perplexity, lambada or hellaswag
 dataset = '' # for perplexity: a dataset's name or path; '' for the one the model was trained on
@@ -21,7 +21,7 @@ limit = 0 # use only the first `limit` tokens of a text, or items of a task; 0 f
 block_size = 0 # tokens that the model sees at once; 0 for its maximum
 stride = 0 # tokens by which the window advances; 0 for half of block_size; smaller is slower
 batch_size = 8 # windows per forward pass
-json = False # print one line of JSON, with the score of every item, instead of the table
+json = False # print a line of JSON instead of the table; for lambada and hellaswag with each item's score
 # machine
 device = 'auto' # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto' # auto, float32, bfloat16, float16; the logits are always in float32
@@ -141,14 +141,18 @@ def load(source):
     """ a model, its tokenizer, its window, and where it comes from """
     name = out_dir if source == 'resume' else source
     if source == 'resume' and checkpoints.find(out_dir) is None:
-        raise FileNotFoundError(f"there is no checkpoint in {out_dir}; type --out_dir, or --init_from=gpt2")
+        raise FileNotFoundError(f"there is no checkpoint in {out_dir}; type --out_dir with a run's folder, "
+                                "or --init_from=gpt2")
     model, loaded = checkpoints.load_model(name)
     tokenizer = from_state(checkpoints.find_tokenizer(loaded, model.config.vocab_size))
     config, most = loaded.get('config', {}), model.config.block_size
     T = block_size or most
-    if T > most or stride > T: # a larger stride would skip tokens
-        raise ValueError(f"block_size is {T} and stride {stride}, but {name} reads {most} tokens at most; "
-                         f"type --block_size={min(T, most)} or less, and --stride no larger than that")
+    if T > most:
+        raise ValueError(f"block_size is {T}, but {name} reads {most} tokens at most; type "
+                         f"--block_size={most} or less")
+    if stride > T:
+        raise ValueError(f"stride is {stride}, which would skip tokens between windows of {T}; type "
+                         f"--stride={T} or less")
     origin = loaded.get('base') or config.get('init_from', 'scratch') # base is LoRA's
     return SimpleNamespace(name=name, model=model.eval(), tokenizer=tokenizer, origin=origin, T=T,
                            trained_on=config.get('dataset', ''), stride=stride or max(1, T // 2))
@@ -162,15 +166,15 @@ def load_base(origin):
             raise ValueError(f"what {first.name} was trained from lay in the same place")
         return load(origin)
     except (OSError, ValueError, ImportError) as error:
-        print(f"no base beside it: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"no comparison with its base: {' '.join(str(error).split())}", file=sys.stderr)
 
 items = [] if task == 'perplexity' else read_items(lambada if task == 'lambada' else hellaswag)
 first = load(init_from)
 models = [one for one in (first, load_base(first.origin)) if one]
 alike = first.tokenizer.state == models[-1].tokenizer.state
 if task == 'perplexity' and not alike and (limit or not file):
-    raise ValueError(f"{first.name} and {models[-1].name} read different tokens, and compare on a whole "
-                     "text; type --file=PATH of one, without --limit, or --base=none")
+    raise ValueError(f"{first.name} and {models[-1].name} have different tokens, and can be compared on a "
+                     "whole text only; type --file=PATH of one, without --limit, or --base=none")
 split_texts, source = (None, file) if file else read_dataset(dataset or first.trained_on, first)
 
 # -----------------------------------------------------------------------------

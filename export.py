@@ -8,8 +8,8 @@ $ python export.py --out_dir=out-novel --to=novel-hf
 # options
 
 # which model
-init_from = 'resume' # resume (from out_dir), gpt2, gpt2-medium, -large, -xl, a hub id or id@revision, a path
-out_dir = 'out' # a run's folder, to use its ckpt.pt, or a checkpoint such as out/last.pt
+init_from = 'resume' # resume (the model in out_dir), gpt2, gpt2-medium, -large, -xl, a hub id, a path
+out_dir = 'out' # a run's folder, to use its ckpt.pt (else last.pt), or a checkpoint's path
 # what to write
 to = '' # the folder to write; with --weights_only=True, the file
 weights_only = False # write a checkpoint without the optimizer, for sample.py, train.py and nanoGPT
@@ -213,7 +213,7 @@ if adapter:
         raise ValueError(f"the adapter in {source} is not whole ({error}); type --out_dir with "
                          "another") from None
     if checkpoints.find(base) or pretrained.find_tensorflow(base):
-        print("its base is a checkpoint, which transformers do not read; next: python export.py "
+        print("its base is a checkpoint, which transformers cannot load; next: python export.py "
               f"--init_from={quote(base)} --to=FOLDER")
         base = 'FOLDER'
     named = ''.join(f', {key}={value!r}' for key, value in revision.items())

@@ -44,7 +44,7 @@ def restrict(model, config: dict) -> None:
     """ train only what the options freeze and lora_rank select; a model that has LoRA layers keeps them;
     raises ValueError if the options do not fit together, or do not fit those layers """
     if config['lora_rank'] and config['optimizer'] == 'muon':
-        raise ValueError("muon is for whole matrices, and LoRA's are narrow; type --optimizer=adamw")
+        raise ValueError("muon does not train LoRA's matrices; type --optimizer=adamw")
     if layers(model):
         for key, has in settings(model).items():
             wanted = config[f'lora_{key}']

@@ -143,8 +143,9 @@ def plans_for(config: dict, device: str, processes: int = 1) -> tuple[str, ...]:
     cannot = cannot or device == 'mps' or device == 'cpu' and wanted != 'offload'
     plans = PLANS[:3] if cannot else PLANS
     if wanted != 'auto' and wanted not in plans:
-        why = 'is for one process and adamw, nothing frozen, no MPS' if wanted in PLANS else 'is none'
-        raise ValueError(f"plan {wanted!r} {why}; type --plan=NAME with one of: "
+        why = (f"plan {wanted!r} is for one process and adamw, nothing frozen, no LoRA, no MPS"
+               if wanted in PLANS else f"there is no plan {wanted!r}")
+        raise ValueError(f"{why}; type --plan=NAME with one of: "
                          f"auto, {', '.join(plans if wanted in PLANS else PLANS)}")
     return plans
 
@@ -265,7 +266,7 @@ def table(shape: Shape, sequences: int, most: int, budget: float, epochs: dict[s
         took = f"{epochs[plan]:,.0f} s" if plan in epochs else 'unknown'
         fits = 'yes' if B and plan in plans else 'no'
         why = (cost(plan, shape) if plan in plans else 'gains nothing on a CPU' if shape.device == 'cpu'
-               else 'is not for these options')
+               else 'is for one process and adamw, nothing frozen')
         if B and plan in plans and ram(plan, shape) > ram_free:
             why += '; more RAM than is free here'
         lines.append(f"{plan:<11}{B or 1:>12}{used:>15.2f}{ram(plan, shape) / GiB:>12.1f}{took:>9}  "

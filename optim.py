@@ -227,8 +227,8 @@ def load_optimizer(optimizer, state: dict) -> None:
         same = False
     if not same:
         raise ValueError("the checkpoint is of another optimizer or of other trained parameters; type the "
-                         "--optimizer it was trained with, or --init_from=ITS_FOLDER to start afresh from "
-                         "its weights")
+                         "--optimizer it was trained with, or --init_from=ITS_FOLDER --out_dir=ANOTHER and "
+                         "the run's other options to start anew from its weights")
     for part, saved, groups in zip(parts, states, now):
         params = [p for group in part.param_groups for p in group['params']]
         moments = {i: {key: parallel.spread(value, params[i]) for key, value in its.items()}

@@ -93,7 +93,7 @@ def can_shard(world_size: int, config: dict) -> bool:
 def check_shard(world_size: int, config: dict) -> None:
     """ raise ValueError if shard is set with options that shard_model does not support """
     if config['shard'] and not can_shard(world_size, config):
-        raise ValueError("shard is for several processes, adamw and whole matrices; start train.py by "
+        raise ValueError("shard is for several processes and adamw, without LoRA; start train.py by "
                          "torchrun, or type --shard=False")
 
 def are_same(value: int, world_size: int, device: str) -> bool:

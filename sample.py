@@ -7,15 +7,15 @@ $ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples
 # options
 
 # which model
-init_from = 'resume' # resume (from out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a path
-out_dir = 'out' # a run's folder, to use its ckpt.pt, or a checkpoint such as out/last.pt
+init_from = 'resume' # resume (the model in out_dir), gpt2, gpt2-medium, -large, -xl, a hub id, a path
+out_dir = 'out' # a run's folder, to use its ckpt.pt (else last.pt), or a checkpoint's path
 # what to write
-start = '\n' # the prompt, or FILE:prompt.txt to read it from a file; <|endoftext|> in it becomes that token
+start = '\n' # the prompt; \n alone is a line end; FILE:prompt.txt reads a file; <|endoftext|> is that token
 instruction = '' # used instead of start: a question, put in the training template; only answers are printed
 input = '' # what the instruction is about, if anything
 num_samples = 10 # number of samples, generated together
 max_new_tokens = 500 # maximum number of tokens per sample
-stop = '' # end a sample where this text appears; the text itself is not printed
+stop = '' # end a sample where this text appears (\n alone is a line end); the text is not printed
 stream = False # print the first sample as it is generated
 # how to draw tokens
 temperature = 0.8 # below 1 is more conservative, above 1 more random; 0 always takes the likeliest token

@@ -12,10 +12,10 @@ $ torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
 # what to start from, and where to write
 init_from = 'scratch' # scratch, resume, gpt2, gpt2-medium, -large, -xl, a hub id (or id@revision), or a path
 out_dir = 'out' # folder for ckpt.pt (best), last.pt (latest), config.json, log.csv, loss.png and report.md
-overwrite = False # start anew in an out_dir that already holds a run
+overwrite = False # delete the checkpoints of the run that out_dir holds, and start a new one there
 # evaluation
 eval_interval = 2000 # iterations between evaluations
-eval_iters = 200 # batches of batch_size to evaluate on each split; 0 for the whole val split
+eval_iters = 200 # batches of batch_size to evaluate on each split; 0 for all of val, and as much of train
 eval_only = False # evaluate once, write nothing, and exit
 patience = 0 # stop after this many evaluations in a row without a new best; 0 to never stop early
 always_save_checkpoint = True # save last.pt at every evaluation, not only at a new best
@@ -26,19 +26,19 @@ wandb_log = False # also send the rows of log.csv to wandb
 wandb_project = 'fitgpt' # wandb project
 wandb_run_name = '' # name of the run in wandb; out_dir if empty
 sample_interval = 0 # iterations between samples written to samples.txt; 0 for none
-sample_start = '\n' # prompt of these samples
-sample_tokens = 200 # tokens to generate for each
+sample_start = '\n' # prompt of the samples in samples.txt
+sample_tokens = 200 # tokens in each of these samples
 # data
 dataset = 'openwebtext' # a folder in data/, a path to a folder, or a mixture such as novel:0.7,letters:0.3
 batch_size = 12 # largest number of sequences that a process handles at once
 gradient_accumulation_steps = 40 # an iteration trains on batch_size times this many sequences
 block_size = 1024 # tokens per sequence
-# model, from scratch; another model brings its own shape
+# model (a loaded one keeps its own n_layer, n_head, n_embd and bias)
 n_layer = 12 # transformer blocks
 n_head = 12 # attention heads per block
 n_embd = 768 # channels; a multiple of n_head
-bias = False # use biases in the linear layers and layer norms
-dropout = 0.0 # 0 is good for pretraining; try 0.1 or more for finetuning
+bias = False # biases in the linear layers and layer norms
+dropout = 0.0 # share of activations dropped in training; 0 for pretraining, 0.1 or more for finetuning
 # what to train of a model
 freeze = '' # parts to leave untrained, such as wte,wpe,h.0-5; empty for none
 lora_rank = 0 # train only two matrices of this rank beside each of lora_targets; 0 for no LoRA
@@ -46,11 +46,11 @@ lora_alpha = 32.0 # the product of the two matrices is scaled by lora_alpha / lo
 lora_dropout = 0.0 # dropout on the input of the two matrices
 lora_targets = 'attn.c_attn,attn.c_proj,mlp.c_fc,mlp.c_proj' # the matrices of a block that get LoRA
 # optimizer
-optimizer = 'adamw' # adamw, or muon for the blocks' matrices, in models trained with muon from scratch
+optimizer = 'adamw' # adamw; or muon for the blocks' matrices and adamw for the rest, not with LoRA
 learning_rate = 6e-4 # peak learning rate of AdamW
 muon_learning_rate = 0.02 # peak learning rate of Muon
 max_iters = 600000 # maximum number of training iterations
-num_epochs = 0.0 # if given, stop after this many passes over the data, and warm up within a tenth of them
+num_epochs = 0.0 # if given, stop after this many passes over the data, with warm-up in at most a tenth
 weight_decay = 1e-1 # applied to matrices, not to vectors
 beta1 = 0.9 # decay rate of AdamW's mean of the gradient
 beta2 = 0.95 # decay rate of AdamW's mean of the squared gradient
@@ -63,11 +63,11 @@ min_lr = 6e-5 # final value of learning_rate; Muon's decays by the same factor
 # machine
 device = 'auto' # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto' # auto, float32, bfloat16, float16 (with a gradient scaler)
-compile = 'auto' # auto (on CUDA), True, False
+compile = 'auto' # auto (only on CUDA), True, False
 plan = 'auto' # auto, device, selective, recompute, offload: what is kept where, see docs/memory.md
-memory_gb = 0.0 # plan for a card of this many GiB, and use no more; 0 for whatever is free
+memory_gb = 0.0 # plan for this many GiB, 0.6 of them CUDA's own, and on CUDA use no more; 0 for what is free
 dry_run = False # print the memory that each plan would take, and exit
-shard = False # shard weights, gradients and moments over the processes, for a model too big for one
+shard = False # divide weights, gradients and moments among torchrun's processes, for a model too big for one
 backend = 'auto' # torch.distributed backend: auto, nccl, gloo
 seed = 1337 # for the weights, the order of the data, and dropout
 
@@ -321,7 +321,7 @@ say(f"{raw_model.num_params():,} parameters"
     f"{f'{world_size} x ' if world_size > 1 else ''}{device} in {dtype}{', compiled' if is_compiled else ''}"
     f"{', sharded' if shard else ''}")
 say(f"{train_data.n_tokens:,} tokens to train on, {val_data.n_tokens:,} to validate on")
-say(f"an iteration is {sequences} sequences of {block_size} tokens, {sequences * block_size:,} tokens; "
+say(f"an iteration is {memory.count(sequences)} of {block_size} tokens, {sequences * block_size:,} tokens; "
     f"{max_iters:,} iterations are {train_data.describe_epochs(max_iters * sequences)}")
 if eval_only:
     losses = with_room(evaluate)

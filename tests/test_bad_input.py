@@ -76,7 +76,7 @@ CASES = [ # script, options, part of what is said
     ('train.py', '--dataset=notemplate', 'has no {instruction}'),
     ('train.py', '--dataset=templatefolder', 'cannot use'),
     ('train.py', '--dataset=chars:0,bpe', 'with weights above 0'),
-    ('train.py', '--dataset=chars:1,chars:2', 'each of them once'),
+    ('train.py', '--dataset=chars:1,chars:2', 'each dataset once'),
     ('train.py', '--dataset=chars,bpe', 'are in different tokens'), ('train.py', '--dataset=bpe,chars', '--tokenizer=gpt2 does'),
     ('train.py', '--dataset=chrs', 'did you mean --dataset=chars?'), ('train.py', '--dataset=no', ' bpe, chars, '),
     ('train.py', '--n_head=3', 'type --n_head='),

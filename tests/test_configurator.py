@@ -26,7 +26,7 @@ def test_an_option_takes_the_type_of_its_default(arg, expected):
     assert got == expected and type(list(got.values())[0]) is type(list(expected.values())[0])
 
 @pytest.mark.parametrize('arg, message', [
-    ('--batchsize=4', "unknown option 'batchsize' in the command line; did you mean batch_size"),
+    ('--batchsize=4', "unknown option 'batchsize' on the command line; did you mean batch_size"),
     ('--zzz=4', '--help lists every option'), ('--batch_size=4.5', 'takes a whole number'),
     ('--batch_size=four', 'takes a whole number'), ('--batch_size=True', 'takes a whole number'),
     ('--batch_size=', 'takes a whole number'), ('--decay_lr=1', 'takes True or False'), ('--batch_size', 'has no value'),
@@ -182,6 +182,6 @@ def test_the_home_folder_is_found_in_paths_and_nowhere_else():
 
 def test_an_option_without_a_value_is_told_one_that_means_something():
     for options, argv, message in (({'stream': False}, ['--stream'], 'type --stream=True,'),
-                                   ({'out_dir': 'out'}, ['--out_dir', 'x'], 'type --out_dir=VALUE, with = and no blank')):
+                                   ({'out_dir': 'out'}, ['--out_dir', 'x'], 'type --out_dir=VALUE, with = and no space')):
         with pytest.raises(ValueError, match=message):
             configure(options, argv)

@@ -142,7 +142,7 @@ def test_a_base_that_is_gone_costs_one_line(evaluate, chars, tmp_path):
     (tmp_path / 'code.txt').write_text(TEXT[:50], encoding='utf-8')
     status, out, err = evaluate(f'--out_dir={chars[1]}', f"--file={tmp_path / 'code.txt'}", '--device=cpu')
     assert status == 0 and len(out.splitlines()) == 3
-    assert len(err.splitlines()) == 2 and err.splitlines()[1].startswith('no base beside it: there is no model')
+    assert len(err.splitlines()) == 2 and err.splitlines()[1].startswith('no comparison with its base: there is no model')
 
 def test_models_of_different_tokens_are_compared_by_bits_per_byte(results, chars, bpe, tmp_path):
     (tmp_path / 'code.txt').write_text(TEXT[:300], encoding='utf-8')

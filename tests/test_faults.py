@@ -365,7 +365,7 @@ def test_a_second_ctrl_c_leaves_at_once(clone, tmp_path):
     with started(clone, tmp_path / 'out', *ENDLESS, '--eval_interval=1000000', script=slow.name) as run:
         wait_for(run, 'iter 10:')
         run.send_signal(signal.SIGINT)
-        wait_for(run, 'a second Ctrl-C leaves at once')
+        wait_for(run, 'a second Ctrl-C leaves without saving')
         time.sleep(1.2)
         run.send_signal(signal.SIGINT)
         out = run.communicate(timeout=10)[0]

@@ -171,7 +171,7 @@ def test_another_freeze_or_another_adapter_is_not_resumed(train, base):
     train(f'--init_from={base}', '--lora_rank=2', '--max_iters=1', out_dir='b')
     done = train('--init_from=resume', '--lora_rank=2', '--lora_alpha=64', status=2, out_dir='b')
     assert "type --lora_alpha=32.0" in done.err
-    assert 'muon is for whole matrices' in train(
+    assert 'muon does not train LoRA' in train(
         f'--init_from={base}', '--lora_rank=2', '--optimizer=muon', status=2, out_dir='c').err
 
 def test_lora_needs_a_model_to_start_from_and_matrices_it_knows(train, base):

@@ -27,7 +27,7 @@ def test_an_adapter_whose_folders_have_moved_is_evaluated_beside_its_base(train,
     train(f"--init_from={tmp_path / 'old' / 'base'}", '--lora_rank=2', out_dir='old/adapter')
     (tmp_path / 'old').rename(tmp_path / 'new')
     told = run('evaluate.py', f"--out_dir={tmp_path / 'new' / 'adapter'}", '--dataset=chars', '--device=cpu')
-    assert 'no base beside it' not in told.out + told.err
+    assert 'no comparison with its base' not in told.out + told.err
 
 @pytest.mark.parametrize('name', ['log.csv', 'report.md', 'loss.png'])
 def test_a_file_of_the_user_s_is_not_written_over_by_a_run(train, tmp_path, name):

@@ -272,7 +272,7 @@ def test_a_dry_run_tells_every_plan_and_touches_nothing(run):
     assert [row[0] for row in table] == list(memory.PLANS) and [row[5] for row in table] == ['no', 'no', 'no', 'yes']
     assert not done.out_dir.exists()
 
-@pytest.mark.parametrize('option, message', [('--block_size=2048', 'the model has 1024 positions'), ('--plan=x', "plan 'x' is none")])
+@pytest.mark.parametrize('option, message', [('--block_size=2048', 'the model has 1024 positions'), ('--plan=x', "there is no plan 'x'")])
 def test_a_dry_run_refuses_what_the_run_would(run, option, message):
     assert message in run('train.py', 'config/finetune/gpt2_xl.py', '--dry_run=True', '--memory_gb=8', option, status=2).err
 

@@ -134,9 +134,9 @@ def test_much_text_is_given_few_evaluations(n_train, more):
               '--num_epochs=10 --eval_interval=5 --patience=4\n')),
     (10_250, ('1,025 to validate on', 'in 25 iterations of 4,096 tokens', '--dataset=sized --out_dir=out-sized --lora_rank=8')),
     # a sequence of 1024 and the token after it are one more than there are; 18 windows of 512
-    (10_240, ('1,024 to validate on', 'gpt2_small.py with --block_size=512 makes 21.3 epochs', 'warning: 1,024 tokens to validate',
+    (10_240, ('1,024 to validate on', 'gpt2_small.py with --block_size=512 makes 21.3 epochs', 'and 1,024 to validate on make sequences short',
               'at most 10.0 epochs of them, in 45 iterations of 2,048 tokens', '--dataset=sized --out_dir=out-sized --block_size=512 --lora_rank=8')),
-    (21, ('2 to validate on', 'warning: 2 tokens to validate on say little', '--block_size=1 '))])
+    (21, ('2 to validate on', 'and 2 to validate on make sequences short', '--block_size=1 '))])
 def test_little_text_is_given_a_run_that_fits_it(run, tmp_path, n, told):
     (tmp_path / 'a.txt').write_text('a' + ' a' * (n - 2))
     done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=sized')

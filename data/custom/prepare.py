@@ -14,7 +14,7 @@ subset = '' # which subset of a hub dataset, if it has several
 tokenizer = 'gpt2' # gpt2, char (the text's own characters), or a dataset whose characters to reuse
 val_fraction = 0.1 # share of the tokens, from the end, to validate on
 allow_special = False # read <|endoftext|> in the text as that token, rather than as text
-workers = 0 # number of processes; 0 for one per core
+workers = 0 # processes that encode GPT-2's tokens, 0 for one per core; characters take one
 
 import os
 import signal

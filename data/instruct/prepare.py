@@ -9,7 +9,7 @@ $ python train.py config/finetune/gpt2_small.py --dataset=questions
 # options
 input = '' # a .jsonl file, a folder of them, or a .json file that is one list
 name = 'instruct' # the dataset is written to data/NAME
-template = '' # text with {instruction} and {input}, where \n is a line end; or FILE:PATH; '' for Alpaca's
+template = '' # text with {instruction}, {input}, and \n for a line end, or FILE:PATH; '' for the readme's
 val_fraction = 0.1 # share of the items, from the end, to validate on
 
 import os
