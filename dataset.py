@@ -222,8 +222,8 @@ def open_tokens(path: str, block_size: int) -> np.ndarray:
                           glob.glob(os.path.join(DATA, '*', file))} for file in ('train.bin', 'prepare.py'))
         name, known = os.path.basename(folder), sorted(made | scripts - {'custom', 'instruct'})
         near = difflib.get_close_matches(name, known, n=1)
-        text = ' --input=PATH' * (name in ('custom', 'instruct')) # these make a dataset of any text
-        how = (f"run python data/{name}/prepare.py{text} first" if name in scripts
+        of = ', with --input=PATH' * (name in ('custom', 'instruct')) # these make a dataset of any text
+        how = (f"run python data/{name}/prepare.py first{of}" if name in scripts
                else f"did you mean --dataset={near[0]}?" if near
                else f"type --dataset=NAME with one of {', '.join(known)}, or make it by "
                f"python data/custom/prepare.py --input=PATH --name={name}")

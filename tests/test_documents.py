@@ -65,13 +65,13 @@ def test_csv_with_other_separators_is_read_too(tmp_path, comma):
     assert [row['text'] for _, row in csv_rows(str(tmp_path / 'a.csv'))] == ['one, two', f'three{comma} four']
 
 BROKEN = [('a.jsonl', '{"text": "a"}\n{"text": "b"', 'line 2 is not JSON'), ('a.jsonl', '[1]', 'line 1 is no JSON object'),
-          ('a.jsonl', '\n{"body": "a", "n": 1}', "line 2 has no field 'text', but body, n; type --text_field"),
+          ('a.jsonl', '\n{"body": "a", "n": 1}', "line 2 has no field 'text'; its fields are body, n; type --text_field"),
           ('a.jsonl', '{"text": null}', 'line 1 has None as its text'), ('a.jsonl', '[' * 10**5, 'line 1 is not JSON'),
           ('a.json', '{"text": "a"}\n{"text": "b"}', 'a.json is not one JSON value .* to end in .jsonl if'),
           ('a.json', '{"text": "a"}', 'a.json is no list of objects'), ('a.json', '["a"]', 'a.json is no list of objects'),
           ('a.json', '[' * 10**5, 'a.json is no list of objects'), ('a.json', '[]', 'there is no text'),
-          ('a.json', '[{"text": "a"}, {"body": "b"}]', "item 2 has no field 'text', but body; type --text_field"),
-          ('a.csv', 'id,body\n1,a\n', "line 2 has no field 'text', but id, body"),
+          ('a.json', '[{"text": "a"}, {"body": "b"}]', "item 2 has no field 'text'; its fields are body; type --text_field"),
+          ('a.csv', 'id,body\n1,a\n', "line 2 has no field 'text'; its fields are id, body"),
           ('a.csv', 'text,n\na,1\nb, c,2\n', 'line 3 has 3 fields, but the header has 2'),
           ('a.csv', 'text\na\n"b\nc', 'line 3 is not CSV'), ('a.csv', 'text\n', 'there is no text')]
 

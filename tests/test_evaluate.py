@@ -223,7 +223,7 @@ CASES = [ # options, part of what is said
     ('--task=hellaswag --file={root}/three', 'three, line 1: '),
     ('--task=lambada --file={root}/foreign', "foreign, line 1: the character '東' is not in"),
     ('--file={root}/empty', 'nothing to score'),
-    ('--stride=17', '--block_size=16 or less'),
+    ('--stride=17', '--stride=16 or less'),
     ('--block_size=17', '--block_size=16 or less'),
     ('--base={root}/none', 'there is no model'),
     ('--base={bpe}', 'type --file=PATH'),

@@ -167,7 +167,7 @@ def test_a_text_of_the_user_s_in_samples_txt_stays(train, tmp_path):
 def test_another_freeze_or_another_adapter_is_not_resumed(train, base):
     train(f'--init_from={base}', '--freeze=h.0', '--max_iters=1')
     done = train('--init_from=resume', '--freeze=h.1', status=2)
-    assert "the run froze 'h.0', and freeze is 'h.1'" in done.err
+    assert "the run froze h.0, and freeze is 'h.1'" in done.err
     train(f'--init_from={base}', '--lora_rank=2', '--max_iters=1', out_dir='b')
     done = train('--init_from=resume', '--lora_rank=2', '--lora_alpha=64', status=2, out_dir='b')
     assert "type --lora_alpha=32.0" in done.err
