@@ -6,6 +6,7 @@ import concurrent.futures
 import math
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 import parallel
 
@@ -21,6 +22,22 @@ def get_lr(it: int, learning_rate: float, min_lr: float, warmup_iters: int, lr_d
         return min_lr
     progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+
+class InFloat32(TorchFunctionMode):
+    """ a context in which .bfloat16() makes a copy in float32 """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.bfloat16:
+            return args[0].float().clone()
+        return function(*args, **(kwargs or {}))
+
+class WideMuon(torch.optim.Muon):
+    """ Muon with its products in float32: torch's are in bfloat16, which CPUs without instructions for it only
+    emulate, thirty times as slowly """
+
+    def step(self, closure=None):
+        with InFloat32():
+            return super().step(closure)
 
 class Pair:
     """ two optimizers with separate parameters, used as one """
@@ -182,12 +199,13 @@ def weights(model, optimizer) -> dict:
     return {**state, 'lm_head.weight': state['transformer.wte.weight']}
 
 def make_optimizer(name: str, model, learning_rate: float, muon_learning_rate: float, weight_decay: float,
-                   betas: tuple[float, float], offload_to: tuple[str, torch.dtype] | None = None):
+                   betas: tuple[float, float], offload_to: tuple[str, torch.dtype] | None = None,
+                   wide: bool = False):
     """ the optimizer `name`: 'adamw', with decay for matrices but not for vectors, in nanoGPT's order; or
     'muon', for the matrices of the blocks, with AdamW for the rest
 
-    With offload_to = (device, half), `model` moves there and the optimizer stays in RAM. Raises ValueError
-    for another name, or if the betas are not below 1.
+    With offload_to = (device, half), `model` moves there and the optimizer stays in RAM. `wide` keeps Muon's
+    products in float32. Raises ValueError for another name, or if the betas are not below 1.
     """
     if max(betas) >= 1:
         raise ValueError(f"beta1 and beta2 are {betas[0]} and {betas[1]}; type --beta1=0.9 --beta2=0.95, "
@@ -205,7 +223,8 @@ def make_optimizer(name: str, model, learning_rate: float, muon_learning_rate: f
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
     if not hidden:
         return adamw
-    return Pair(torch.optim.Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay), adamw)
+    muon = WideMuon if wide else torch.optim.Muon
+    return Pair(muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay), adamw)
 
 def set_lr(optimizer, factor: float) -> None:
     """ set every group's learning rate to `factor` times its initial one """

@@ -26,6 +26,31 @@ def test_muon_takes_the_matrices_of_the_blocks():
     everything = [id(p) for g in (muon, decay, no_decay) for p in g['params']]
     assert sorted(everything) == sorted(id(p) for p in model.parameters())
 
+def newton_schulz(G):
+    """ Muon's orthogonalization by its published formula, in float64: https://kellerjordan.github.io/posts/muon/ """
+    X = G.double() / G.double().norm()
+    X = X.T if G.size(0) > G.size(1) else X
+    for _ in range(5):
+        A = X @ X.T
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return X.T if G.size(0) > G.size(1) else X
+
+@pytest.mark.parametrize('wide, tolerance', [(True, 1e-5), (False, 0.2)]) # the second in bfloat16
+def test_a_first_update_by_muon_is_the_published_one(wide, tolerance):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(8, 11, 1, 1, 8))
+    optimizer = make_optimizer('muon', model, 1e-2, 0.02, 0.0, (0.9, 0.95), wide=wide)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model(idx := torch.arange(8)[None], idx)[1].backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if '.h.' in name and p.dim() == 2:
+            rows, columns = p.shape
+            expected = 0.02 * max(1, rows / columns)**0.5 * newton_schulz(grads[name]).float()
+            assert (before[name] - p.detach() - expected).norm() < tolerance * expected.norm(), name
+            assert p.grad.equal(grads[name]) # and so is what clipping reports
+
 def step(model, optimizer):
     model(idx := torch.arange(8)[None], idx)[1].backward()
     optimizer.step()
