@@ -1,4 +1,4 @@
-# a first model, trained on Python's own documentation in two minutes on two CPU cores
+# a first model, trained on Python's own documentation in two or three minutes on two CPU cores
 # $ make quickstart
 out_dir = 'out-quickstart'
 dataset = 'quickstart'
