@@ -152,7 +152,7 @@ def make_training():
         model.to(device)
     model.follow(chosen)
     opt = make_optimizer(optimizer, model, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2),
-                         (device, DTYPES[dtype]) if chosen == 'offload' else None, dtype == 'float32')
+                         (device, DTYPES[dtype]) if chosen == 'offload' else None, dtype != 'bfloat16')
     if plain:
         fused = device.startswith('cuda') # nanoGPT uses it only there
         learn = [p for p in model.parameters() if p.requires_grad]

@@ -32,8 +32,8 @@ class InFloat32(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 class WideMuon(torch.optim.Muon):
-    """ Muon with its products in float32: torch's are in bfloat16, which CPUs without instructions for it only
-    emulate, thirty times as slowly """
+    """ Muon with its products in float32: torch's are in bfloat16, which a CPU without instructions for it
+    emulates, thirty times as slowly """
 
     def step(self, closure=None):
         with InFloat32():

@@ -230,7 +230,7 @@ raw_model = model # not wrapped in DDP
 # optimizer
 
 opt = make_optimizer(optimizer, model, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2),
-                     (device, DTYPES[dtype]) if plan == 'offload' else None, dtype == 'float32')
+                     (device, DTYPES[dtype]) if plan == 'offload' else None, dtype != 'bfloat16')
 updates_on = next(p.device for group in opt.param_groups for p in group['params'])
 scaler = torch.amp.GradScaler(updates_on.type, enabled=dtype == 'float16')
 iter_num, best, n_bad = 0, Best(), 0 # n_bad: iterations in a row that were not finite
