@@ -280,8 +280,8 @@ def test_what_is_no_number_makes_no_update_and_is_in_no_checkpoint(inject, optio
 def test_the_fifth_in_a_row_that_is_no_number_ends_the_run(inject, losses, gradients):
     done = inject(losses, gradients, '--max_iters=12', status=2)
     assert done.err.splitlines()[-1].startswith('error: five iterations in a row were not finite, up to 6;')
-    assert done.err.endswith(f"type --init_from={done.out_dir / 'ckpt.pt'} --out_dir=ANOTHER with a lower --learning_rate, "
-                             "or --dtype=float32\n")
+    assert done.err.endswith(f"type --init_from={done.out_dir / 'ckpt.pt'} --out_dir=ANOTHER and the run's other options "
+                             "with a lower --learning_rate, or --dtype=float32\n")
     last = load(done.out_dir / 'last.pt')
     assert all_finite(done.out_dir) and last['iter_num'] == 6 and last['n_bad'] == 0
     assert inject([], [], '--init_from=resume', '--max_iters=12').column('iter') == [str(i) for i in range(13)]
@@ -312,13 +312,15 @@ def test_an_end_waits_for_no_long_iteration_or_evaluation(clone, tmp_path, optio
     assert load(tmp_path / 'out' / 'last.pt')['iter_num'] == int(out.split('stopped at iteration ')[1].split()[0])
 
 def test_a_terminal_that_goes_ends_a_run_in_order_unless_nohup_is_there(clone, tmp_path):
-    with started(clone, tmp_path / 'out', *ENDLESS) as run:
-        wait_for(run, 'iter 10:')
-        run.send_signal(signal.SIGHUP)
-        out = run.communicate(timeout=60)[0]
-    assert run.returncode == 0 and load(tmp_path / 'out' / 'last.pt')['iter_num'] == int(out.split('stopped at iteration ')[1].split()[0])
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN) # as nohup leaves it to what it starts
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL) # where these tests run under nohup, too
     try:
+        with started(clone, tmp_path / 'out', *ENDLESS) as run:
+            wait_for(run, 'iter 10:')
+            run.send_signal(signal.SIGHUP)
+            out = run.communicate(timeout=60)[0]
+        assert run.returncode == 0
+        assert load(tmp_path / 'out' / 'last.pt')['iter_num'] == int(out.split('stopped at iteration ')[1].split()[0])
+        signal.signal(signal.SIGHUP, signal.SIG_IGN) # as nohup leaves it to what it starts
         with started(clone, tmp_path / 'nohup', *ENDLESS) as run:
             wait_for(run, 'iter 10:')
             run.send_signal(signal.SIGHUP)

@@ -97,7 +97,7 @@ def test_the_troubleshooting_of_several_processes_is_headed_by_messages_that_the
     with open(os.path.join(ROOT, 'docs', 'multi-gpu.md'), encoding='utf-8') as file:
         headings = re.findall(r'^\*\*`error: (.+?)`\*\*:', file.read(), re.MULTILINE)
     code = ''.join(open(os.path.join(ROOT, name), encoding='utf-8').read()
-                   for name in ('train.py', 'parallel.py'))
+                   for name in ('train.py', 'parallel.py', 'checkpoint.py'))
     code = re.sub(r'"\s*\n\s*f?"', '', code) # texts over several lines, joined
     code = re.sub(r'\{.*?\}', '…', code) # values
     assert len(headings) == 7
