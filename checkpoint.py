@@ -22,6 +22,7 @@ from model import GPT, GPT2_SHAPES, GPTConfig
 from saver import VERSION
 from tokenizer import BPETokenizer, check_match
 
+DEFAULTS = GPT2_SHAPES['gpt2'] | {'bias': False} # train.py's, of the options that a loaded model decides
 OTHERS = " and the run's other options" # which a new run does not take over
 KINDS = {'model': dict, 'model_args': dict, 'optimizer': dict, 'config': dict, 'tokenizer': dict,
          'scaler': dict, 'lora': dict, 'template': str, 'version': int, 'iter_num': int,
@@ -206,14 +207,22 @@ def is_of(out_dir: str, launch: str | None) -> bool:
     paths = [os.path.join(out_dir, name) for name in ('last.pt', 'ckpt.pt')]
     return launch is not None and any(peek(path).get('launch') == launch for path in paths)
 
-def config_of(source: str, out_dir: str, scratch: GPTConfig) -> GPTConfig:
+def config_of(source: str, out_dir: str, scratch: GPTConfig, say=print) -> GPTConfig:
     """ the shape of the model that `source` names, without its weights; 'resume' is the run in out_dir, and
-    'scratch' gives the argument `scratch` """
+    'scratch' gives `scratch`, the shape that the options ask for; `say` tells where another one differs """
+    config = scratch if source == 'scratch' else read_config(source, out_dir)
+    asked, has = asdict(scratch), asdict(config)
+    kept = [f'{key} stays {has[key]}, not {asked[key]}' for key, default in DEFAULTS.items()
+            if asked[key] not in (default, has[key])]
+    if kept:
+        say(f"warning: a loaded model keeps its shape: {'; '.join(kept)}")
+    return config
+
+def read_config(source: str, out_dir: str) -> GPTConfig:
+    """ config_of for what is not from scratch """
     name = source.partition('@')[0] # without a revision
     if name in GPT2_SHAPES and not os.path.exists(source):
         return GPTConfig(**GPT2_SHAPES[name])
-    if source == 'scratch':
-        return scratch
     paths = to_resume(out_dir) if source == 'resume' else [find(source)]
     if paths == [None]:
         return pretrained.config_of(source)
@@ -298,7 +307,7 @@ def tell_changes(before: dict, config: dict) -> str:
         raise ValueError(f"the run froze {before.get('freeze') or 'nothing'}, and freeze is "
                          f"{config['freeze']!r}; type --freeze={before.get('freeze', '')}, or {anew} to "
                          "start anew from its weights")
-    not_options = (*OF_A_CALL, 'data', 'n_layer', 'n_head', 'n_embd', 'bias') # the last four: the model's own
+    not_options = (*OF_A_CALL, 'data', *DEFAULTS)
     changed = [f"{key} {before[key]!r} -> {config[key]!r}" for key in config
                if key not in not_options and before.get(key, config[key]) != config[key]]
     told = f", with {', '.join(changed)}" if changed else ''

@@ -241,11 +241,13 @@ def write_report(out_dir: str) -> None:
             evaluated += [row] if row['val_loss'] else []
             timed += [float(row['tokens_per_sec'])] if row['tokens_per_sec'] else []
     best = min(evaluated, key=lambda row: float(row['val_loss']))
+    all_learn = settings['trained'] == settings['parameters']
     lines = [f"# {os.path.basename(os.path.abspath(out_dir))}", '',
-             f"{settings['init_from']} on {settings['dataset']}, {settings['parameters']:,} parameters, of "
-             f"which {settings['trained']:,} are trained, to iteration {row['iter']} of "
-             f"{settings['max_iters']}, epoch {float(row['epoch']):.2f}. "
-             f"The best validation loss is {float(best['val_loss']):.4f}, at iteration {best['iter']}.", '',
+             f"Started from {settings['init_from']}, trained on {settings['dataset']} to iteration "
+             f"{row['iter']} of {settings['max_iters']}, epoch {float(row['epoch']):.2f}. "
+             f"The best validation loss is {float(best['val_loss']):.4f}, at iteration {best['iter']}. "
+             f"Of {settings['parameters']:,} parameters, "
+             f"{'all' if all_learn else format(settings['trained'], ',')} were trained.", '',
              '![loss](loss.png)', '', '| iteration | epoch | train loss | val loss |', '|---|---|---|---|']
     every = -(-len(evaluated) // 20) # about twenty rows, including the last
     lines += [f"| {row['iter']} | {float(row['epoch']):.2f} | {float(row['train_loss']):.4f} | "

@@ -60,22 +60,24 @@ def plot_runs(out_dirs: list[str]) -> str:
 
 def picture(draw, path: str) -> str:
     """ let `draw` plot onto axes of loss by iteration, and save the figure to `path` """
-    from matplotlib.figure import Figure # pyplot would keep it, and need a screen
-    figure = Figure(figsize=(8, 5), dpi=100)
-    axes = figure.subplots()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg # pyplot would keep it, and need a screen
+    from matplotlib.figure import Figure
+    # a picture is drawn at every evaluation: fixed margins and print_png draw it once, tight_layout and
+    # savefig three times
+    canvas = FigureCanvasAgg(Figure(figsize=(8, 5), dpi=100))
+    axes = canvas.figure.add_axes((0.09, 0.1, 0.89, 0.83))
     try:
         draw(axes)
         axes.set(xlabel='iteration', ylabel='loss, nats a token')
         axes.grid(alpha=0.3)
         axes.legend(loc='upper right') # searching for the best place is slow
-        figure.tight_layout()
-        figure.savefig(path + '.tmp', format='png')
+        canvas.print_png(path + '.tmp')
         os.replace(path + '.tmp', path)
     finally:
         if os.path.exists(path + '.tmp'):
             os.remove(path + '.tmp')
-        del figure, axes
-        gc.collect() # they refer to each other, and would pile up in a long run
+        del axes, canvas
+        gc.collect(1) # they refer to each other, and would pile up in a long run; only young objects, so fast
     return path
 
 if __name__ == '__main__':

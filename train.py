@@ -143,7 +143,7 @@ free = parallel.least(memory_to_fill(device, memory_gb, elsewhere), world_size, 
 plans = memory.plans_for(config, place, world_size)
 
 scratch = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
-model_config = checkpoints.config_of(init_from, out_dir, scratch)
+model_config = checkpoints.config_of(init_from, out_dir, scratch, say)
 check_length(block_size, model_config.block_size)
 with torch.device('meta'): # shapes only: there are no weights yet
     model = GPT(model_config)

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import string
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 
 os.environ.setdefault('OMP_NUM_THREADS', '1') # the tests' own workers keep the cores busy
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: # as in `make test &`; what tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 

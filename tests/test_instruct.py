@@ -143,7 +143,7 @@ def test_items_longer_than_the_model_reads_are_told(run, tmp_path):
     assert 'warning: 1 items are longer than the 1,024 tokens' in done.out
 
 WRONG = [(ITEMS, ('--template=Hello',), 'no {instruction}'), (ITEMS, ('--template=FILE:none.txt',), 'there is no none.txt'),
-         (ITEMS, ('--val_fraction=1.0',), 'between 0 and 1'), (ITEMS[:1], (), 'has 1 item(s); expected two'),
+         (ITEMS, ('--val_fraction=1.0',), 'between 0 and 1'), (ITEMS[:1], (), 'has 1 item; expected two'),
          (ITEMS[1:] + ITEMS[:1], ('--template=Q: {instruction}\\nA: ',),
           'items.jsonl, line 3 has an input, but the template has no {input}'),
          ([*ITEMS, {'instruction': 'a'}], (), 'items.jsonl, line 4 has the fields instruction; expected'),

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from checkpoint import config_of, load_model
+from model import GPTConfig
 
 def test_the_base_of_an_adapter_is_not_written_over(train, run, tmp_path):
     base, adapter = train(out_dir='base').out_dir, tmp_path / 'adapter'
@@ -49,4 +50,11 @@ def test_a_template_txt_that_is_a_text_outlives_the_dataset_made_beside_it(clone
 def test_a_model_in_a_folder_of_a_size_s_name_is_the_one_that_is_planned_for(hf_dir, tmp_path, monkeypatch):
     shutil.copytree(hf_dir, tmp_path / 'gpt2')
     monkeypatch.chdir(tmp_path)
-    assert config_of('gpt2', '', None) == load_model('gpt2')[0].config
+    assert config_of('gpt2', '', GPTConfig()) == load_model('gpt2')[0].config
+
+def test_a_loaded_model_s_shape_is_told_where_another_was_typed(train, tmp_path):
+    told = 'warning: a loaded model keeps its shape'
+    assert told not in train('--n_layer=1', '--n_embd=8').out
+    assert told not in train('--n_layer=1', '--n_embd=8', '--init_from=resume', '--max_iters=8').out
+    later = train(f"--init_from={tmp_path / 'out'}", '--bias=True', '--dry_run=True', out_dir='later')
+    assert f'{told}: n_layer stays 1, not 2; n_embd stays 8, not 16; bias stays False, not True\n' in later.out

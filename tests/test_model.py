@@ -190,7 +190,7 @@ def test_the_chunked_loss_and_its_gradients_equal_torch_s_cross_entropy():
     assert all(relative_error(a, b) < 1e-6 for a, b in zip(got, expected))
 
 @pytest.mark.parametrize('copies', ['cpu', None]) # as on a CPU, and as on other devices
-@pytest.mark.parametrize('N, V, C', [(1, 65, 384), (40, 65, 384), (300, 50257, 64), (700, 9000, 768)]) # in up to 65 parts
+@pytest.mark.parametrize('N, V, C', [(1, 65, 384), (40, 65, 384), (200, 50257, 96)]) # in 65, 3 x 2 parts
 def test_the_chunked_loss_in_half_precision_is_torch_s_but_for_rounding(N, V, C, copies, monkeypatch):
     monkeypatch.setattr(losses, 'COPIES', copies)
     torch.manual_seed(0)

@@ -91,7 +91,7 @@ def test_a_large_text_goes_to_processes_and_a_pipe_gives_the_same(run, clone, tm
     done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=large', '--workers=2')
     ids = whole(clone / 'data' / 'large')
     assert ids == [*BPE.encoding.encode_ordinary(text), 50256]
-    assert f'1 document(s), {len(text):,} characters, {len(ids):,} tokens' in done.out
+    assert f'1 document, {len(text):,} characters, {len(ids):,} tokens' in done.out
     assert done.err.count('name = ') == 1 # the processes do not start the script again
     command = [sys.executable, 'data/custom/prepare.py', '--input=-', '--name=piped', '--workers=1']
     subprocess.run(command, cwd=clone, input=text.encode(), check=True, capture_output=True)
@@ -104,7 +104,7 @@ def test_a_row_is_a_document(run, clone, tmp_path):
     for name in ('a.jsonl', 'a.csv'):
         done = run('data/custom/prepare.py', f'--input={tmp_path / name}', '--name=rows', '--text_field=body')
         assert whole(clone / 'data' / 'rows') == [i for row in rows * 4 for i in [*BPE.encode(row), 50256]]
-        assert '12 document(s)' in done.out
+        assert '12 documents, ' in done.out
 
 def test_it_tells_the_epochs_of_a_default_run_and_warns_of_little_text(run, clone, tmp_path):
     (tmp_path / 'a.txt').write_text('a' + ' a' * 199_998) # with end-of-text 200,000 tokens
@@ -144,7 +144,7 @@ def test_little_text_is_given_a_run_that_fits_it(run, tmp_path, n, told):
 
 def test_the_command_for_little_text_runs_as_told_and_ends_where_patience_says(run, tmp_path, wide):
     (tmp_path / 'a.txt').write_text('a b c d ' * 90 + 'every word is another now ' * 10)
-    told = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=short').out
+    told = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=brief').out
     command = told.rpartition('next: python train.py ')[2].split()
     made = run('train.py', *command, f'--init_from={wide}', '--device=cpu', '--dtype=float32', f"--out_dir={tmp_path / 'out'}")
     epochs, iters = re.search(r'at most ([\d.]+) epochs of them, in (\d+) iterations of', told).groups()
@@ -155,9 +155,9 @@ def test_the_command_for_little_text_runs_as_told_and_ends_where_patience_says(r
 
 def test_little_text_in_characters_is_given_a_run_that_fits_it(run, tmp_path):
     (tmp_path / 'a.txt').write_text(TEXT[:999])
-    told = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=short_chars', '--tokenizer=char').out
+    told = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=brief_chars', '--tokenizer=char').out
     command = told.rpartition('next: python train.py ')[2].split()
-    assert command[2:] == ['--out_dir=out-short_chars', '--block_size=64', '--eval_interval=50', '--patience=4']
+    assert command[2:] == ['--out_dir=out-brief_chars', '--block_size=64', '--eval_interval=50', '--patience=4']
     made = run('train.py', *command, f"--out_dir={tmp_path / 'out'}", '--max_iters=2', '--device=cpu')
     assert 'finished at iteration 2' in made.out
 

@@ -79,7 +79,8 @@ folder, text = claim(name, 'instruct', val_fraction), read_template()
 with publish(folder) as place:
     lengths, n_counted = write_items(place, text)
     if len(lengths) < 2:
-        raise ValueError(f"{input} has {len(lengths)} item(s); expected two or more, to validate on one")
+        raise ValueError(f"{input} has {'1 item' if lengths else 'no items'}; expected two or more, to "
+                         "validate on one")
     n_val = max(1, int(len(lengths) * val_fraction))
     n, n_train = sum(lengths), sum(lengths[:-n_val])
     split_off(place, '.bin', 2 * n_train)
