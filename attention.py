@@ -7,9 +7,13 @@ import math
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 FLASH_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+# cuDNN's attention would prepare anew for each length of a cache
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 def attend(q, k, v, dropout: float, mask=None):
     """ causal attention; a single query (T = 1) sees all of k and v that `mask`, if given, does not hide;
@@ -20,6 +24,9 @@ def attend(q, k, v, dropout: float, mask=None):
         return dropped_attention(q, k, v, n_dropped, torch.randint(2**62, ()))
     if on_cpu and q.requires_grad and q.dtype != torch.float32:
         return HalfAttention.apply(q, k, v)
+    if q.is_cuda and q.size(2) < k.size(2):
+        with sdpa_kernel(ANY_LENGTH):
+            return F.scaled_dot_product_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=q.size(2) > 1)
 
 class HalfAttention(torch.autograd.Function):

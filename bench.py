@@ -57,18 +57,23 @@ import torch.nn.functional as F
 import lora
 import memory
 from dataset import Split, find_datasets, open_split, read_shared_state, tell_assumed
-from device import (DTYPES, autocast, compile_model, fetch, free_memory, is_out_of_memory, memory_mb,
-                    memory_to_fill, peak_flops, pick_device, pick_dtype)
+from device import (DTYPES, allow_cudnn_attention, autocast, compile_model, fetch, free_memory,
+                    is_out_of_memory, memory_mb, memory_to_fill, peak_flops, pick_compile, pick_device,
+                    pick_dtype, train_fast)
 from model import GPT, GPT2_SHAPES, GPTConfig, Linear, check_length
-from optim import clip_gradients, make_optimizer
+from optim import check_options, clip_gradients, make_optimizer
 from tokenizer import count_ids
 
+check_options(config)
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
+compile = pick_compile(compile, device)
 if profile:
     open('trace.json', 'a').close() # fail now if it cannot be written
-if device.startswith('cuda'):
-    torch.set_float32_matmul_precision('high') # as train.py does
+if work != 'sample':
+    train_fast(device, dropout)
+elif way == 'transformers':
+    allow_cudnn_attention(True) # as torch does unless told otherwise
 
 def cards():
     """ the card sizes in GiB that this GPU can emulate """
@@ -138,10 +143,10 @@ def make_training():
         lora.restrict(shape, config)
     shape = memory.shape_of(shape, block_size, dropout, dtype != 'float32', lora_rank > 0,
                             optimizer == 'muon', device=device)
-    free = memory_to_fill(device, memory_gb)
+    budget = memory_to_fill(device, memory_gb)
     plain, plans = way == 'nanogpt', memory.plans_for(config, device)
     chosen, fits = ('device', batch_size) if plain else memory.choose(
-        plan, shape, sequences, batch_size, free, plans, free_memory('cpu'))
+        plan, shape, sequences, batch_size, budget, plans, free_memory('cpu'))
     micro_batch, n_steps = memory.split_batch(sequences, fits)
     torch.manual_seed(seed)
     with torch.device('cpu' if chosen == 'offload' or lora_rank else device): # LoRA moves after shrinking
@@ -185,8 +190,11 @@ def make_training():
         opt.zero_grad(set_to_none=True)
 
     predicted = None if plain else memory.peak(chosen, shape, micro_batch, n_steps > 1) / 2**20
-    compiled = compile_model([net] if plain else model.compiled_parts(), compile, device,
+    compiled = compile_model([net] if plain else model.compiled_parts(), compile,
                              trial=lambda: iteration(0))
+    if device.startswith('cuda'): # what the compiler took is not the iterations'
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     return iteration, {'plan': chosen, 'micro_batch': micro_batch, 'dtype': dtype, 'compiled': compiled,
                        'tokens': n_tokens, 'flops': model.flops_per_token(block_size) * n_tokens,
                        'predicted_mb': predicted}

@@ -7,7 +7,10 @@ tokenizer, scaler and version. It is a zip file, which holds a checksum of each 
 import contextlib
 import copy
 import math
+import ntpath
 import os
+import posixpath
+import re
 import struct
 import zipfile
 from dataclasses import asdict
@@ -113,8 +116,9 @@ def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> G
     base = checkpoint.get('base')
     if not isinstance(base, str):
         raise ValueError(f"{path} does not say which model its adapter is for; type --out_dir with another")
-    beside, parts = os.path.join(os.path.dirname(os.path.abspath(path)), '..'), base.split(os.sep)
-    if os.path.isabs(base) and not os.path.exists(base): # both folders were moved
+    beside, parts = os.path.join(os.path.dirname(os.path.abspath(path)), '..'), re.split(r'[\\/]', base)
+    is_path = posixpath.isabs(base) or ntpath.isabs(base) # else it is on the hub
+    if is_path and not os.path.exists(base): # both folders were moved
         near = [os.path.join(beside, *parts[-n:]) for n in (2, 1)]
         checkpoint['base'] = base = next((there for there in near if os.path.exists(there)), base)
     try:
@@ -220,7 +224,7 @@ def config_of(source: str, out_dir: str, scratch: GPTConfig, say=print) -> GPTCo
 
 def read_config(source: str, out_dir: str) -> GPTConfig:
     """ config_of for what is not from scratch """
-    name = source.partition('@')[0] # without a revision
+    name, _ = pretrained.split_revision(source)
     if name in GPT2_SHAPES and not os.path.exists(source):
         return GPTConfig(**GPT2_SHAPES[name])
     paths = to_resume(out_dir) if source == 'resume' else [find(source)]

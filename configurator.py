@@ -24,7 +24,7 @@ import traceback
 ROOT = os.path.dirname(os.path.abspath(__file__))
 # options of a single call of train.py, not of the run that it starts or resumes
 OF_A_CALL = 'init_from', 'out_dir', 'overwrite', 'eval_only', 'dry_run'
-PATHS = 'init_from', 'out_dir', 'base', 'dataset', 'file', 'to', 'input' # options that name files
+PATHS = 'init_from', 'out_dir', 'base', 'dataset', 'file', 'to' # options that name files
 
 def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[str, ...] = (),
               resumes: bool = False) -> dict:
@@ -35,17 +35,22 @@ def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[st
     below 1 if the option is in at_least_1.
     """
     sys.excepthook = report
+    for stream in (sys.stdout, sys.stderr): # a name may have characters that the terminal's encoding lacks
+        if hasattr(stream, 'reconfigure'): # not a notebook's
+            stream.reconfigure(errors='backslashreplace')
     argv = sys.argv[1:] if argv is None else argv
     keys = [k for k, v in options.items() if not k.startswith('_') and type(v) in (bool, int, float, str)]
     if '--help' in argv or '-h' in argv:
         print(describe(options['__file__']))
         sys.exit(0)
     defaults = start = {k: options[k] for k in keys}
-    typed = {}
+    typed, sources = {}, {} # sources: which argument each is from
     for arg in argv:
-        typed.update(read_argument(arg, defaults | typed, defaults))
+        settings = read_argument(arg, defaults | typed, defaults)
+        typed.update(settings)
+        sources.update(dict.fromkeys(settings, arg))
     if resumes and typed.get('init_from', defaults['init_from']) == 'resume':
-        start = defaults | options_of_run(typed.get('out_dir', defaults['out_dir']), defaults, typed)
+        start = defaults | options_of_run(typed.get('out_dir', defaults['out_dir']), defaults, typed, sources)
     settings = start | typed
     for key, value in settings.items():
         check_range(key, value, least=int(key in at_least_1))
@@ -59,15 +64,18 @@ def say_once(title: str, parts: list[str]) -> None:
     if parts and os.environ.get('RANK', '0') == '0':
         print(title + '; '.join(parts), file=sys.stderr)
 
-def options_of_run(out_dir: str, defaults: dict, typed: dict) -> dict:
+def options_of_run(out_dir: str, defaults: dict, typed: dict, sources: dict) -> dict:
     """ the options given to the run in out_dir, from its config.json, except those `typed` now; {} if the
-    file does not hold them """
+    file does not hold them
+
+    Raises ValueError if a config file, which is easily typed again, would replace the dataset.
+    """
     path = os.path.join(out_dir, 'config.json')
     try:
         with open(path, encoding='utf-8') as file:
             settings = json.load(file)
         before = {**settings, **settings['given']} # as given, not as resolved on its machine
-        return {k: match_type(k, before[k], defaults[k]) for k in defaults
+        kept = {k: match_type(k, before[k], defaults[k]) for k in defaults
                 if k in before and k not in typed and k not in OF_A_CALL}
     except (OSError, KeyError, TypeError):
         say_once(f"no options of the run in {path}: ", ["what is not typed is the default"])
@@ -75,6 +83,12 @@ def options_of_run(out_dir: str, defaults: dict, typed: dict) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"cannot use {path} ({error}); mend it, or delete it and type the run's options "
                          "again") from None
+    source, now = sources.get('dataset', '--'), typed.get('dataset')
+    if not source.startswith('--') and now != before.get('dataset', now):
+        raise ValueError(f"{source} names the dataset {now!r}, and the run in {out_dir} reads "
+                         f"{before['dataset']!r}; leave out {source}, since the run keeps its options, or "
+                         f"type --dataset={quote(before['dataset'])} or --dataset={quote(now)} after it")
+    return kept
 
 def read_argument(arg: str, current: dict, defaults: dict) -> dict:
     """ the settings from one argument: all that a config file assigns, or a single --key=value """
@@ -216,7 +230,7 @@ def read_options(script: str) -> tuple[str, list[tuple]]:
 def describe(script: str) -> str:
     """ the --help text: what the script does, then one line per option, under its group's heading """
     text, options = read_options(script)
-    out = [text, f"\nusage: python {os.path.relpath(script)} [config/file.py] [--key=value ...]"]
+    out = [text, f"\nusage: python {sys.argv[0]} [config/file.py] [--key=value ...]"]
     for before, (group, name, default, comment) in zip([('',), *options], options):
         if group != before[0]:
             out.append(f"\n{group}")

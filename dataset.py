@@ -253,7 +253,10 @@ def open_mask(path: str, n_tokens: int) -> np.ndarray | None:
 
 def shorten(path: str) -> str:
     """ a path as a user would type it from here """
-    relative = os.path.relpath(path)
+    try:
+        relative = os.path.relpath(path)
+    except ValueError: # another drive of Windows
+        return path
     return path if relative.startswith('..') else relative
 
 class PlainUnpickler(pickle.Unpickler):
@@ -296,15 +299,19 @@ def tell_assumed(folders) -> str:
     return f"there is no {shorten(absent[0])}; {assumed}\n" if absent else ''
 
 def read_template(folders) -> str | None:
-    """ the instruction template of the first dataset that has one, or None; raises ValueError if invalid """
-    for folder in folders:
-        path = os.path.join(folder, 'template.txt')
-        if os.path.exists(path):
-            text = read_text(path)
-            if '{instruction}' not in text:
-                raise ValueError(f"{shorten(path)} has no {{instruction}}; prepare the dataset again")
-            return text
-    return None
+    """ the instruction template of the datasets that have one, or None; raises ValueError if one is invalid,
+    or if they differ """
+    found = {path: read_text(path) for path in (os.path.join(folder, 'template.txt') for folder in folders)
+             if os.path.exists(path)}
+    for path, text in found.items():
+        if '{instruction}' not in text:
+            raise ValueError(f"{shorten(path)} has no {{instruction}}; prepare the dataset again")
+    first, *others = found or [None]
+    for path in others:
+        if found[path] != found[first]:
+            raise ValueError(f"{shorten(first)} and {shorten(path)} differ, and a model keeps one; prepare one "
+                             "of the datasets with the other's, by --template=FILE:PATH")
+    return found.get(first)
 
 def read_text(path: str) -> str:
     """ a UTF-8 text, line ends as \\n like open, no byte order mark; raises ValueError if not UTF-8 """

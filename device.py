@@ -6,6 +6,7 @@ Each choice is an option that may be 'auto'.
 import contextlib
 import importlib.util
 import logging
+import math
 import os
 import platform
 import re
@@ -13,6 +14,7 @@ import signal
 import sys
 import time
 
+import psutil
 import torch
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -38,7 +40,20 @@ def pick_device(device: str = 'auto') -> str:
                          f"{', '.join(there)}")
     if device.startswith('cuda:'): # else calls that name no GPU, such as pinning, take memory on the first
         torch.cuda.set_device(device)
+    allow_cudnn_attention(False)
     return device
+
+def allow_cudnn_attention(allowed: bool) -> None:
+    """ let torch choose cuDNN's attention on CUDA, or not: it is fast for training, but prepares for each new
+    length of a text, and torch 2.10 and 2.11 let it round dropout to sixteenths
+    (https://github.com/pytorch/pytorch/pull/174245) """
+    torch.backends.cuda.enable_cudnn_sdp(allowed)
+
+def train_fast(device: str, dropout: float) -> None:
+    """ on CUDA, compute float32 products in TF32 and, without dropout, attention by cuDNN """
+    if device.startswith('cuda'):
+        torch.set_float32_matmul_precision('high')
+        allow_cudnn_attention(dropout == 0)
 
 def pick_dtype(dtype: str, device: str) -> str:
     """ the dtype of matrix products: the one named or, for 'auto', bfloat16 if the hardware computes it, else
@@ -71,16 +86,20 @@ def fetch(x, y, device: str):
         x, y = x.pin_memory(), y.pin_memory()
     return x.to(device, non_blocking=pinned), y.to(device, non_blocking=pinned)
 
-def compile_model(modules, choice, device: str, trial) -> bool:
-    """ compile modules in place if `choice` (True, False or 'auto': on CUDA) says so; return whether it did
-
-    `trial()` runs them at once, so that a machine without a compiler costs one warning; if it runs out of
-    memory, that error is raised. Raises ValueError for another choice.
-    """
+def pick_compile(choice, device: str) -> bool:
+    """ whether to compile: as chosen or, for 'auto', on CUDA; raises ValueError for another choice """
     if choice not in ('auto', True, False):
         raise ValueError(f"compile is {choice!r}; type --compile=auto, True or False")
-    pays = device.startswith('cuda') and importlib.util.find_spec('triton')
-    if not choice or choice == 'auto' and not pays:
+    pays = device.startswith('cuda') and importlib.util.find_spec('triton') is not None
+    return pays if choice == 'auto' else choice
+
+def compile_model(modules, wanted: bool, trial) -> bool:
+    """ compile modules in place, if that is wanted; return whether they are compiled
+
+    `trial()` runs them at once, so that a machine without a compiler costs one warning; if it runs out of
+    memory, that error is raised.
+    """
+    if not wanted:
         return False
     # all blocks share one code object: frozen or not, training or not, of several batch sizes
     torch._dynamo.config.recompile_limit = 64
@@ -172,18 +191,30 @@ def free_memory(device: str) -> int:
         return torch.cuda.mem_get_info(device)[0]
     if device == 'mps':
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    if os.path.exists('/proc/meminfo'):
-        with open('/proc/meminfo') as file: # in kB
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith('MemAvailable'))
-        try: # a container may have less
-            with (open('/sys/fs/cgroup/memory.max') as most, open('/sys/fs/cgroup/memory.current') as used,
-                  open('/sys/fs/cgroup/memory.stat') as stat): # what only caches files is free
-                cached = sum(int(line.split()[1]) for line in stat if line.startswith('inactive_file '))
-                free = min(free, int(most.read()) - int(used.read()) + cached)
-        except (OSError, ValueError): # no such files, or the limit is the word max
-            pass
-        return free // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    return 8 * 2**30 # unknown: what a small laptop has
+    free = min(psutil.virtual_memory().available, group_memory())
+    return free // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+
+def group_memory(root: str = '/') -> float:
+    """ the bytes that Linux's control groups leave this process: a container's, a scheduler's job's; inf
+    without a limit """
+    free, groups = math.inf, []
+    with contextlib.suppress(OSError), open(os.path.join(root, 'proc/self/cgroup')) as file:
+        groups = [line.strip().split(':', 2)[1:] for line in file]
+    for kinds, path in groups:
+        if kinds and 'memory' not in kinds.split(','):
+            continue
+        base, most, used, cached = (
+            ('memory', 'memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file') if kinds else
+            ('', 'memory.max', 'memory.current', 'inactive_file'))
+        parts = path.strip('/').split('/')
+        for n in range(len(parts) + 1): # the limits of the groups that it is in hold as well
+            folder = os.path.join(root, 'sys/fs/cgroup', base, *parts[:n])
+            with contextlib.suppress(OSError, ValueError): # no such file, or the limit is the word max
+                with (open(os.path.join(folder, most)) as limit, open(os.path.join(folder, used)) as taken,
+                      open(os.path.join(folder, 'memory.stat')) as stat): # what only caches files is free
+                    files = sum(int(line.split()[1]) for line in stat if line.startswith(cached + ' '))
+                    free = min(free, int(limit.read()) - int(taken.read()) + files)
+    return free
 
 def memory_to_fill(device: str, memory_gb: float, elsewhere: bool = False) -> float:
     """ the bytes that a run may fill with tensors: of the free memory and, if given, of memory_gb GiB, to

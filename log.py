@@ -85,21 +85,21 @@ class Clock:
     begin: tuple[int, float] | None = None # the first iteration that was reported, and when it began
 
     def __post_init__(self):
-        self.start = time.time()
+        self.start = time.perf_counter()
 
     def lap(self, iter_num: int, epoch: float, dt: float) -> tuple[dict, str]:
         """ log.csv's cells, and the words to print, for an iteration that took dt seconds """
         mfu = self.flops / dt / self.peak if self.peak else None
         speed = self.tokens / dt
-        self.begin = self.begin or (iter_num, time.time() - dt) # excludes the first evaluation
-        iteration = (time.time() - self.begin[1]) / (iter_num + 1 - self.begin[0])
+        self.begin = self.begin or (iter_num, time.perf_counter() - dt) # excludes the first evaluation
+        iteration = (time.perf_counter() - self.begin[1]) / (iter_num + 1 - self.begin[0])
         left = iteration * (self.last - iter_num - 1)
         return ({'time_ms': round(dt * 1000, 3), 'tokens_per_sec': round(speed, 1), 'mfu': mfu},
                 f"time {dt * 1000:.2f}ms, {f'mfu {mfu:.2%}, ' if mfu else ''}{speed:,.0f} tok/s, "
                 f"epoch {epoch:.2f}, eta {datetime.timedelta(seconds=round(left))}")
 
     def passed(self) -> datetime.timedelta:
-        return datetime.timedelta(seconds=round(time.time() - self.start))
+        return datetime.timedelta(seconds=round(time.perf_counter() - self.start))
 
 class Steady:
     """ a stream that shows each line at once, and survives a closed pipe or a full disk """
@@ -161,7 +161,7 @@ def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None = N
         with replacing(os.path.join(out_dir, 'config.json')) as file:
             given = {key: value for key, value in config.items() if facts.get(key, value) != value}
             json.dump({**config, **facts, 'given': given}, file, indent=2)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} is no log of train.py ({error}); move it away and "
                          "type this again") from None
     except OSError as error:
@@ -217,7 +217,7 @@ def append_row(out_dir: str, row: dict, to_wandb: bool = False) -> None:
         try:
             write_report(out_dir)
             plot_run(out_dir)
-        except (ImportError, OSError, ValueError, KeyError) as error: # a picture is not worth a run
+        except (ImportError, OSError, ValueError, KeyError, csv.Error) as error: # it is not worth a run
             print(f"no loss.png or report.md: {error}; python plot.py {out_dir} draws the picture later")
 
 def append_sample(out_dir: str, iter_num: int, text: str) -> None:
@@ -226,7 +226,7 @@ def append_sample(out_dir: str, iter_num: int, text: str) -> None:
 
 def is_logged(out_dir: str, iter_num: int) -> bool:
     """ whether log.csv holds this iteration's evaluation """
-    with contextlib.suppress(OSError, KeyError):
+    with contextlib.suppress(OSError, KeyError, csv.Error):
         with open(os.path.join(out_dir, 'log.csv'), newline='') as file:
             return any(row['iter'] == str(iter_num) and row['val_loss'] for row in csv.DictReader(file))
     return False
@@ -312,5 +312,5 @@ def epoch_times(out_dir: str, config: dict) -> dict[str, float]:
         iters, epochs = (float(rows[-1][key]) - float(rows[0][key]) for key in ('iter', 'epoch'))
         iteration = statistics.median(float(row['time_ms']) for row in rows) / 1000
         return {settings['plan']: iteration * iters / epochs}
-    except (OSError, ValueError, TypeError, AttributeError, LookupError, ZeroDivisionError):
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, ZeroDivisionError, csv.Error):
         return {} # no run, or another program's

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from loss import rows_at_once
 
 GiB = 2**30
+ADAPTER = '--lora_rank=16 --learning_rate=3e-4' # an adapter takes a higher one than all weights do
 PLANS = 'device', 'selective', 'recompute', 'offload'
 
 @dataclass
@@ -195,7 +196,7 @@ def leaner_runs(plan: str, shape: Shape, budget: float):
     for length in [n for n in lengths if n and peak(plan, replace(shape, block_size=n), 1) <= budget][:1]:
         yield f'--block_size={length}'
     if shape.adapts and peak('recompute', with_lora(shape, 16), 1) <= budget:
-        yield f"--lora_rank=16{' --optimizer=adamw' * shape.muon}{' --shard=False' * (shape.shards > 1)}"
+        yield f"{ADAPTER}{' --optimizer=adamw' * shape.muon}{' --shard=False' * (shape.shards > 1)}"
 
 def tell_leaner(plan: str, shape: Shape, budget: float) -> str:
     return ''.join(f'type {run}, ' for run in leaner_runs(plan, shape, budget))
@@ -218,7 +219,7 @@ def advice(plan: str, B: int, block_size: int, sequences: int, plans: tuple[str,
     leaner = [name for name in PLANS[PLANS.index(plan) + 1:] if name in plans]
     if not works:
         less = ('--plan=offload' if 'offload' in leaner else '--shard=True' if shards
-                else f"--lora_rank=16{' --out_dir=ANOTHER' * saved}, or take a smaller model")
+                else f"{ADAPTER}{' --out_dir=ANOTHER' * saved}, or take a smaller model")
         return (f"out of memory in plan {plan}, with weights, gradients and moments alone; "
                 f"{'type ' if 'lora' in less else resumed}{less}")
     smaller, n_steps = split_batch(sequences, max(1, B // 2))

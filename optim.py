@@ -23,6 +23,18 @@ def get_lr(it: int, learning_rate: float, min_lr: float, warmup_iters: int, lr_d
     progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
+def check_options(config: dict) -> None:
+    """ raise ValueError for options of an optimizer that cannot be """
+    name, beta1, beta2 = (config[key] for key in ('optimizer', 'beta1', 'beta2'))
+    if name not in ('adamw', 'muon'):
+        raise ValueError(f"there is no optimizer {name!r}; type --optimizer=adamw or --optimizer=muon")
+    if max(beta1, beta2) >= 1:
+        raise ValueError(f"beta1 and beta2 are {beta1} and {beta2}; type --beta1=0.9 --beta2=0.95, both "
+                         "below 1")
+    if config['decay_lr'] and config['min_lr'] > config['learning_rate']:
+        raise ValueError(f"min_lr, {config['min_lr']}, is above learning_rate, {config['learning_rate']}; "
+                         f"type --min_lr={config['learning_rate'] / 10:.3g}")
+
 class InFloat32(TorchFunctionMode):
     """ a context in which .bfloat16() makes a copy in float32 """
 
@@ -205,13 +217,8 @@ def make_optimizer(name: str, model, learning_rate: float, muon_learning_rate: f
     'muon', for the matrices of the blocks, with AdamW for the rest
 
     With offload_to = (device, half), `model` moves there and the optimizer stays in RAM. `wide` keeps Muon's
-    products in float32. Raises ValueError for another name, or if the betas are not below 1.
+    products in float32.
     """
-    if max(betas) >= 1:
-        raise ValueError(f"beta1 and beta2 are {betas[0]} and {betas[1]}; type --beta1=0.9 --beta2=0.95, "
-                         "both below 1")
-    if name not in ('adamw', 'muon'):
-        raise ValueError(f"there is no optimizer {name!r}; type --optimizer=adamw or --optimizer=muon")
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     hidden = [p for n, p in params.items() if p.dim() == 2 and '.h.' in n] if name == 'muon' else []
     rest = [p for p in params.values() if not any(p is h for h in hidden)]

@@ -18,12 +18,15 @@ from torch.nn.parallel import DistributedDataParallel
 def start_processes(backend: str, device: str) -> tuple[int, int, str]:
     """ join the processes that torchrun started, if any; return (rank, world_size, this process's device)
 
-    Raises ValueError if the backend is not available, or for more processes than GPUs.
+    Raises ValueError if the backend is not available, for more processes than GPUs, or for a GPU's number.
     """
     if backend not in ('auto', 'nccl', 'gloo'):
         raise ValueError(f"there is no backend {backend!r}; type --backend=auto, nccl (CUDA) or gloo")
     if 'RANK' not in os.environ:
         return 0, 1, device
+    if device.startswith('cuda:'):
+        raise ValueError(f"device is {device!r}, but torchrun's processes each take another GPU; type "
+                         "--device=cuda")
     if device == 'cuda':
         gpus, wanted = torch.cuda.device_count(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         if wanted > gpus:

@@ -52,10 +52,10 @@ def find_hugging_face(source: str) -> tuple[str, str]:
         raise FileNotFoundError(f"{source} holds neither ckpt.pt nor last.pt nor a Hugging Face model nor "
                                 "TensorFlow's; type a folder that train.py wrote")
     name, revision = split_revision(source)
-    on_hub = name in GPT2_SHAPES or re.fullmatch(r'[\w.-]+/[\w.-]+', name)
+    on_hub = name in GPT2_SHAPES or re.fullmatch(r'[\w.-]+/[\w.-]+(?<!\.pt)', name)
     if not os.path.isdir(source) and not on_hub:
-        raise FileNotFoundError(f"there is no model {source!r}; expected a checkpoint, a folder, a hub id or "
-                                f"one of {', '.join(GPT2_SHAPES)}")
+        raise FileNotFoundError(f"there is no model {source!r}; expected a checkpoint, a folder, a hub id "
+                                f"(owner/name), or one of {', '.join(GPT2_SHAPES)}")
     return name, revision or 'main'
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 Makes datasets: fetches the text, checks the name, and writes all files or none. dataset.py reads them.
 """
 import contextlib
+import errno
 import glob
 import hashlib
 import os
@@ -15,6 +16,8 @@ import numpy as np
 from dataset import DATA, read_text, shorten
 
 FILES = ('train.bin', 'val.bin', 'meta.pkl', 'template.txt', 'train_mask.bin', 'val_mask.bin')
+
+FULL = errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC) # the disk, or what a user may take of it
 
 @contextlib.contextmanager
 def publish(folder: str):
@@ -33,7 +36,13 @@ def publish(folder: str):
     clear(folder)
     try:
         with temporary as place:
-            yield place
+            try:
+                yield place
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                raise OSError(f"cannot write to {shorten(folder)} ({error.strerror}); make room on the disk, "
+                              "and type this again") from None
             is_masked = os.path.exists(os.path.join(folder, 'train_mask.bin'))
             for name in FILES:
                 path, made = os.path.join(folder, name), os.path.join(place, name)

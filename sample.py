@@ -122,7 +122,7 @@ idx = torch.tensor([prompt] * num_samples, device=device)
 torch.manual_seed(seed)
 if stream:
     print(shown, end='', flush=True)
-begin = time.time()
+begin = time.perf_counter()
 tokens = model.stream(idx, max_new_tokens, temperature, top_k, top_p, tokenizer.n_vocab)
 progress = tqdm(tokens, total=max_new_tokens, unit='tok', delay=1, leave=False, disable=stream)
 n, stopped = 0, False
@@ -143,7 +143,7 @@ except KeyboardInterrupt: # print what there is so far
         samples[0].print_new()
 progress.close()
 tokens.close()
-seconds = time.time() - begin
+seconds = time.perf_counter() - begin
 for i, sample in enumerate(samples):
     print('' if stream and i == 0 else shown + sample.text)
     print('---------------')

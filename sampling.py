@@ -5,6 +5,7 @@ graph on CUDA, and the draw of the next token.
 Shapes: B sequences of T tokens, V the vocabulary.
 """
 import contextlib
+import functools
 import math
 
 import torch
@@ -45,6 +46,11 @@ class FixedCache:
     def append(self, k, v):
         return self.k.index_copy_(2, self.at, k), self.v.index_copy_(2, self.at, v)
 
+@functools.cache
+def warm_up_stream(device):
+    """ the same stream each time, since CUDA's libraries keep memory for each that they are used on """
+    return torch.cuda.Stream(device)
+
 class FixedStep:
     """ a model's pass over one more token of each sequence, in tensors whose addresses never change
 
@@ -61,7 +67,7 @@ class FixedStep:
     def record(self, size):
         with torch.cuda.device(self.fed.device):
             self.at.fill_(size) # the first real pass overwrites what is written there
-            aside = torch.cuda.Stream()
+            aside = warm_up_stream(self.fed.device)
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside): # warm-up: libraries initialize in the first passes
                 for _ in range(2):

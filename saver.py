@@ -35,6 +35,8 @@ def link(path: str, to: str) -> None:
         os.link(path, to + '.tmp')
     except OSError:
         shutil.copyfile(path, to + '.tmp')
+        with open(to + '.tmp', 'r+b') as file:
+            os.fsync(file.fileno())
     os.replace(to + '.tmp', to)
 
 class Saver:
@@ -93,7 +95,8 @@ class Saver:
 
     def __call__(self, checkpoint: dict, is_best: bool, tells: bool = False) -> bool:
         """ write last.pt, and link ckpt.pt to it if it is the best; return whether that succeeded """
-        last, started, iter_num = os.path.join(self.out_dir, 'last.pt'), time.time(), checkpoint['iter_num']
+        last, iter_num = os.path.join(self.out_dir, 'last.pt'), checkpoint['iter_num']
+        started = time.perf_counter()
         try:
             if not all(tensor.isfinite().all() for tensor in checkpoint['model'].values()):
                 raise ValueError(f"the weights are not finite; {last} keeps earlier ones")
@@ -109,7 +112,7 @@ class Saver:
         self.saved, self.error = iter_num, None
         if tells:
             print(f"iter {iter_num}: saved {last}, {os.path.getsize(last) / 1e6:,.1f} MB in "
-                  f"{time.time() - started:.1f} s")
+                  f"{time.perf_counter() - started:.1f} s")
         return True
 
     def check(self) -> None:

@@ -99,13 +99,13 @@ def count_ids(state: dict) -> int:
     return len(state.get('chars', [])) if state.get('name') == 'char' else BPETokenizer.n_vocab
 
 def check_match(model_state: dict | None, vocab_size: int, data_state: dict, dataset: str) -> None:
-    """ raise ValueError if a model cannot read a dataset; model_state is None if nanoGPT did not save it """
-    model_state = model_state or data_state
+    """ raise ValueError if a model cannot read a dataset; model_state is None if it is not known """
     n = count_ids(data_state)
     padded = data_state['name'] == 'gpt2' and n < vocab_size # nanoGPT rounds 50,257 up
-    if model_state != data_state or not (n == vocab_size or padded):
-        raise ValueError(f"the model reads {model_state['name']} tokens, {vocab_size:,} ids, but {dataset} "
-                         f"is in {data_state['name']} tokens, {n:,} ids of its own; type --dataset with data "
+    if (model_state or data_state) != data_state or not (n == vocab_size or padded):
+        reads = model_state['name'] if model_state else 'other'
+        raise ValueError(f"the model reads {reads} tokens, {vocab_size:,} ids, but {dataset} is in "
+                         f"{data_state['name']} tokens, {n:,} ids of its own; type --dataset with data "
                          "prepared for this model, or --init_from=scratch")
 
 def load_gpt2_encoding():

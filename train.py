@@ -90,24 +90,22 @@ import memory
 import parallel
 from dataset import find_datasets, open_split, read_shared_state, read_template, tell_assumed
 from device import (DTYPES, Signals, autocast, compile_model, describe_machine, fetch, free_memory,
-                    is_out_of_memory, memory_mb, memory_to_fill, peak_flops, pick_device, pick_dtype)
+                    is_out_of_memory, memory_mb, memory_to_fill, peak_flops, pick_compile, pick_device,
+                    pick_dtype, train_fast)
 from log import (Best, Clock, append_row, append_sample, epoch_times, finish_log, is_logged, need_wandb,
                  start_log, start_wandb, steady_output)
 from model import GPT, GPTConfig, check_length
-from optim import clip_gradients, get_lr, load_optimizer, make_optimizer, set_lr, weights
+from optim import check_options, clip_gradients, get_lr, load_optimizer, make_optimizer, set_lr, weights
 from saver import Saver
 from tokenizer import check_match, count_ids, from_state
 
-if decay_lr and min_lr > learning_rate:
-    raise ValueError(f"min_lr, {min_lr}, is above learning_rate, {learning_rate}; type "
-                     f"--min_lr={learning_rate / 10:.3g}")
-
+check_options(config)
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
+compile = pick_compile(compile, device)
 rank, world_size, device = parallel.start_processes(backend, device)
 master = rank == 0
-if device.startswith('cuda'):
-    torch.set_float32_matmul_precision('high') # use TF32 for float32 matmuls
+train_fast(device, dropout)
 steady_output() # flush each line, even to a file, and survive a full disk under it
 need_wandb(wandb_log) # fail here, before any work is done, if it is missing
 say = print if master else lambda text: None
@@ -139,7 +137,7 @@ tokenizer = read_shared_state(folders)
 vocab_size = count_ids(tokenizer)
 elsewhere = dry_run and memory_gb > 0 # plan for a card of that size, which need not be here
 place = 'cuda' if elsewhere else device
-free = parallel.least(memory_to_fill(device, memory_gb, elsewhere), world_size, device) # same plan for all
+budget = parallel.least(memory_to_fill(device, memory_gb, elsewhere), world_size, device) # same plan for all
 plans = memory.plans_for(config, place, world_size)
 
 scratch = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
@@ -154,14 +152,14 @@ shape = memory.shape_of(model, block_size, dropout, half, lora_rank > 0, optimiz
 if dry_run: # needs neither data nor weights
     epochs = epoch_times(out_dir, {**config, 'device': place, 'processes': world_size})
     say(tell_assumed(folders) * (init_from == 'scratch')
-        + memory.table(shape, share, batch_size, free, epochs, plans, free_memory('cpu'), world_size))
+        + memory.table(shape, share, batch_size, budget, epochs, plans, free_memory('cpu'), world_size))
     leave(0)
 
 ram_free = math.inf if eval_only else free_memory('cpu') # before the model takes any
-plan, fits = memory.choose(plan, shape, share, batch_size, free, plans, ram_free, not eval_only)
+plan, fits = memory.choose(plan, shape, share, batch_size, budget, plans, ram_free, not eval_only)
 micro_batch, n_micro_steps = memory.split_batch(share, fits)
 if not eval_only or plan == 'offload':
-    say(memory.describe(plan, shape, fits, fits < share, free))
+    say(memory.describe(plan, shape, fits, fits < share, budget))
 
 # -----------------------------------------------------------------------------
 # data
@@ -169,6 +167,7 @@ if not eval_only or plan == 'offload':
 train_data = open_split(folders, 'train', block_size, vocab_size, seed=seed)
 val_data = open_split(folders, 'val', block_size, vocab_size)
 n_evaluated = eval_iters * batch_size or val_data.windows # windows per split
+check_match(None, model_config.vocab_size, tokenizer, dataset) # before weights are fetched
 read = f'{train_data.mark()} {val_data.mark()}, {min(n_evaluated, val_data.windows)} x {block_size} evaluated'
 config['data'] = parallel.same_data(read, world_size, device, dataset)
 for data in (train_data, val_data):
@@ -227,7 +226,7 @@ elif plan != 'offload':
 raw_model = model # not wrapped in DDP
 
 # -----------------------------------------------------------------------------
-# optimizer
+# optimizer, compiler and DDP
 
 opt = make_optimizer(optimizer, model, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2),
                      (device, DTYPES[dtype]) if plan == 'offload' else None, dtype != 'bfloat16')
@@ -242,16 +241,13 @@ if init_from == 'resume':
     config['init_from'] = loaded.get('config', {}).get('init_from', 'resume') # what it first started from
 parallel.check_same(iter_num, world_size, device, out_dir)
 
-# -----------------------------------------------------------------------------
-# compile and DDP
-
 def one_step(model=raw_model):
     x, y = fetch(*train_data.batch(train_data.training_windows(0, micro_batch)), device)
     with autocast(device, dtype):
         model(x, y)[1].backward()
 
 # compile each block on its own, so that backward releases gradients as it goes and memory stays as planned
-is_compiled = with_room(compile_model, model.compiled_parts(), not eval_only and compile, device, one_step)
+is_compiled = with_room(compile_model, model.compiled_parts(), not eval_only and compile, one_step)
 opt.zero_grad(set_to_none=True)
 if world_size > 1 and not shard and not eval_only:
     model = with_room(parallel.replicate_model, raw_model, device, one_step)
@@ -266,10 +262,9 @@ loaded = None # the optimizer has taken what it needs
 def evaluate():
     """ the mean loss of each split, over evenly spaced windows that are divided among the processes;
     None if told to stop """
-    losses = {}
+    losses = {'train': 0.0, 'val': 0.0}
     raw_model.eval()
     for name, data in (('train', train_data), ('val', val_data)):
-        losses[name] = 0.0
         for weight, windows, n in data.evaluation_parts(n_evaluated):
             total = 0.0
             for batch in data.batches(windows, micro_batch * world_size):
@@ -301,9 +296,15 @@ def write_sample():
     """ generate a text with the current model and append it to samples.txt """
     raw_model.eval()
     torch.manual_seed(seed)
-    with autocast(device, dtype, cache=not shard), torch.compiler.set_stance('force_eager'):
-        made = raw_model.generate(prompt, sample_tokens, 0.8, top_k=200, n_vocab=vocab_size, fixed=False)
-    raw_model.train()
+    try:
+        with autocast(device, dtype, cache=not shard), torch.compiler.set_stance('force_eager'):
+            made = raw_model.generate(prompt, sample_tokens, 0.8, top_k=200, n_vocab=vocab_size, fixed=False)
+    except RuntimeError as error:
+        if shard or not is_out_of_memory(error): # the other processes of a sharded run would wait
+            raise
+        return say(f"iter {iter_num}: out of memory for a sample, so none is written")
+    finally:
+        raw_model.train()
     if master:
         append_sample(out_dir, iter_num, coder.decode(made[0].tolist()))
 
@@ -348,7 +349,7 @@ def accumulate(windows, n_targets):
     """ compute the gradients of an iteration, and return its loss, or this process's share of it; None if
     told to stop """
     # micro-batches must add up to the mean over n_targets, and DDP divides by world_size
-    scale = scaler.scale(torch.tensor(world_size / n_targets, device=updates_on)).to(device)
+    scale = scaler.scale(torch.full((), world_size / n_targets, device=updates_on)).to(device)
     loss = torch.zeros((), device=device)
     mine = windows.reshape(world_size, n_micro_steps, micro_batch, 2)[rank]
     for micro_step in range(n_micro_steps):
@@ -356,8 +357,7 @@ def accumulate(windows, n_targets):
             return None
         x, y = fetch(*train_data.batch(mine[micro_step]), device)
         if raw_model.draws: # seed by the number of the first sequence, so that a resumed run draws the same
-            step = (iter_num * world_size + rank) * n_micro_steps + micro_step
-            torch.manual_seed(seed + step * micro_batch)
+            torch.manual_seed(seed + iter_num * sequences + rank * share + micro_step * micro_batch)
         if model is not raw_model: # DDP exchanges gradients once, in the last backward
             model.require_backward_grad_sync = micro_step == n_micro_steps - 1
         with autocast(device, dtype):
@@ -392,7 +392,7 @@ while True:
         break
 
     # one step: accumulate, clip, update
-    t0 = time.time()
+    t0 = time.perf_counter()
     lr = get_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr else learning_rate
     set_lr(opt, lr / (learning_rate or 1))
     windows = train_data.training_windows(iter_num, sequences)
@@ -419,7 +419,7 @@ while True:
         raise ValueError(f"five iterations in a row were not finite, up to {iter_num}; "
                          f"{checkpoints.way_back(out_dir)} with a lower --learning_rate, or --dtype=float32")
     opt.zero_grad(set_to_none=model is raw_model) # under DDP, gradients must stay in its buckets
-    dt = time.time() - t0
+    dt = time.perf_counter() - t0
 
     # report: everything below is only bookkeeping
     if iter_num % log_interval == 0 or 'val_loss' in row:

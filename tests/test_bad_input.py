@@ -38,6 +38,9 @@ CASES = [ # script, options, part of what is said
     ('train.py', '--learning_rate=1' + '0' * 400, 'type a finite number'),
     ('train.py', '--overwrite=1', 'takes True or False'),
     ('train.py', '--beta2=1.0', 'both below 1'),
+    ('train.py', '--init_from=gpt2-xl --optimizer=adam --dry_run=True', "no optimizer 'adam'"), # before anything else
+    ('train.py', '--init_from=gpt2-xl --compile=yes --dry_run=True', 'compile is'),
+    ('train.py', '--init_from=gpt2', 'the model reads other tokens, 50,257 ids, but chars is in char tokens'),
     ('train.py', '--min_lr=1.0', 'is above learning_rate'),
     ('train.py', '--seed=99999999999999999999', 'below 2**32'),
     ('train.py', '{root}/typo.py', 'did you mean batch_size?'),
@@ -109,6 +112,7 @@ CASES = [ # script, options, part of what is said
     ('train.py', '--init_from=resume --out_dir={root}/hostile_last', 'could run code'),
     ('train.py', '--init_from=resume --out_dir={root}/hostile_best', 'could run code'),
     ('train.py', '--init_from=resum', "there is no model 'resum'"),
+    ('train.py', '--init_from=out-frist/last.pt', "there is no model 'out-frist/last.pt'"), # no id of the hub
     ('train.py', '--init_from=gpt2@', "there is no model 'gpt2@'"),
     ('train.py', '--init_from={root}/nothing', 'nor a Hugging Face model'),
     ('train.py', '--init_from={root}/cut.pt', 'cut short'),

@@ -155,6 +155,24 @@ def test_a_config_json_that_no_run_wrote_is_passed_over_or_told(tmp_path, text, 
         assert (done.returncode, done.stderr) == (0, told)
     assert call(tmp_path, '', '--init_from=resume', '--size=3', '--rate=3', script=RESUMES).returncode == (2 if text[1:] in ('', '[' * 99999) else 0)
 
+def test_a_config_typed_again_does_not_change_a_resumed_run_s_dataset(tmp_path):
+    script = RESUMES.replace('init_from', "dataset = 'openwebtext'\ninit_from")
+    (tmp_path / 'config.json').write_text('{"dataset": "my novel", "size": 9, "given": {}}')
+    (tmp_path / 'c.py').write_text("dataset = 'shakespeare'; size = 3")
+    def resume(*args):
+        return call(tmp_path, 'print(dataset, size)', *args, '--init_from=resume', script=script)
+    refused = resume('c.py')
+    assert refused.returncode == 2 and refused.stderr.endswith(
+        "error: c.py names the dataset 'shakespeare', and the run in . reads 'my novel'; leave out c.py, since the run keeps its "
+        "options, or type --dataset='my novel' or --dataset=shakespeare after it\n")
+    assert resume('c.py', '--dataset=other').stdout == 'other 3\n' and resume('c.py', '--dataset=my novel').stdout == 'my novel 3\n'
+    assert resume('--size=4').stdout == 'my novel 4\n'
+
+def test_what_the_terminal_s_encoding_lacks_is_written_out(tmp_path):
+    (tmp_path / 'script.py').write_text(f'import sys; sys.path.insert(0, {ROOT!r})' + SCRIPT + "print('\u5c0f')", encoding='utf-8')
+    done = subprocess.run([sys.executable, 'script.py'], cwd=tmp_path, capture_output=True, env={**os.environ, 'PYTHONIOENCODING': 'cp1252'})
+    assert done.stdout.split() == [rb'\u5c0f'] and not done.returncode
+
 def test_a_library_s_error_keeps_its_traceback_and_ctrl_c_has_none(tmp_path):
     bug = call(tmp_path, 'import json; json.loads("{")')
     assert bug.returncode == 1 and 'Traceback' in bug.stderr
@@ -174,10 +192,11 @@ def test_every_config_sets_only_options_of_train_py():
 
 def test_the_home_folder_is_found_in_paths_and_nowhere_else():
     home = os.path.expanduser('~')
-    options = {'out_dir': 'out', 'dataset': 'x', 'start': '', 'lora_targets': ''}
-    argv = ['--out_dir=~/out', '--dataset=~/a:0.5,~/b~c:0.5', '--start=~/ is home', '--lora_targets=~/x']
+    options = {'out_dir': 'out', 'dataset': 'x', 'start': '', 'input': '', 'lora_targets': ''}
+    argv = ['--out_dir=~/out', '--dataset=~/a:0.5,~/b~c:0.5', '--start=~/ is home', '--input=~/.ssh?', '--lora_targets=~/x']
     assert configure(dict(options), argv) == {
-        'out_dir': f'{home}/out', 'dataset': f'{home}/a:0.5,{home}/b~c:0.5', 'start': '~/ is home', 'lora_targets': '~/x'}
+        'out_dir': f'{home}/out', 'dataset': f'{home}/a:0.5,{home}/b~c:0.5', 'start': '~/ is home',
+        'input': '~/.ssh?', 'lora_targets': '~/x'}
     assert configure(dict(options), ['--start=FILE:~/x.txt', '--out_dir=~'])['start'] == f'FILE:{home}/x.txt'
 
 def test_an_option_without_a_value_is_told_one_that_means_something():

@@ -1,4 +1,3 @@
-import io
 import types
 
 import numpy as np
@@ -48,7 +47,7 @@ def test_a_broken_compiler_costs_one_warning(monkeypatch, capsys, model):
     monkeypatch.setattr(torch._inductor.compile_fx, 'compile_fx', broken)
     x = torch.zeros(1, 8, dtype=torch.long)
     expected = model(x, x)[1]
-    assert not device.compile_model([model], True, 'cpu', lambda: model(x, x))
+    assert not device.compile_model([model], True, lambda: model(x, x))
     err = capsys.readouterr().err
     assert err.count('warning') == err.count('\n') == 1 and 'no C++ compiler' in err and 'going on without it' in err
     assert model(x, x)[1] == expected # it still runs
@@ -70,17 +69,48 @@ def test_a_card_that_is_not_here_is_all_there_is(monkeypatch):
     assert device.memory_to_fill('cpu', 8.0) == device.memory_to_fill('cpu', 0.0) == 0.75 * 2**30 # no more than is free
     assert device.memory_to_fill('cpu', 1.0) == pytest.approx(0.75 * 0.4 * 2**30)
 
-def test_files_that_a_container_caches_count_as_free(monkeypatch):
-    files = {'/proc/meminfo': 'MemTotal: 99000000 kB\nMemAvailable: 90000000 kB\n', '/sys/fs/cgroup/memory.max': '16000000000\n',
-             '/sys/fs/cgroup/memory.current': '15000000000\n',
-             '/sys/fs/cgroup/memory.stat': 'anon 1000000000\nfile 14000000000\ninactive_file 13000000000\nactive_file 1\n'}
-    monkeypatch.setattr(device, 'open', lambda path: io.StringIO(files[path]), raising=False)
-    monkeypatch.setattr(device.os.path, 'exists', files.__contains__)
-    assert device.free_memory('cpu') == 14_000_000_000
-    files['/sys/fs/cgroup/memory.max'] = 'max\n'
-    assert device.free_memory('cpu') == 90_000_000 * 1024
+STAT = 'anon 1000000000\nfile 14000000000\n{}inactive_file 13000000000\nactive_file 1\n'
+
+def write_group(folder, limit, used, most='memory.max', now='memory.current', stat=STAT.format('')):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in ((most, limit), (now, used), ('memory.stat', stat)):
+        (folder / name).write_text(f'{text}\n')
+
+def groups(root, text):
+    (root / 'proc/self').mkdir(parents=True)
+    (root / 'proc/self/cgroup').write_text(text)
+    return root / 'sys/fs/cgroup'
+
+def test_what_a_container_or_a_job_may_take_is_counted_and_files_that_it_caches_are_free(tmp_path, monkeypatch):
+    top = groups(tmp_path, '0::/job/step\n')
+    write_group(top, 16_000_000_000, 15_000_000_000)
+    assert device.group_memory(tmp_path) == 14_000_000_000
+    write_group(top / 'job', 'max', 1)
+    assert device.group_memory(tmp_path) == 14_000_000_000
+    write_group(top / 'job/step', 14_500_000_000, 14_000_000_000)
+    assert device.group_memory(tmp_path) == 13_500_000_000
+    monkeypatch.setattr(device, 'group_memory', lambda: device.psutil.virtual_memory().total // 100)
+    assert device.free_memory('cpu') == device.group_memory()
+
+def test_the_limits_of_older_control_groups_are_counted_and_none_is_no_limit(tmp_path):
+    top = groups(tmp_path, '3:cpu,cpuacct:/x\n2:cpu,memory:/slurm/job_7\n')
+    assert device.group_memory(tmp_path) == device.group_memory(tmp_path / 'none') == float('inf')
+    old = 'memory.limit_in_bytes', 'memory.usage_in_bytes', STAT.format('total_')
+    write_group(top / 'memory/slurm/job_7', 16_000_000_000, 15_000_000_000, *old)
+    write_group(top / 'memory', 2**63 - 4096, 15_000_000_000, *old)
+    assert device.group_memory(tmp_path) == 14_000_000_000
+
+def test_cudnn_s_attention_is_for_training_without_dropout():
+    allowed = torch.backends.cuda.cudnn_sdp_enabled
+    for dropout in (0.1, 0.0):
+        device.train_fast('cuda', dropout)
+        assert allowed() == (dropout == 0)
+    device.pick_device('cpu')
+    assert not allowed()
+    torch.set_float32_matmul_precision('highest')
 
 def test_compile_is_left_out_on_a_cpu_unless_asked_for(model):
-    assert not device.compile_model([model], 'auto', 'cpu', None)
+    assert not device.pick_compile('auto', 'cpu') and device.pick_compile(True, 'cpu')
+    assert not device.compile_model([model], False, None)
     with pytest.raises(ValueError, match='--compile=auto, True or False'):
-        device.compile_model([model], 'yes', 'cpu', None)
+        device.pick_compile('yes', 'cpu')

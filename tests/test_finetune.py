@@ -3,6 +3,7 @@ Finetuning as a user runs it: an end before it overfits, parts that stay frozen,
 """
 import csv
 import json
+import os
 import shutil
 
 import numpy as np
@@ -187,6 +188,14 @@ def test_a_mixture_trains_and_one_of_other_tokens_is_refused(train, run, clone):
     assert all(float(loss) < 5 for loss in resumed.column('val_loss') if loss)
     (clone / 'data' / 'other' / 'meta.pkl').unlink()
     assert 'are in different tokens' in train('--dataset=chars,other', status=2, out_dir='b').err
+
+def test_a_mixture_of_two_templates_is_refused(train, clone):
+    for name, template in (('asked', 'Q: {instruction}'), ('told', 'Do: {instruction}')):
+        shutil.copytree(clone / 'data' / 'chars', clone / 'data' / name)
+        (clone / 'data' / name / 'template.txt').write_text(template)
+    error = train('--dataset=chars,asked,told', status=2).err.splitlines()[-1]
+    assert error.startswith(f"error: {os.path.join('data', 'asked', 'template.txt')} and ") and '--template=FILE:PATH' in error
+    train('--dataset=chars,asked', '--max_iters=1')
 
 def test_masked_losses_are_the_same_for_any_split_and_the_template_travels(train, masked):
     options = ('--dataset=masked', '--eval_iters=0')

@@ -4,6 +4,8 @@ import json
 import pytest
 import torch
 
+import device
+from attention import attend
 from model import GPT, GPTConfig
 from sampling import FixedStep, KVCache
 
@@ -58,6 +60,13 @@ def test_a_graph_s_logits_in_bfloat16_are_the_uncached_model_s():
     step = FixedStep(model, cache, idx[:, 5])
     for T in range(5, 40):
         assert torch.allclose(step(idx[:, T])[:, 0], model(idx[:, :T + 1])[0][:, 0], atol=2e-2)
+
+@torch.no_grad()
+def test_attention_drops_the_share_of_probabilities_that_it_was_told():
+    device.train_fast('cuda', 0.1)
+    q, v = torch.zeros(4, 8, 64, 64, device='cuda', dtype=torch.bfloat16), torch.eye(64, device='cuda', dtype=torch.bfloat16)
+    probs = attend(q, q, v.expand_as(q).contiguous(), 0.1)
+    assert (probs[..., torch.ones(64, 64).tril().bool()] == 0).float().mean().item() == pytest.approx(0.1, abs=0.01)
 
 def pair(run, ours, theirs):
     """ how many times as fast as theirs ours is: the better of two runs of each """

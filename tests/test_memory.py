@@ -183,7 +183,7 @@ def test_the_fastest_plan_that_fits_is_chosen_with_the_largest_micro_batch():
     # 16 bytes a parameter, and 1 GiB to cross the bus
     with pytest.raises(ValueError, match=r'takes 24.2 GiB of RAM, and 16.0 are free; take a smaller'):
         memory.choose('auto', xl, 8, 8, 6 * memory.GiB, ram_free=16 * memory.GiB)
-    with pytest.raises(ValueError, match='are free; type --lora_rank=16, take a smaller'): # which needs no RAM
+    with pytest.raises(ValueError, match='are free; type --lora_rank=16 --learning_rate=3e-4, take a smaller'): # which needs no RAM
         memory.choose('auto', replace(xl, adapts=True), 8, 8, 6 * memory.GiB, ram_free=16 * memory.GiB)
     assert memory.choose('auto', memory.with_lora(xl, 16), 8, 8, 6 * memory.GiB, memory.PLANS[:3])[0] == 'device'
 
@@ -193,10 +193,11 @@ def test_split_batch_takes_the_largest_even_share(sequences, fits, expected):
 
 @pytest.mark.parametrize('budget, changes, plans, advice', [
     (2, {}, memory.PLANS, 'take a smaller model'), (3.7, {'adapts': False}, memory.PLANS, 'type --block_size=256, take'),
-    (3.7, {}, memory.PLANS, 'type --block_size=256, type --lora_rank=16, take'),
-    (12, {'muon': True}, memory.PLANS[:3], 'type --lora_rank=16 --optimizer=adamw, take'),
-    (5, {'buckets': 2}, memory.PLANS[:3], 'type --lora_rank=16, take'), (5, {'shards': 2}, memory.PLANS[:3], 'type --lora_rank=16 --shard=False, take'),
-    (7.5, {'buckets': 4}, memory.PLANS[:3], 'type --shard=True, type --lora_rank=16, take')]) # where several processes may share
+    (3.7, {}, memory.PLANS, 'type --block_size=256, type --lora_rank=16 --learning_rate=3e-4, take'),
+    (12, {'muon': True}, memory.PLANS[:3], 'type --lora_rank=16 --learning_rate=3e-4 --optimizer=adamw, take'),
+    (5, {'buckets': 2}, memory.PLANS[:3], 'type --lora_rank=16 --learning_rate=3e-4, take'),
+    (5, {'shards': 2}, memory.PLANS[:3], 'type --lora_rank=16 --learning_rate=3e-4 --shard=False, take'),
+    (7.5, {'buckets': 4}, memory.PLANS[:3], 'type --shard=True, type --lora_rank=16 --learning_rate=3e-4, take')]) # where several processes may share
 def test_what_is_advised_where_no_plan_fits_would_fit(budget, changes, plans, advice):
     xl = shape('gpt2-xl', **{'adapts': True, **changes})
     with pytest.raises(ValueError, match=f'no plan fits: {plans[-1]}.*{budget:.1f} GiB are free to fill; {advice}'):
@@ -257,10 +258,10 @@ def test_out_of_memory_with_one_sequence_names_the_next_plan():
     assert said == ['--plan=selective', '--plan=recompute', '--plan=offload', '--block_size=512']
     saved = [memory.advice(plan, 1, 1024, 8, plans, works, saved=True).rpartition('type ')[2] for plan, plans, works in (
         ('device', memory.PLANS, True), ('recompute', memory.PLANS[:3], False))]
-    assert saved == ['--init_from=resume --plan=selective', '--lora_rank=16 --out_dir=ANOTHER, or take a smaller model']
+    assert saved == ['--init_from=resume --plan=selective', '--lora_rank=16 --learning_rate=3e-4 --out_dir=ANOTHER, or take a smaller model']
     alone = [memory.advice(plan, 6, 1024, 24, plans, works=False).partition('; ')[2] for plan, plans in (
         ('device', memory.PLANS), ('recompute', memory.PLANS[:3]))]
-    assert alone == ['type --plan=offload', 'type --lora_rank=16, or take a smaller model'] # no sequences were there
+    assert alone == ['type --plan=offload', 'type --lora_rank=16 --learning_rate=3e-4, or take a smaller model'] # no sequences were there
     for works in (True, False): # several processes may share weights and moments, which changes no loss
         assert memory.advice('recompute', 1, 1024, 8, memory.PLANS[:3], works, shards=True).endswith('; type --shard=True')
     assert memory.advice('device', 6, 1024, 24).endswith(

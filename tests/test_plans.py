@@ -14,10 +14,11 @@ import memory
 from model import GPT, GPTConfig
 from optim import OffloadedAdamW, clip_gradients, load_optimizer, make_optimizer, set_lr, weights
 
-def test_a_plan_is_told_before_weights_are_fetched(run, hf_dir, tmp_path):
+def test_a_plan_is_told_before_weights_are_fetched(run, clone, hf_dir, tmp_path):
     shutil.copy(hf_dir / 'config.json', tmp_path) # the weights are somewhere else
+    shutil.copytree(clone / 'data' / 'chars', tmp_path / 'bpe', ignore=shutil.ignore_patterns('meta.pkl'))
     def start(*options):
-        return run('train.py', '--dataset=chars', '--device=cpu', f'--init_from={tmp_path}', '--block_size=32', *options, status=2)
+        return run('train.py', f"--dataset={tmp_path / 'bpe'}", '--device=cpu', f'--init_from={tmp_path}', '--block_size=32', *options, status=2)
     assert 'error: no plan fits' in start('--memory_gb=0.6001').err
     there = start()
     assert 'plan device' in there.out and 'cannot load' in there.err
@@ -143,6 +144,14 @@ def test_out_of_memory_is_told_once_with_what_to_type(train, tmp_path):
                                       "model.Block.forward = _full\n")
     error = train(tmp_path / 'full.py', '--plan=recompute', status=2).err.splitlines()[-1]
     assert error == ('error: out of memory in plan recompute, 1 sequence of 16 tokens at a time; type --block_size=8'), error
+
+def test_a_sample_without_room_costs_a_line(train, tmp_path):
+    (tmp_path / 'full.py').write_text("import torch, model\ndef _full(*args, **options):\n    raise torch.OutOfMemoryError('out of memory')\n"
+                                      "model.GPT.generate = _full\n")
+    whole, without = train(out_dir='whole'), train(tmp_path / 'full.py', '--sample_interval=4')
+    assert [line for line in without.out.splitlines() if 'out of memory' in line] == [
+        f'iter {i}: out of memory for a sample, so none is written' for i in (0, 4)]
+    assert without.column('loss') == whole.column('loss')
 
 def test_a_run_without_room_loses_nothing_and_goes_on_with_what_it_names(train, tmp_path):
     (tmp_path / 'full.py').write_text("import torch, model\n_forward, _n = model.Block.forward, [0]\ndef _later(self, *args, **options):\n"

@@ -3,6 +3,7 @@ data/*/prepare.py as a user runs them.
 """
 import json
 import os
+import pathlib
 import pickle
 import re
 import signal
@@ -14,6 +15,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import publish
 from advice import suiting
 from conftest import CHARS, TEXT
 from tokenizer import BPETokenizer
@@ -199,6 +201,13 @@ def test_an_error_leaves_the_earlier_dataset_as_it_was(run, clone, old, tmp_path
     assert 'b.txt is not UTF-8 at byte 3;' in done.err and contents(old) == before
     run('data/custom/prepare.py', *options, '--name=new', status=2)
     assert not (clone / 'data' / 'new').exists()
+
+def test_a_full_disk_is_told_in_a_line_and_leaves_the_earlier_dataset_as_it_was(old):
+    before = contents(old)
+    with pytest.raises(OSError, match='old .No space left on device.; make room on the disk'), publish.publish(str(old)) as place:
+        pathlib.Path(place, 'train.bin').write_bytes(b'some')
+        raise OSError(28, 'No space left on device')
+    assert contents(old) == before
 
 @pytest.mark.parametrize('sent', [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_leaves_the_earlier_dataset_as_it_was(clone, old, sent):

@@ -48,7 +48,7 @@ def main():
         raise ValueError("there is no input; type --input=PATH of a text file or of a folder of them")
     folder = claim(name, 'custom', val_fraction)
     chars = None if tokenizer in ('gpt2', 'char') else known_characters()
-    documents = Documents(input, text_field, subset)
+    documents = Documents(os.path.expanduser(input), text_field, subset)
     with publish(folder) as place:
         path = os.path.join(place, 'train.bin')
         if tokenizer == 'gpt2':

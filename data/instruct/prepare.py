@@ -52,7 +52,8 @@ def read_template():
 def write_items(place, text):
     """ write all items, in the template `text`, to the train files; return their lengths and how many tokens
     count """
-    lengths, n_counted, tokenizer, paths = [], 0, BPETokenizer(), find_files(input, ('.jsonl',))
+    lengths, n_counted, tokenizer = [], 0, BPETokenizer()
+    paths = find_files(os.path.expanduser(input), ('.jsonl',))
     with (open(os.path.join(place, 'train.bin'), 'wb') as tokens,
           open(os.path.join(place, 'train_mask.bin'), 'wb') as masks,
           tqdm(total=sum(map(os.path.getsize, paths)), unit='B', unit_scale=True, delay=1) as progress):
