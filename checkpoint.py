@@ -38,6 +38,16 @@ def find(source: str) -> str | None:
     paths = [source, os.path.join(source, 'ckpt.pt'), os.path.join(source, 'last.pt')]
     return next((path for path in paths if os.path.isfile(path)), None)
 
+def source_of(init_from: str, out_dir: str) -> str:
+    """ `init_from`, where 'resume' is the run in out_dir; raises FileNotFoundError if that has no checkpoint """
+    if init_from != 'resume':
+        return init_from
+    if find(out_dir) is None:
+        raise FileNotFoundError(f"there is no checkpoint in {out_dir}; train one with train.py "
+                                f"--out_dir={quote(out_dir)}, type --out_dir with a run's folder, or "
+                                "--init_from=gpt2")
+    return out_dir
+
 def damage(path: str) -> str | None:
     """ which bytes of a checkpoint are not as they were written, or None, by the checksums in the file, which
     torch.load does not check """

@@ -139,10 +139,7 @@ def encode_items(one):
 
 def load(source):
     """ a model, its tokenizer, its window, and where it comes from """
-    name = out_dir if source == 'resume' else source
-    if source == 'resume' and checkpoints.find(out_dir) is None:
-        raise FileNotFoundError(f"there is no checkpoint in {out_dir}; type --out_dir with a run's folder, "
-                                "or --init_from=gpt2")
+    name = checkpoints.source_of(source, out_dir)
     model, loaded = checkpoints.load_model(name)
     tokenizer = from_state(checkpoints.find_tokenizer(loaded, model.config.vocab_size))
     config, most = loaded.get('config', {}), model.config.block_size

@@ -67,11 +67,7 @@ def is_exported(file):
 
 if weights_only and there and not is_exported(path):
     raise FileExistsError(f"{to} is a file that no export wrote; type --to with another name")
-source = out_dir if init_from == 'resume' else init_from
-if init_from == 'resume' and checkpoints.find(out_dir) is None:
-    raise FileNotFoundError(f"there is no checkpoint in {out_dir}; type --out_dir with a run's folder, or "
-                            "--init_from with a model")
-
+source = checkpoints.source_of(init_from, out_dir)
 if there and checkpoints.needs(source, path):
     raise FileExistsError(f"{to} is what is exported, or what that is an adapter for; type --to with another "
                           "name")

@@ -58,10 +58,7 @@ dtype = pick_dtype(dtype, device)
 # -----------------------------------------------------------------------------
 # model and tokenizer
 
-if init_from == 'resume' and checkpoints.find(out_dir) is None:
-    raise FileNotFoundError(f"there is no checkpoint in {out_dir}; train one with train.py "
-                            f"--out_dir={out_dir}, type --out_dir with a run's folder, or --init_from=gpt2")
-model, loaded = checkpoints.load_model(out_dir if init_from == 'resume' else init_from)
+model, loaded = checkpoints.load_model(checkpoints.source_of(init_from, out_dir))
 tokenizer = from_state(checkpoints.find_tokenizer(loaded, model.config.vocab_size))
 model.eval().to(device, DTYPES[dtype])
 

@@ -142,7 +142,7 @@ def test_another_program_s_config_json_is_no_earlier_run(tmp_path):
 def test_what_is_left_of_a_run_is_told_without_what_came_before_it(monkeypatch):
     from log import Clock
     now = [1000.0]
-    monkeypatch.setattr('time.time', lambda: now[0])
+    monkeypatch.setattr('time.perf_counter', lambda: now[0])
     clock = Clock(2048, 1.0, None, last=100)
     now[0] += 500 + 2 # an evaluation, and an iteration of 2 seconds
     assert clock.lap(40, 0.1, 2.0)[1].endswith('eta 0:01:58')

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from model import GPT, GPTConfig
-from sampling import FixedStep, KVCache, sample_token
+from sampling import FixedStep, KVCache, sample_token, warm_up_stream
 
 class Graph(TorchDispatchMode):
     """ a CUDA graph's semantics on a CPU: keeps the operations that run under it, with their very tensors, and runs
@@ -37,6 +37,8 @@ def recorded(monkeypatch):
     """ FixedStep as on CUDA, with a Graph; the list of those made """
     made, aside = [], lambda *args: contextlib.nullcontext()
     class Stream:
+        def __init__(self, device=None):
+            pass
         def wait_stream(self, other):
             pass
     for name, value in {'device': aside, 'stream': aside, 'graph': lambda graph: graph, 'CUDAGraph': Graph,
@@ -48,7 +50,8 @@ def recorded(monkeypatch):
         step.record(cache[0].size)
         made.append(step)
     monkeypatch.setattr(FixedStep, '__init__', record)
-    return made
+    yield made
+    warm_up_stream.cache_clear()
 
 def random_model(block_size=24):
     torch.manual_seed(0)
