@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 def rows_at_once(N: int, V: int, itemsize: int) -> tuple[int, int]:
     """ how many rows of logits, with elements of itemsize bytes, to compute at once: of a product, where many
-    are faster, and of the softmax, where few fit in a CPU's cache """
+    are faster, and of the softmax, where few fit in a CPU's cache, in equal parts, since a compiler makes
+    code for each number of them """
     rows = min(N, max(N // (2 * itemsize), 2**22 // V, 1))
-    return rows, min(rows, max(rows // 8, 2**22 // V, 1))
+    few = min(rows, max(rows // 8, 2**22 // V, 1))
+    return rows, -(-rows // -(-rows // few))
 
 COPIES = 'cpu' # the device on which adding tensors of two dtypes makes a temporary copy of one
 
