@@ -64,7 +64,7 @@ from model import GPT, GPT2_SHAPES, GPTConfig, Linear, check_length
 from optim import check_options, clip_gradients, make_optimizer
 from tokenizer import count_ids
 
-check_options(config)
+check_options(config | {'decay_lr': False}) # no schedule here
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 compile = pick_compile(compile, device)

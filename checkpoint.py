@@ -39,7 +39,7 @@ def find(source: str) -> str | None:
     return next((path for path in paths if os.path.isfile(path)), None)
 
 def source_of(init_from: str, out_dir: str) -> str:
-    """ `init_from`, where 'resume' is the run in out_dir; raises FileNotFoundError if that has no checkpoint """
+    """ `init_from`, where 'resume' is the run in out_dir; FileNotFoundError if that has no checkpoint """
     if init_from != 'resume':
         return init_from
     if find(out_dir) is None:
@@ -228,7 +228,7 @@ def config_of(source: str, out_dir: str, scratch: GPTConfig, say=print) -> GPTCo
     asked, has = asdict(scratch), asdict(config)
     kept = [f'{key} stays {has[key]}, not {asked[key]}' for key, default in DEFAULTS.items()
             if asked[key] not in (default, has[key])]
-    if kept:
+    if kept and source != 'resume': # where these options may be those that the run was started with
         say(f"warning: a loaded model keeps its shape: {'; '.join(kept)}")
     return config
 

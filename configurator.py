@@ -77,17 +77,19 @@ def options_of_run(out_dir: str, defaults: dict, typed: dict, sources: dict) -> 
         before = {**settings, **settings['given']} # as given, not as resolved on its machine
         kept = {k: match_type(k, before[k], defaults[k]) for k in defaults
                 if k in before and k not in typed and k not in OF_A_CALL}
+        was = match_type('dataset', before.get('dataset', ''), '')
     except (OSError, KeyError, TypeError):
         say_once(f"no options of the run in {path}: ", ["what is not typed is the default"])
         return {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"cannot use {path} ({error}); mend it, or delete it and type the run's options "
                          "again") from None
-    source, now = sources.get('dataset', '--'), typed.get('dataset')
-    if not source.startswith('--') and now != before.get('dataset', now):
-        raise ValueError(f"{source} names the dataset {now!r}, and the run in {out_dir} reads "
-                         f"{before['dataset']!r}; leave out {source}, since the run keeps its options, or "
-                         f"type --dataset={quote(before['dataset'])} or --dataset={quote(now)} after it")
+    source, now = sources.get('dataset', '--'), typed.get('dataset', '')
+    trains = not (typed.get('eval_only') or typed.get('dry_run'))
+    if was and trains and not source.startswith('--') and os.path.basename(now) != os.path.basename(was):
+        raise ValueError(f"{source} names the dataset {now!r}, and the run in {out_dir} reads {was!r}; type "
+                         f"--init_from=resume --out_dir={quote(out_dir)} without {source}, since the run "
+                         f"keeps its options, or --dataset={quote(was)} or --dataset={quote(now)} after it")
     return kept
 
 def read_argument(arg: str, current: dict, defaults: dict) -> dict:

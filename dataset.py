@@ -298,19 +298,20 @@ def tell_assumed(folders) -> str:
     assumed = "a vocabulary of GPT-2's 50,257 ids is assumed"
     return f"there is no {shorten(absent[0])}; {assumed}\n" if absent else ''
 
-def read_template(folders) -> str | None:
-    """ the instruction template of the datasets that have one, or None; raises ValueError if one is invalid,
-    or if they differ """
-    found = {path: read_text(path) for path in (os.path.join(folder, 'template.txt') for folder in folders)
-             if os.path.exists(path)}
+def read_template(folders, beside: str = 'train_mask.bin') -> str | None:
+    """ the instruction template of the datasets that have one, or None; a template.txt with no file `beside`
+    it is none of ours; raises ValueError if one is invalid, or if they differ """
+    paths = [os.path.join(folder, 'template.txt') for folder in folders
+             if os.path.exists(os.path.join(folder, beside))]
+    found = {path: read_text(path) for path in paths if os.path.exists(path)}
     for path, text in found.items():
         if '{instruction}' not in text:
             raise ValueError(f"{shorten(path)} has no {{instruction}}; prepare the dataset again")
     first, *others = found or [None]
     for path in others:
         if found[path] != found[first]:
-            raise ValueError(f"{shorten(first)} and {shorten(path)} differ, and a model keeps one; prepare one "
-                             "of the datasets with the other's, by --template=FILE:PATH")
+            raise ValueError(f"{shorten(first)} and {shorten(path)} differ, and a model keeps one; prepare "
+                             "one of the datasets with the other's, by --template=FILE:PATH")
     return found.get(first)
 
 def read_text(path: str) -> str:

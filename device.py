@@ -30,6 +30,7 @@ PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e
 
 def pick_device(device: str = 'auto') -> str:
     """ the fastest device available, or the one named; raises ValueError if that is not available """
+    allow_cudnn_attention(False)
     there = [f'cuda:{i}' for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     there += ['mps'] if torch.backends.mps.is_available() else []
     there += ['cpu']
@@ -40,7 +41,6 @@ def pick_device(device: str = 'auto') -> str:
                          f"{', '.join(there)}")
     if device.startswith('cuda:'): # else calls that name no GPU, such as pinning, take memory on the first
         torch.cuda.set_device(device)
-    allow_cudnn_attention(False)
     return device
 
 def allow_cudnn_attention(allowed: bool) -> None:
@@ -191,15 +191,19 @@ def free_memory(device: str) -> int:
         return torch.cuda.mem_get_info(device)[0]
     if device == 'mps':
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    free = min(psutil.virtual_memory().available, group_memory())
+    try:
+        free = min(psutil.virtual_memory().available, group_memory())
+    except OSError: # an unusual /proc; what a small laptop has
+        free = 8 * 2**30
     return free // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
 def group_memory(root: str = '/') -> float:
     """ the bytes that Linux's control groups leave this process: a container's, a scheduler's job's; inf
     without a limit """
     free, groups = math.inf, []
-    with contextlib.suppress(OSError), open(os.path.join(root, 'proc/self/cgroup')) as file:
-        groups = [line.strip().split(':', 2)[1:] for line in file]
+    with (contextlib.suppress(OSError),
+          open(os.path.join(root, 'proc/self/cgroup'), errors='surrogateescape') as file):
+        groups = [line.strip().split(':', 2)[1:] for line in file if line.count(':') > 1]
     for kinds, path in groups:
         if kinds and 'memory' not in kinds.split(','):
             continue

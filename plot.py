@@ -69,6 +69,7 @@ def picture(draw, path: str) -> str:
     try:
         draw(axes)
         axes.set(xlabel='iteration', ylabel='loss, nats a token')
+        axes.ticklabel_format(axis='y', scilimits=(-2, 5)) # long labels would not fit the margin
         axes.grid(alpha=0.3)
         axes.legend(loc='upper right') # searching for the best place is slow
         canvas.print_png(path + '.tmp')

@@ -76,7 +76,8 @@ def write_dataset(folder: str, text: str, tokenizer, val_fraction: float = 0.1) 
     with publish(folder) as place:
         for name, part in (('train.bin', text[:cut]), ('val.bin', text[cut:])):
             ids = np.array(tokenizer.encode(part), dtype='<u2')
-            ids.tofile(os.path.join(place, name))
+            with open(os.path.join(place, name), 'wb') as file:
+                file.write(ids.tobytes())
             print(f"{shorten(os.path.join(folder, name))}: {len(ids):,} tokens of {len(part):,} characters")
         if tokenizer.state['name'] == 'char':
             write_meta(place, tokenizer.chars)

@@ -103,8 +103,8 @@ def check_match(model_state: dict | None, vocab_size: int, data_state: dict, dat
     n = count_ids(data_state)
     padded = data_state['name'] == 'gpt2' and n < vocab_size # nanoGPT rounds 50,257 up
     if (model_state or data_state) != data_state or not (n == vocab_size or padded):
-        reads = model_state['name'] if model_state else 'other'
-        raise ValueError(f"the model reads {reads} tokens, {vocab_size:,} ids, but {dataset} is in "
+        kind = f"{model_state['name']} tokens, " if model_state else ''
+        raise ValueError(f"the model reads {kind}{vocab_size:,} ids, but {dataset} is in "
                          f"{data_state['name']} tokens, {n:,} ids of its own; type --dataset with data "
                          "prepared for this model, or --init_from=scratch")
 

@@ -40,7 +40,7 @@ CASES = [ # script, options, part of what is said
     ('train.py', '--beta2=1.0', 'both below 1'),
     ('train.py', '--init_from=gpt2-xl --optimizer=adam --dry_run=True', "no optimizer 'adam'"), # before anything else
     ('train.py', '--init_from=gpt2-xl --compile=yes --dry_run=True', 'compile is'),
-    ('train.py', '--init_from=gpt2', 'the model reads other tokens, 50,257 ids, but chars is in char tokens'),
+    ('train.py', '--init_from=gpt2', 'the model reads 50,257 ids, but chars is in char tokens'),
     ('train.py', '--min_lr=1.0', 'is above learning_rate'),
     ('train.py', '--seed=99999999999999999999', 'below 2**32'),
     ('train.py', '{root}/typo.py', 'did you mean batch_size?'),

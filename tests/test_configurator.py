@@ -163,8 +163,8 @@ def test_a_config_typed_again_does_not_change_a_resumed_run_s_dataset(tmp_path):
         return call(tmp_path, 'print(dataset, size)', *args, '--init_from=resume', script=script)
     refused = resume('c.py')
     assert refused.returncode == 2 and refused.stderr.endswith(
-        "error: c.py names the dataset 'shakespeare', and the run in . reads 'my novel'; leave out c.py, since the run keeps its "
-        "options, or type --dataset='my novel' or --dataset=shakespeare after it\n")
+        "error: c.py names the dataset 'shakespeare', and the run in . reads 'my novel'; type --init_from=resume --out_dir=. without "
+        "c.py, since the run keeps its options, or --dataset='my novel' or --dataset=shakespeare after it\n")
     assert resume('c.py', '--dataset=other').stdout == 'other 3\n' and resume('c.py', '--dataset=my novel').stdout == 'my novel 3\n'
     assert resume('--size=4').stdout == 'my novel 4\n'
 

@@ -82,7 +82,7 @@ def groups(root, text):
     return root / 'sys/fs/cgroup'
 
 def test_what_a_container_or_a_job_may_take_is_counted_and_files_that_it_caches_are_free(tmp_path, monkeypatch):
-    top = groups(tmp_path, '0::/job/step\n')
+    top = groups(tmp_path, 'odd\n\n0::/job/step\n')
     write_group(top, 16_000_000_000, 15_000_000_000)
     assert device.group_memory(tmp_path) == 14_000_000_000
     write_group(top / 'job', 'max', 1)
@@ -105,8 +105,10 @@ def test_cudnn_s_attention_is_for_training_without_dropout():
     for dropout in (0.1, 0.0):
         device.train_fast('cuda', dropout)
         assert allowed() == (dropout == 0)
-    device.pick_device('cpu')
-    assert not allowed()
+    for name in ('auto', 'cpu'):
+        device.allow_cudnn_attention(True)
+        device.pick_device(name)
+        assert not allowed()
     torch.set_float32_matmul_precision('highest')
 
 def test_compile_is_left_out_on_a_cpu_unless_asked_for(model):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import parallel
 from checkpoint import load
 from conftest import Result, TINY
 
@@ -209,3 +210,8 @@ def test_the_predicted_peak_of_a_sharded_run_is_within_a_tenth_of_a_real_iterati
         plan, measured, predicted = line.split()
         print(f'{plan}: {int(measured) / 2**20:.0f} MiB, {int(predicted) / int(measured) - 1:+.1%} predicted')
         assert abs(int(predicted) / int(measured) - 1) < 0.1, line
+
+def test_the_number_of_a_gpu_is_refused_under_torchrun(monkeypatch):
+    monkeypatch.setenv('RANK', '0')
+    with pytest.raises(ValueError, match="'cuda:1', but torchrun's processes each take another GPU; type --device=cuda"):
+        parallel.start_processes('auto', 'cuda:1')

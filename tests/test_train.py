@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -281,3 +282,11 @@ def test_two_thousand_iterations_leave_memory_flat(train):
     result = train('--max_iters=2000', '--eval_interval=250', '--log_interval=50', '--sample_interval=500')
     most = {int(i): float(mb) for i, mb in zip(result.column('iter'), result.column('memory_mb')) if mb}
     assert most[1950] <= 1.02 * most[500] # after two pictures
+
+@pytest.mark.parametrize('scale', [1e-4, 1.0, 1e5])
+def test_a_picture_holds_its_labels(run, tmp_path, scale):
+    rows = [f'{i * 20_000_000},{scale * (3 - i)},{scale * (3 - i)},{scale * (3 - i)}' for i in range(3)]
+    (tmp_path / 'log.csv').write_text('\n'.join(['iter,loss,train_loss,val_loss', *rows, '']))
+    run('plot.py', tmp_path)
+    picture = plt.imread(tmp_path / 'loss.png')
+    assert picture.min() < 0.5 and all(edge.min() == 1 for edge in (picture[:2], picture[-2:], picture[:, :2], picture[:, -2:]))
