@@ -298,11 +298,10 @@ def tell_assumed(folders) -> str:
     assumed = "a vocabulary of GPT-2's 50,257 ids is assumed"
     return f"there is no {shorten(absent[0])}; {assumed}\n" if absent else ''
 
-def read_template(folders, beside: str = 'train_mask.bin') -> str | None:
-    """ the instruction template of the datasets that have one, or None; a template.txt with no file `beside`
-    it is none of ours; raises ValueError if one is invalid, or if they differ """
-    paths = [os.path.join(folder, 'template.txt') for folder in folders
-             if os.path.exists(os.path.join(folder, beside))]
+def read_template(folders) -> str | None:
+    """ the instruction template of the datasets that have one, or None; raises ValueError if one is invalid,
+    or if they differ """
+    paths = [os.path.join(folder, 'template.txt') for folder in folders]
     found = {path: read_text(path) for path in paths if os.path.exists(path)}
     for path, text in found.items():
         if '{instruction}' not in text:

@@ -32,7 +32,7 @@ def load(source: str, dropout: float = 0.0) -> tuple[GPT, dict]:
         GPT.pretrained_config(name, revision=revision) # first: without a network each file is slow to fail
         beside = {'tokenizer': read_tokenizer(name, revision)}
         model = GPT.from_pretrained(name, dropout, revision)
-    template = read_template([source], 'config.json') # if export.py wrote it
+    template = read_template([source]) # if export.py wrote it
     return model, {**beside, 'template': template} if template is not None else beside
 
 def config_of(source: str) -> GPTConfig:

@@ -193,12 +193,9 @@ def test_a_mixture_of_two_templates_is_refused(train, clone):
     for name, template in (('asked', 'Q: {instruction}'), ('told', 'Do: {instruction}')):
         shutil.copytree(clone / 'data' / 'chars', clone / 'data' / name)
         (clone / 'data' / name / 'template.txt').write_text(template)
-        (clone / 'data' / name / 'train_mask.bin').write_bytes(bytes([1]) * ((clone / 'data' / name / 'train.bin').stat().st_size // 2))
-    (clone / 'data' / 'chars' / 'template.txt').write_text("a user's own")
     error = train('--dataset=chars,asked,told', status=2).err.splitlines()[-1]
     assert error.startswith(f"error: {os.path.join('data', 'asked', 'template.txt')} and ") and '--template=FILE:PATH' in error
     train('--dataset=chars,asked', '--max_iters=1')
-    (clone / 'data' / 'chars' / 'template.txt').unlink()
 
 def test_masked_losses_are_the_same_for_any_split_and_the_template_travels(train, masked):
     options = ('--dataset=masked', '--eval_iters=0')
