@@ -45,7 +45,7 @@ def pick_device(device: str = 'auto') -> str:
 
 def allow_cudnn_attention(allowed: bool) -> None:
     """ let torch choose cuDNN's attention on CUDA, or not: it is fast for training, but prepares for each new
-    length of a text, and torch 2.10 and 2.11 let it round dropout to sixteenths
+    length of a text, and some versions of torch let it round dropout to sixteenths
     (https://github.com/pytorch/pytorch/pull/174245) """
     torch.backends.cuda.enable_cudnn_sdp(allowed)
 
