@@ -32,9 +32,9 @@ TINY = ('--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_
         '--gradient_accumulation_steps=2', '--eval_interval=4', '--eval_iters=2', '--warmup_iters=2',
         '--learning_rate=1e-2', '--min_lr=1e-3', '--device=cpu', '--dtype=float32', '--log_interval=1')
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def clone(tmp_path_factory):
-    """ a copy of the scripts, so that no test writes into the project, with a character dataset in data/chars """
+    """ a copy of the scripts for one file's tests, which write nothing into the project, with characters in data/chars """
     root = tmp_path_factory.mktemp('clone')
     for name in os.listdir(ROOT):
         if name.endswith('.py'):
