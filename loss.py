@@ -70,21 +70,24 @@ class Lookup(torch.autograd.Function):
 
     `head` is the list in which ChunkedLoss's backward, which runs first, left the head's gradient. This
     avoids a second V x C matrix, all zeros but for these rows, unless there are more than V of them.
+    With `send`, weight may be in RAM, and send(gradient) takes the place of its own gradient.
     """
 
     @staticmethod
-    def forward(ctx, idx, weight, head):
-        ctx.head, ctx.shape = head, weight.shape
+    def forward(ctx, idx, weight, head, send=None):
+        ctx.head, ctx.shape, ctx.send = head, weight.shape, send
         ctx.save_for_backward(idx)
-        return F.embedding(idx, weight)
+        return F.embedding(idx.to(weight.device), weight).to(idx.device)
 
     @staticmethod
     def backward(ctx, grad):
         idx, = ctx.saved_tensors
         dw = ctx.head.pop() if ctx.head else grad.new_zeros(ctx.shape)
         if idx.numel() > len(dw): # a GPU would add the many gradients of a row one by one
-            return None, dw.add_(torch.ops.aten.embedding_dense_backward(grad, idx, len(dw), -1, False)), None
-        return None, dw.index_put_((idx,), grad, accumulate=True), None # in the same order in every run
+            dw.add_(torch.ops.aten.embedding_dense_backward(grad, idx, len(dw), -1, False))
+        else:
+            dw.index_put_((idx,), grad, accumulate=True) # in the same order in every run
+        return None, ctx.send(dw) if ctx.send else dw, None, None
 
 class ChunkedLoss(torch.autograd.Function):
     """ `scale` times the summed cross-entropy of x (N, C) @ weight.t() (C, V) against targets (N,), where -1

@@ -7,8 +7,8 @@ The plans, the one that recomputes least first:
              recomputed
   recompute  only the input of each block is kept, and backward runs the block again: a third more products,
              or a fifth if it is not compiled (with frozen matrices, up to half more)
-  offload    as recompute, but the device holds the blocks' matrices only in half precision; the float32
-             weights, the gradients and AdamW's moments are in RAM, where the CPU updates them
+  offload    as recompute, but the device holds the matrices only in half precision; the float32 weights,
+             the gradients and AdamW's moments are in RAM, where the CPU updates them
 Every plan keeps S, the number of sequences in an iteration, and computes the same.
 
 This is arithmetic on shapes; nothing is allocated. Sizes are in bytes if no unit is named; B: micro-batch.
@@ -94,14 +94,15 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     work = width * (6 if s.half else 14) # temporaries of a block's backward
     kept_blocks = s.n_layer - s.idle
     grads = 4 * trained
-    loss = head + 2 * E * (s.half and not s.lora) + chunk(s, tokens) # and the head's copy in half precision
+    casts = 2 * s.half * (not s.lora and plan != 'offload') # a weight's float32 elements are copied in half
+    loss = head + casts * E + chunk(s, tokens)
     if plan == 'offload': # a gradient leaves as soon as it is made
-        state, gathered, made = item * matrices + 4 * (s.params - matrices), 0, 0
+        state, gathered, made = item * (matrices + E) + 4 * (s.params - matrices - E), 0, 0
     else:
         state = 12 * trained + (item if s.lora else 4) * s.frozen - 4 * matrices * (s.muon and not s.frozen)
         gathered, made = grads if accumulates or s.buckets else 0, grads
-    casts = 2 * matrices * (s.half and not s.lora) # copies of the float32 matrices, in a block's backward
-    backward = head + (casts + 4 * matrices * (not s.lora)) // s.n_layer
+    made_now = item if plan == 'offload' else 4 * (not s.lora) # gradients of a block's matrices
+    backward = head + (casts + made_now) * matrices // s.n_layer
     if s.shards > 1: # plus, gathered: the embeddings, two blocks, and a block's gradient on its way
         state, gathered, made = (size // s.shards for size in (state, gathered, made))
         state += 4 * (s.params - matrices) + 8 * matrices // s.n_layer
@@ -131,8 +132,9 @@ def ram(plan: str, shape: Shape) -> int:
     """ the bytes of RAM that a plan fills with tensors, if the device is not the CPU itself """
     if plan != 'offload':
         return 0
-    # the largest matrix crosses the bus both ways, in pinned memory, which comes in powers of two
-    pinned = 2 * 2**math.ceil(math.log2(4 * shape.vocab_size * shape.n_embd))
+    # the largest matrix's gradient and it itself cross the bus in pinned memory, in powers of two
+    pinned = sum(2**math.ceil(math.log2(item * shape.vocab_size * shape.n_embd))
+                 for item in (4, 2 if shape.half else 4))
     return 16 * shape.params + pinned # weights, gradients and two moments
 
 def plans_for(config: dict, device: str, processes: int = 1) -> tuple[str, ...]:

@@ -239,6 +239,10 @@ class GPT(nn.Module):
     def before(self, part) -> None:
         """ called before each of `parts` runs; an offloading optimizer waits here for the part's weights """
 
+    def look_up(self, idx, head):
+        """ the embeddings (B, T, C) of idx; an offloading optimizer takes them from its float32 weights """
+        return Lookup.apply(idx, self.transformer.wte.weight, head)
+
     def compiled_parts(self) -> list:
         """ the modules to compile for training, each on its own """
         return [*self.transformer.h, self.cross_entropy]
@@ -260,7 +264,7 @@ class GPT(nn.Module):
         pos = cache[0].positions(T, idx.device) if cache else torch.arange(T, device=idx.device)
         wte, wpe, ln_f = self.transformer.wte, self.transformer.wpe, self.transformer.ln_f
         self.before(wte)
-        x = wte(idx) if head is None else Lookup.apply(idx, wte.weight, head)
+        x = wte(idx) if cache or head is None else self.look_up(idx, head)
         self.before(wpe)
         x = x + wpe(pos) # (B, T, C)
         x = self.transformer.drop(x.to(ln_f.weight.dtype)) # embeddings may be in half precision

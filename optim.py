@@ -4,11 +4,13 @@ Optimizers and their learning rate: AdamW with GPT-2's groups, or Muon for the m
 import collections
 import concurrent.futures
 import math
+from functools import partial
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 import parallel
+from loss import Lookup
 
 def get_lr(it: int, learning_rate: float, min_lr: float, warmup_iters: int, lr_decay_iters: int) -> float:
     """ the learning rate of iteration `it`: linear warm-up, cosine decay, then min_lr
@@ -75,7 +77,8 @@ class Pair:
 class OffloadedAdamW(torch.optim.AdamW):
     """ AdamW in RAM, for a model that keeps its matrices on a device in half precision
 
-    The float32 weights, gradients and moments are CPU tensors, and the optimizer's state is AdamW's own. Each
+    The float32 weights, gradients and moments are CPU tensors, and the optimizer's state is AdamW's own. The
+    embeddings are looked up there, so that the device's copy, for the head, is in half precision, too. Each
     gradient leaves the device as soon as backward has made it; a thread adds it to those of the earlier
     micro-batches while backward goes on. Clipping needs the norm of all gradients (clip_gradients), so the
     update comes after backward, in the same thread: part by part in the order of the next forward, which
@@ -102,15 +105,22 @@ class OffloadedAdamW(torch.optim.AdamW):
         self.updater = torch.optim.AdamW(list(self.copies), fused=True) # runs in the thread, on this state
         self.parts = {part: {self.masters[p] for p in part.parameters()} for part in model.parts()}
         for p, master in self.masters.items():
-            # autocast would round these in the same way, but not the embeddings
-            in_half = p.dim() == 2 and '.h.' in named[p]
+            # autocast would round these in the same way, but not the positions
+            in_half = p.dim() == 2 and p is not model.transformer.wpe.weight
             p.data = master.detach().to(device, half if in_half else torch.float32, copy=True)
-            p.register_post_accumulate_grad_hook(self.take)
-        model.before = self.wait
+            if p is not model.lm_head.weight: # look_up sends its gradient
+                p.register_post_accumulate_grad_hook(self.take)
+        model.before, tied = self.wait, self.masters[model.lm_head.weight]
+        model.look_up = lambda idx, head: Lookup.apply(idx, tied, head, partial(self.send, tied))
 
     def take(self, p):
         """ send a gradient to RAM, and drop it on the device """
-        grad, p.grad, sent = p.grad, None, None
+        grad, p.grad = p.grad, None
+        self.send(self.masters[p], grad)
+
+    def send(self, master, grad):
+        """ start to add a gradient to those of a weight in RAM """
+        sent = None
         if self.pinned: # copy while the device computes
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
@@ -118,7 +128,7 @@ class OffloadedAdamW(torch.optim.AdamW):
                 there.copy_(grad, non_blocking=True)
                 grad.record_stream(self.stream)
                 grad, sent = there, self.stream.record_event()
-        self.jobs.append(self.thread.submit(self.add, self.masters[p], grad, sent))
+        self.jobs.append(self.thread.submit(self.add, master, grad, sent))
         if len(self.jobs) > 24: # two blocks: a compiled one sends its 12 at once; more would pile up in RAM
             self.jobs.popleft().result()
 

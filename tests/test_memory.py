@@ -149,7 +149,7 @@ def test_large_and_xl_fit_where_they_should_without_accumulation():
     def GiB(name, plan, accumulates=False):
         return memory.peak(plan, shape(name), 1, accumulates) / memory.GiB
     assert GiB('gpt2-large', 'recompute') < 12.5 and GiB('gpt2-large', 'offload') < 3.3
-    assert GiB('gpt2-xl', 'recompute') < 24 and GiB('gpt2-xl', 'offload') < 4.1
+    assert GiB('gpt2-xl', 'recompute') < 24 and GiB('gpt2-xl', 'offload') < 3.8
 
 @pytest.mark.parametrize('device, dropout', [('cuda', 0.0), ('cpu', 0.1), ('mps', 0.0)])
 @pytest.mark.parametrize('freeze', ['', 'wte,wpe,h.0-1', 'wte,wpe,h.0-3'])
@@ -180,8 +180,8 @@ def test_the_fastest_plan_that_fits_is_chosen_with_the_largest_micro_batch():
     assert memory.choose('auto', small, 16, 8, 2.3 * memory.GiB) == ('recompute', 2)
     assert memory.choose('auto', xl, 8, 8, 6 * memory.GiB) == ('offload', 4)
     assert memory.choose('recompute', xl, 8, 8, 5 * memory.GiB) == ('recompute', 1) # as was asked
-    # 16 bytes a parameter, and 1 GiB to cross the bus
-    with pytest.raises(ValueError, match=r'takes 24.2 GiB of RAM, and 16.0 are free; take a smaller'):
+    # 16 bytes a parameter, and 0.75 GiB to cross the bus
+    with pytest.raises(ValueError, match=r'takes 24.0 GiB of RAM, and 16.0 are free; take a smaller'):
         memory.choose('auto', xl, 8, 8, 6 * memory.GiB, ram_free=16 * memory.GiB)
     with pytest.raises(ValueError, match='are free; type --lora_rank=16 --learning_rate=3e-4, take a smaller'): # which needs no RAM
         memory.choose('auto', replace(xl, adapts=True), 8, 8, 6 * memory.GiB, ram_free=16 * memory.GiB)
@@ -192,8 +192,8 @@ def test_split_batch_takes_the_largest_even_share(sequences, fits, expected):
     assert memory.split_batch(sequences, fits) == expected
 
 @pytest.mark.parametrize('budget, changes, plans, advice', [
-    (2, {}, memory.PLANS, 'take a smaller model'), (3.7, {'adapts': False}, memory.PLANS, 'type --block_size=256, take'),
-    (3.7, {}, memory.PLANS, 'type --block_size=256, type --lora_rank=16 --learning_rate=3e-4, take'),
+    (2, {}, memory.PLANS, 'take a smaller model'), (3.6, {'adapts': False}, memory.PLANS, 'type --block_size=512, take'),
+    (3.6, {}, memory.PLANS, 'type --block_size=512, type --lora_rank=16 --learning_rate=3e-4, take'),
     (12, {'muon': True}, memory.PLANS[:3], 'type --lora_rank=16 --learning_rate=3e-4 --optimizer=adamw, take'),
     (5, {'buckets': 2}, memory.PLANS[:3], 'type --lora_rank=16 --learning_rate=3e-4, take'),
     (5, {'shards': 2}, memory.PLANS[:3], 'type --lora_rank=16 --learning_rate=3e-4 --shard=False, take'),
@@ -202,7 +202,7 @@ def test_what_is_advised_where_no_plan_fits_would_fit(budget, changes, plans, ad
     xl = shape('gpt2-xl', **{'adapts': True, **changes})
     with pytest.raises(ValueError, match=f'no plan fits: {plans[-1]}.*{budget:.1f} GiB are free to fill; {advice}'):
         memory.choose('auto', xl, 8, 8, budget * memory.GiB, plans)
-    smaller = {'--lora_rank=16': memory.with_lora(xl, 16), '--block_size=256': replace(xl, block_size=256),
+    smaller = {'--lora_rank=16': memory.with_lora(xl, 16), '--block_size=512': replace(xl, block_size=512),
                '--shard=True': replace(xl, shards=xl.buckets, buckets=0)}
     for option in re.findall(r'type (--\w+=\w+)', advice):
         lean = plans if 'block' in option else memory.PLANS[:3]
@@ -215,9 +215,9 @@ def test_lora_s_shape_is_worked_out_as_its_model_has_it(rank):
         lora.add(adapted, rank, 32.0, 0.0, ALL)
     assert memory.with_lora(memory.shape_of(plain, 64, 0.1, True, muon=True), rank) == memory.shape_of(adapted, 64, 0.1, True, lora=True)
 
-@pytest.mark.parametrize('free, enough', [(24, False), (25, True)])
+@pytest.mark.parametrize('free, enough', [(23.5, False), (24.5, True)])
 def test_a_dry_run_finds_ram_short_where_the_run_itself_would(free, enough):
-    xl = shape('gpt2-xl') # 24.2 GiB in RAM
+    xl = shape('gpt2-xl') # 24.0 GiB in RAM
     said = memory.table(xl, 8, 8, 6 * memory.GiB, {}, ram_free=free * memory.GiB)
     assert ('more RAM than is free here' in said) == (not enough)
     choice = lambda: memory.choose('auto', xl, 8, 8, 6 * memory.GiB, ram_free=free * memory.GiB)
@@ -229,7 +229,7 @@ def test_a_dry_run_finds_ram_short_where_the_run_itself_would(free, enough):
 
 def test_ram_is_found_short_before_a_checkpoint_is_read(train, tmp_path):
     P = sum(p.numel() for p in GPT(GPTConfig(4, len(CHARS), 2, 2, 64, bias=False)).parameters())
-    needed = memory.ram('offload', memory.Shape(P, 2, 2, 64, len(CHARS), 4))
+    needed = memory.ram('offload', memory.Shape(P, 2, 2, 64, len(CHARS), 4, half=False))
     def offloaded(free, *options, **kwargs):
         (tmp_path / 'small.py').write_text(f"import checkpoint, memory, device\nmemory.plans_for = lambda *args: ('offload',)\n"
                                            f"device.free_memory = lambda device: {free}\n"
