@@ -180,6 +180,7 @@ def to_resume(out_dir: str) -> list[str]:
     there is none """
     paths = [os.path.join(out_dir, name) for name in ('last.pt', 'ckpt.pt')]
     paths = [path for path in paths if os.path.isfile(path)]
+    check_folder(out_dir)
     if not paths:
         raise FileNotFoundError(f"there is no checkpoint in {out_dir} to resume; type --out_dir with a run's "
                                 "folder, or --init_from=scratch to start one")
@@ -228,7 +229,7 @@ def config_of(source: str, out_dir: str, scratch: GPTConfig, say=print) -> GPTCo
     asked, has = asdict(scratch), asdict(config)
     kept = [f'{key} stays {has[key]}, not {asked[key]}' for key, default in DEFAULTS.items()
             if asked[key] not in (default, has[key])]
-    if kept and source != 'resume': # where these options may be those that the run was started with
+    if kept:
         say(f"warning: a loaded model keeps its shape: {'; '.join(kept)}")
     return config
 
@@ -272,9 +273,17 @@ def needs(source: str, place: str) -> bool:
         source = peek(path).get('base') if path else None
     return False
 
+def check_folder(out_dir: str) -> None:
+    """ raise ValueError if out_dir cannot be a run's folder """
+    if not out_dir or os.path.isfile(out_dir):
+        folder = os.path.dirname(out_dir) if out_dir.endswith('.pt') else ''
+        raise ValueError(f"out_dir is {f'a file, {out_dir}' if out_dir else 'empty'}; expected a run's "
+                         f"folder; type --out_dir={quote(folder) or 'FOLDER'}")
+
 def check_new(out_dir: str, init_from: str, overwrite: bool) -> None:
     """ raise FileExistsError if a new run in out_dir would overwrite what is there: a run, the model it
     starts from, or another program's files """
+    check_folder(out_dir)
     if init_from != 'scratch' and needs(init_from, out_dir):
         raise FileExistsError(f"init_from, {init_from}, or what it is an adapter for, is out_dir or lies in "
                               "it; type --init_from=resume to go on with a run, or --out_dir=ANOTHER")
@@ -298,9 +307,14 @@ def describe_base(source: str, model: GPT) -> dict:
     if there is none """
     if source == 'scratch':
         raise ValueError("lora_rank needs a model to start from; type --init_from=gpt2, or --lora_rank=0")
-    source = find(source) or source
-    return {'base': os.path.abspath(source) if os.path.exists(source) else source,
-            'base_fingerprint': lora.fingerprint(model)}
+    return {'base': origin(find(source) or source, {}), 'base_fingerprint': lora.fingerprint(model)}
+
+def origin(source: str, loaded: dict) -> str:
+    """ what a run first started from, by a name that holds in any folder: `source`, or, if that is 'resume',
+    what is `loaded` from its checkpoint """
+    if source == 'resume':
+        return loaded.get('config', {}).get('init_from', source)
+    return os.path.abspath(source) if source != 'scratch' and os.path.exists(source) else source
 
 def tell_changes(before: dict, config: dict) -> str:
     """ which options differ from those of the resumed run, as text for its first line

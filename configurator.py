@@ -134,7 +134,7 @@ def run_file(path: str, names: dict) -> dict:
     if not os.path.exists(path) and os.path.exists(os.path.join(ROOT, path)):
         path = os.path.join(ROOT, path)
     try:
-        with open(path, encoding='utf-8') as file:
+        with open(path, encoding='utf-8-sig') as file: # Windows' editors may begin it with a mark
             source = file.read()
     except OSError as error:
         near = difflib.get_close_matches(path, config_files(), n=1, cutoff=0.5)
@@ -148,8 +148,9 @@ def run_file(path: str, names: dict) -> dict:
     except (Exception, SystemExit) as error:
         frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         line = error.lineno or 1 if isinstance(error, SyntaxError) else frames[-1] if frames else 0
+        what = error.msg if isinstance(error, SyntaxError) else error
         hint = ', or import there what it uses' if isinstance(error, NameError) else ''
-        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}; mend that line"
+        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {what}; mend that line"
                          + hint) from None
     return names.assigned
 

@@ -62,9 +62,10 @@ class Best:
         path = quote(out_dir if learned else os.path.join(out_dir, 'last.pt'))
         following = f"next: python sample.py --out_dir={path}{' --instruction=TEXT' * asked}{goes_on}"
         if self.best_val_loss == math.inf:
-            return f"no evaluation has a checkpoint yet; the latest is {out_dir}/last.pt\n{following}"
-        lines = [f"best val loss {self.best_val_loss:.4f}, at iteration {self.best_iter}: {out_dir}/ckpt.pt; "
-                 f"the latest model: {out_dir}/last.pt"]
+            return f"no evaluation has a checkpoint yet; the latest is {os.path.join(out_dir, 'last.pt')}\n{following}"
+        best, latest = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'last.pt'))
+        lines = [f"best val loss {self.best_val_loss:.4f}, at iteration {self.best_iter}: {best}; "
+                 f"the latest model: {latest}"]
         if waited:
             several = f"{self.n_worse} evaluations in a row were" if self.n_worse > 1 else "1 evaluation was"
             lines.insert(0, f"{several} no better than that of iteration {self.best_iter}, so it ended")
@@ -173,8 +174,10 @@ def keep_samples(path: str, resume_at: int) -> None:
         with open(path, 'rb') as file:
             heads = re.finditer(rf'^{RULE}iteration (\d+)$'.encode(), file.read(), re.MULTILINE)
         start = next((head.start() for head in heads if int(head[1]) >= resume_at), None)
-        if start is not None:
+        if start:
             os.truncate(path, start)
+        elif start == 0:
+            os.remove(path)
 
 waiting = {} # {file: text that could not be written yet}
 

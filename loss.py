@@ -85,7 +85,7 @@ class Lookup(torch.autograd.Function):
         dw = ctx.head.pop() if ctx.head else grad.new_zeros(ctx.shape)
         if idx.numel() > len(dw): # a GPU would add the many gradients of a row one by one
             dw.add_(torch.ops.aten.embedding_dense_backward(grad, idx, len(dw), -1, False))
-        elif dw.device.type == 'cpu': # each of the two adds in the same order in every run on its device alone
+        elif dw.device.type == 'cpu': # it adds in the same order in every run here, and index_put_ on CUDA
             dw.index_add_(0, idx.flatten(), grad.flatten(0, 1))
         else:
             dw.index_put_((idx,), grad, accumulate=True)

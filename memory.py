@@ -7,8 +7,8 @@ The plans, the one that recomputes least first:
              recomputed
   recompute  only the input of each block is kept, and backward runs the block again: a third more products,
              or a fifth if it is not compiled (with frozen matrices, up to half more)
-  offload    as recompute, but the device holds the matrices only in half precision; the float32 weights,
-             the gradients and AdamW's moments are in RAM, where the CPU updates them
+  offload    as recompute, but the device holds the matrices, except the positions, only in half precision;
+             the float32 weights, the gradients and AdamW's moments are in RAM, where the CPU updates them
 Every plan keeps S, the number of sequences in an iteration, and computes the same.
 
 This is arithmetic on shapes; nothing is allocated. Sizes are in bytes if no unit is named; B: micro-batch.
@@ -101,7 +101,8 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     else:
         state = 12 * trained + (item if s.lora else 4) * s.frozen - 4 * matrices * (s.muon and not s.frozen)
         gathered, made = grads if accumulates or s.buckets else 0, grads
-    made_now = item if plan == 'offload' else 4 * (not s.lora) # gradients of a block's matrices
+    # gradients of a block's matrices; in offload those of two more may be on their way
+    made_now = 3 * item if plan == 'offload' else 4 * (not s.lora)
     backward = head + (casts + made_now) * matrices // s.n_layer
     if s.shards > 1: # plus, gathered: the embeddings, two blocks, and a block's gradient on its way
         state, gathered, made = (size // s.shards for size in (state, gathered, made))
@@ -248,7 +249,7 @@ def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) 
     beside, there = '', f"{'a share of ' * (shape.shards > 1)}weights, gradients, moments; {kept}"
     if plan == 'offload':
         beside = f", {ram(plan, shape) / GiB:.1f} in RAM"
-        there = (f"embeddings, the blocks' matrices{' in half precision' * shape.half}; {kept}; "
+        there = (f"matrices{' in half precision' * shape.half}; {kept}; "
                  "in RAM: weights, gradients, moments in float32")
     return (f"plan {plan}, {count(B)} at a time: {peak(plan, shape, B, accumulates) / GiB:.2f} GiB "
             f"expected{beside}, {max(budget, 0) / GiB:.1f} free to fill; {cost(plan, shape)}\n"

@@ -102,7 +102,7 @@ def test_a_bad_config_is_told(tmp_path, text, message):
 
 def test_a_config_of_the_project_is_found_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'c.py').write_text('batch_size = 2e2')
+    (tmp_path / 'c.py').write_text('batch_size = 2e2', encoding='utf-8-sig') # as Windows' Notepad may save it
     assert read('c.py')['batch_size'] == 200 and type(read('c.py')['batch_size']) is int
     assert run_file('config/quickstart.py', {})['out_dir'] == 'out-quickstart'
 

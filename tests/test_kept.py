@@ -56,5 +56,6 @@ def test_a_loaded_model_s_shape_is_told_where_another_was_typed(train, tmp_path)
     told = 'warning: a loaded model keeps its shape'
     assert told not in train('--n_layer=1', '--n_embd=8').out
     assert told not in train('--n_layer=1', '--n_embd=8', '--init_from=resume', '--max_iters=8').out
+    assert f'{told}: n_layer stays 1, not 3' in train('--n_layer=3', '--n_embd=8', '--init_from=resume', '--max_iters=9').out
     later = train(f"--init_from={tmp_path / 'out'}", '--bias=True', '--dry_run=True', out_dir='later')
     assert f'{told}: n_layer stays 1, not 2; n_embd stays 8, not 16; bias stays False, not True\n' in later.out

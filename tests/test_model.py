@@ -236,16 +236,15 @@ def test_backward_adds_the_embedding_s_gradient_to_the_head_s_in_place(monkeypat
     gpt(idx, idx)[1].backward()
     assert made == [gpt.transformer.wte.weight.grad.data_ptr()]
 
-def test_several_threads_make_the_same_gradients_in_every_run():
+@pytest.mark.parametrize('vocab_size, dropout, half', [(5000, 0.0, False), (5000, 0.1, True), (65, 0.1, False)])
+def test_several_threads_make_the_same_gradients_in_every_run(vocab_size, dropout, half):
     torch.manual_seed(0)
-    gpt, idx = GPT(GPTConfig(128, 5000, 1, 2, 128)), torch.randint(20, (8, 128)) # each token many times
+    gpt, idx = GPT(GPTConfig(128, vocab_size, 2, 2, 128, dropout)), torch.randint(20, (8, 128)) # each token many times
     before, runs = torch.get_num_threads(), []
     torch.set_num_threads(4)
     try:
         for _ in range(4):
-            gpt.zero_grad()
-            gpt(idx, idx.roll(-1, 1))[1].backward()
-            runs.append([p.grad for p in gpt.parameters()])
+            runs.append(grads_in('device', gpt, idx, half))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
