@@ -225,8 +225,8 @@ def memory_to_fill(device: str, memory_gb: float, elsewhere: bool = False) -> fl
     which this process is then limited on a GPU; if `elsewhere`, of a card of that size """
     size = memory_gb * 2**30 - CONTEXT
     if memory_gb and size <= 0:
-        raise ValueError(f"memory_gb is {memory_gb}, of which {CONTEXT / 2**30:.1f} GiB are taken to be CUDA's "
-                         "own; type a larger --memory_gb, or --memory_gb=0 for all that is free")
+        raise ValueError(f"memory_gb is {memory_gb}, of which {CONTEXT / 2**30:.1f} GiB are taken to be "
+                         "CUDA's own; type a larger --memory_gb, or --memory_gb=0 for all that is free")
     if elsewhere:
         return FILL * size
     free = free_memory(device)

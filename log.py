@@ -61,9 +61,9 @@ class Best:
         learned = max(self.evaluated, self.best_iter) > 0 or not iter_num # ckpt.pt may hold what it learned
         path = quote(out_dir if learned else os.path.join(out_dir, 'last.pt'))
         following = f"next: python sample.py --out_dir={path}{' --instruction=TEXT' * asked}{goes_on}"
-        if self.best_val_loss == math.inf:
-            return f"no evaluation has a checkpoint yet; the latest is {os.path.join(out_dir, 'last.pt')}\n{following}"
         best, latest = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'last.pt'))
+        if self.best_val_loss == math.inf:
+            return f"no evaluation has a checkpoint yet; the latest is {latest}\n{following}"
         lines = [f"best val loss {self.best_val_loss:.4f}, at iteration {self.best_iter}: {best}; "
                  f"the latest model: {latest}"]
         if waited:
