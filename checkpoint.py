@@ -177,7 +177,7 @@ def resume(out_dir: str, config: dict, say) -> tuple[GPT, dict]:
 
 def to_resume(out_dir: str) -> list[str]:
     """ the checkpoints that the run in out_dir can resume from, latest first; raises FileNotFoundError if
-    there is none """
+    there is none, ValueError if out_dir is no folder """
     paths = [os.path.join(out_dir, name) for name in ('last.pt', 'ckpt.pt')]
     paths = [path for path in paths if os.path.isfile(path)]
     check_folder(out_dir)
@@ -282,7 +282,7 @@ def check_folder(out_dir: str) -> None:
 
 def check_new(out_dir: str, init_from: str, overwrite: bool) -> None:
     """ raise FileExistsError if a new run in out_dir would overwrite what is there: a run, the model it
-    starts from, or another program's files """
+    starts from, or another program's files; ValueError if out_dir is no folder """
     check_folder(out_dir)
     if init_from != 'scratch' and needs(init_from, out_dir):
         raise FileExistsError(f"init_from, {init_from}, or what it is an adapter for, is out_dir or lies in "
@@ -307,14 +307,9 @@ def describe_base(source: str, model: GPT) -> dict:
     if there is none """
     if source == 'scratch':
         raise ValueError("lora_rank needs a model to start from; type --init_from=gpt2, or --lora_rank=0")
-    return {'base': origin(find(source) or source, {}), 'base_fingerprint': lora.fingerprint(model)}
-
-def origin(source: str, loaded: dict) -> str:
-    """ what a run first started from, by a name that holds in any folder: `source`, or, if that is 'resume',
-    what is `loaded` from its checkpoint """
-    if source == 'resume':
-        return loaded.get('config', {}).get('init_from', source)
-    return os.path.abspath(source) if source != 'scratch' and os.path.exists(source) else source
+    source = find(source) or source
+    return {'base': os.path.abspath(source) if os.path.exists(source) else source,
+            'base_fingerprint': lora.fingerprint(model)}
 
 def tell_changes(before: dict, config: dict) -> str:
     """ which options differ from those of the resumed run, as text for its first line

@@ -169,7 +169,8 @@ def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None = N
         raise OSError(f"cannot write to {out_dir} ({error.strerror}); type --out_dir=ANOTHER") from None
 
 def keep_samples(path: str, resume_at: int) -> None:
-    """ remove from samples.txt, if there is one, what was written at iteration `resume_at` and later """
+    """ remove from samples.txt, if there is one, what was written at iteration `resume_at` and later; all of
+    the file, if that is all there is """
     if os.path.exists(path):
         with open(path, 'rb') as file:
             heads = re.finditer(rf'^{RULE}iteration (\d+)$'.encode(), file.read(), re.MULTILINE)

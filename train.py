@@ -238,7 +238,7 @@ if init_from == 'resume':
     say(f"resuming at iteration {iter_num}{checkpoints.tell_changes(loaded.get('config', {}), config)}")
     if loaded.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(loaded['scaler'])
-config['init_from'] = checkpoints.origin(init_from, loaded)
+    config['init_from'] = loaded.get('config', {}).get('init_from', 'resume') # what it first started from
 parallel.check_same(iter_num, world_size, device, out_dir)
 
 def one_step(model=raw_model):

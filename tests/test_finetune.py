@@ -168,12 +168,6 @@ def test_a_text_of_the_user_s_in_samples_txt_stays(train, tmp_path):
     train('--overwrite=True')
     assert not whole.exists() and 'What it wrote' not in (tmp_path / 'out' / 'report.md').read_text(encoding='utf-8')
 
-def test_a_run_names_its_base_so_that_any_folder_finds_it(train, base, clone):
-    near = os.path.relpath(base, clone)
-    result = train(f'--init_from={near}', '--max_iters=1')
-    train('--init_from=resume', '--max_iters=2')
-    assert near != str(base) and load(result.out_dir / 'last.pt')['config']['init_from'] == str(base)
-
 def test_another_freeze_or_another_adapter_is_not_resumed(train, base):
     train(f'--init_from={base}', '--freeze=h.0', '--max_iters=1')
     done = train('--init_from=resume', '--freeze=h.1', status=2)
