@@ -236,7 +236,7 @@ def test_backward_adds_the_embedding_s_gradient_to_the_head_s_in_place(monkeypat
     gpt(idx, idx)[1].backward()
     assert made == [gpt.transformer.wte.weight.grad.data_ptr()]
 
-@pytest.mark.parametrize('vocab_size, dropout, half', [(5000, 0.0, False), (5000, 0.1, True), (65, 0.1, False)])
+@pytest.mark.parametrize('vocab_size, dropout, half', [(5000, 0.0, False), (5000, 0.1, True), (65, 0.1, False), (65, 0.1, True)])
 def test_several_threads_make_the_same_gradients_in_every_run(vocab_size, dropout, half):
     torch.manual_seed(0)
     gpt, idx = GPT(GPTConfig(128, vocab_size, 2, 2, 128, dropout)), torch.randint(20, (8, 128)) # each token many times
