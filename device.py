@@ -222,8 +222,8 @@ def group_memory(root: str = '/') -> float:
 
 def memory_to_fill(device: str, memory_gb: float, elsewhere: bool = False) -> float:
     """ the bytes that a run may fill with tensors: of the free memory and, if given, of memory_gb GiB, to
-    which this process is then limited on a GPU; if `elsewhere`, of a card of that size """
-    size = memory_gb * 2**30 - CONTEXT
+    which this process is then limited on a GPU; if `elsewhere`, of a CUDA card of that size """
+    size = memory_gb * 2**30 - (CONTEXT if elsewhere or device.startswith('cuda') else 0)
     if memory_gb and size <= 0:
         raise ValueError(f"memory_gb is {memory_gb}, of which {CONTEXT / 2**30:.1f} GiB are taken to be "
                          "CUDA's own; type a larger --memory_gb, or --memory_gb=0 for all that is free")

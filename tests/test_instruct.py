@@ -140,7 +140,13 @@ def test_an_input_that_a_sample_would_lose_is_refused(run, tmp_path, options, me
 
 def test_items_longer_than_the_model_reads_are_told(run, tmp_path):
     done = prepare(run, tmp_path, '--name=long', items=[*ITEMS, {'instruction': 'Count.', 'output': ' a' * 1024}])
-    assert 'warning: 1 items are longer than the 1,024 tokens' in done.out
+    assert 'warning: items longer than the 1,024 tokens that GPT-2 reads at once: 1;' in done.out
+
+def test_blank_answers_are_told(run, tmp_path):
+    chat = [{'role': role, 'content': text} for role, text in zip(('user', 'assistant') * 2, ('Hi.', ' ', 'Hi?', 'Hi.'))]
+    done = prepare(run, tmp_path, '--name=blank',
+                   items=[*ITEMS, {'instruction': 'Wait.', 'output': ''}, {'messages': chat}])
+    assert 'warning: items with a blank answer: 3; the model' in done.out
 
 WRONG = [(ITEMS, ('--template=Hello',), 'no {instruction}'), (ITEMS, ('--template=FILE:none.txt',), 'there is no none.txt'),
          (ITEMS, ('--val_fraction=1.0',), 'between 0 and 1'), (ITEMS[:1], (), 'has 1 item; expected two'),

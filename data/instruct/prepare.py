@@ -50,9 +50,9 @@ def read_template():
     return text
 
 def write_items(place, text):
-    """ write all items, in the template `text`, to the train files; return their lengths and how many tokens
-    count """
-    lengths, n_counted, tokenizer = [], 0, BPETokenizer()
+    """ write all items, in the template `text`, to the train files; return their lengths, how many tokens
+    count, and how many items have a blank answer """
+    lengths, n_counted, n_blank, tokenizer = [], 0, 0, BPETokenizer()
     paths = find_files(os.path.expanduser(input), ('.jsonl',))
     with (open(os.path.join(place, 'train.bin'), 'wb') as tokens,
           open(os.path.join(place, 'train_mask.bin'), 'wb') as masks,
@@ -63,14 +63,16 @@ def write_items(place, text):
                                               for rows, path in zip(kinds, paths))
         for where, item in items:
             try:
-                ids, mask = encode(read_turns(item), text, tokenizer)
+                turns = read_turns(item)
+                ids, mask = encode(turns, text, tokenizer)
             except ValueError as error:
                 raise ValueError(f"{where} {error}") from None
             tokens.write(np.array(ids, '<u2').tobytes())
             masks.write(bytes(mask))
             lengths.append(len(ids))
             n_counted += sum(mask)
-    return lengths, n_counted
+            n_blank += not all(answer.strip() for *_, answer in turns)
+    return lengths, n_counted, n_blank
 
 signal.signal(signal.SIGTERM, signal.default_int_handler) # end as on Ctrl-C, leaving nothing behind
 if not input:
@@ -78,7 +80,7 @@ if not input:
                      "list in .json")
 folder, text = claim(name, 'instruct', val_fraction), read_template()
 with publish(folder) as place:
-    lengths, n_counted = write_items(place, text)
+    lengths, n_counted, n_blank = write_items(place, text)
     if len(lengths) < 2:
         raise ValueError(f"{input} has {'1 item' if lengths else 'no items'}; expected two or more, to "
                          "validate on one")
@@ -94,6 +96,9 @@ print(f"{shorten(folder)}: {len(lengths) - n_val:,} items of {n_train:,} tokens 
 print(f"the longest item has {max(lengths):,} tokens")
 n_long = sum(length > LONGEST for length in lengths)
 if n_long:
-    print(f"warning: {n_long:,} items are longer than the {LONGEST:,} tokens that GPT-2 reads at once, so it "
-          "learns their ends without the question; shorten them or leave them out")
+    print(f"warning: items longer than the {LONGEST:,} tokens that GPT-2 reads at once: {n_long:,}; it learns "
+          "their ends without the question; shorten them or leave them out")
+if n_blank:
+    print(f"warning: items with a blank answer: {n_blank:,}; the model learns from them to say nothing; write "
+          "one, or leave them out")
 tell_run('config/finetune/gpt2_small.py', name, n_train, n - n_train)
