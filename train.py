@@ -133,7 +133,7 @@ elif init_from != 'resume' and not (eval_only or dry_run):
 if init_from == 'resume':
     checkpoints.to_resume(out_dir) # check this first, since that run's options are this one's
 folders = find_datasets(dataset)
-tokenizer = read_shared_state(folders)
+tokenizer, template = read_shared_state(folders), read_template(folders)
 vocab_size = count_ids(tokenizer)
 elsewhere = dry_run and memory_gb > 0 # plan for a card of that size, which need not be here
 place = 'cuda' if elsewhere else device
@@ -189,7 +189,7 @@ elif init_from == 'resume':
 else:
     model, loaded = checkpoints.load_model(init_from, dropout)
 check_match(loaded.get('tokenizer'), model.config.vocab_size, tokenizer, dataset)
-template = read_template(folders) or loaded.get('template')
+template = template or loaded.get('template')
 if init_from != 'resume' and lora_rank: # a resumed run already has its adapter and its base
     loaded.update(checkpoints.describe_base(init_from, model))
 base = {key: loaded.get(key) for key in ('base', 'base_fingerprint')}

@@ -196,7 +196,9 @@ def test_a_mixture_of_two_templates_is_refused(train, clone):
     for name, template in (('asked', 'Q: {instruction}'), ('told', 'Do: {instruction}')):
         shutil.copytree(clone / 'data' / 'chars', clone / 'data' / name)
         (clone / 'data' / name / 'template.txt').write_text(template)
-    error = train('--dataset=chars,asked,told', status=2).err.splitlines()[-1]
+    refused = train('--dataset=chars,asked,told', status=2)
+    assert 'plan device' not in refused.out # before any work is done
+    error = refused.err.splitlines()[-1]
     assert error.startswith(f"error: {os.path.join('data', 'asked', 'template.txt')} and ") and '--template=FILE:PATH' in error
     train('--dataset=chars,asked', '--max_iters=1')
 
