@@ -42,7 +42,7 @@ def count_epochs(options, n_train):
     sequences = options['batch_size'] * options['gradient_accumulation_steps']
     iters = options['max_iters']
     if options['num_epochs']:
-        iters = min(iters, max(1, round(options['num_epochs'] * windows / sequences)))
+        iters = round(min(iters, max(1, options['num_epochs'] * windows / sequences)))
     return (f"{iters * sequences / windows:,.1f} epochs of them, in {iters:,} iterations of "
             f"{sequences * options['block_size']:,} tokens")
 

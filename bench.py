@@ -32,7 +32,8 @@ config = configure(globals(), at_least_1=('iters', 'batch_size', 'gradient_accum
 for key, choices in (('data', ('synthetic', 'real')), ('work', ('train', 'sample', 'batch', 'cards')),
                      ('way', ('fitgpt', 'nanogpt', 'transformers')), ('suite', ('', 'cpu', 'gpu'))):
     if config[key] not in choices:
-        raise ValueError(f"{key} is {config[key]!r}; type --{key}=NAME with one of {', '.join(choices)}")
+        raise ValueError(f"{key} is {config[key]!r}; type --{key}=NAME with one of "
+                         f"{', '.join(filter(None, choices))}")
 if dry_run or eval_only:
     raise ValueError("dry_run and eval_only are train.py's; type python train.py with them")
 if way not in ('fitgpt', {'train': 'nanogpt', 'cards': 'nanogpt', 'sample': 'transformers'}.get(work)):
@@ -268,7 +269,8 @@ def spawn(*options):
     done = subprocess.run([sys.executable, __file__, '--json=True', *options], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, encoding='utf-8')
     if done.returncode:
-        print(f"{' '.join(options)}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        why = (done.stderr.strip().splitlines() or [f'ended with status {done.returncode}'])[-1]
+        print(f"{' '.join(options)}: {why}", file=sys.stderr)
         return 'does not fit' if 'out of memory' in done.stderr else 'failed'
     return json_module.loads(done.stdout.splitlines()[-1])
 

@@ -1,8 +1,8 @@
 """
 Reads checkpoints, without running code that is in them, and rebuilds their models. saver.py writes them.
 
-The file is nanoGPT's dict (model, optimizer, model_args, iter_num, best_val_loss, config) plus our
-tokenizer, scaler and version. It is a zip file, which holds a checksum of each tensor.
+The file is nanoGPT's dict (model, optimizer, model_args, iter_num, best_val_loss, config) plus entries of
+ours, which docs/design.md lists. It is a zip file, which holds a checksum of each tensor.
 """
 import contextlib
 import copy
@@ -11,6 +11,7 @@ import ntpath
 import os
 import posixpath
 import re
+import reprlib
 import struct
 import zipfile
 from dataclasses import asdict
@@ -22,14 +23,20 @@ import pretrained
 from configurator import OF_A_CALL, quote
 from dataset import find_dataset, find_datasets, read_tokenizer_state
 from model import GPT, GPT2_SHAPES, GPTConfig
-from saver import VERSION
+from saver import VERSION, checkpoints_in
 from tokenizer import BPETokenizer, check_match
 
 DEFAULTS = GPT2_SHAPES['gpt2'] | {'bias': False} # train.py's, of the options that a loaded model decides
 OTHERS = " and the run's other options" # which a new run does not take over
-KINDS = {'model': dict, 'model_args': dict, 'optimizer': dict, 'config': dict, 'tokenizer': dict,
-         'scaler': dict, 'lora': dict, 'template': str, 'version': int, 'iter_num': int,
-         'best_val_loss': (int, float, torch.Tensor)} # types of a checkpoint's entries
+KINDS = { # types of a checkpoint's entries
+    **dict.fromkeys(('model', 'model_args', 'optimizer', 'config', 'tokenizer', 'scaler', 'lora'), dict),
+    **dict.fromkeys(('version', 'iter_num', 'best_iter', 'n_worse', 'evaluated', 'n_bad'), int),
+    **dict.fromkeys(('template', 'launch', 'base'), str), 'lost': bool,
+    'best_val_loss': (int, float, torch.Tensor)}
+OPTIONS = { # types of the options in its config; others may be any of PLAIN
+    **dict.fromkeys(('dataset', 'init_from', 'freeze', 'data'), str),
+    **dict.fromkeys(('batch_size', 'gradient_accumulation_steps'), int)}
+PLAIN = str, int, float, type(None)
 
 def find(source: str) -> str | None:
     """ `source` if it is a file, else ckpt.pt or last.pt in that folder; None if there is none """
@@ -90,16 +97,26 @@ def load(path: str, moments: bool = False) -> dict:
     if missing:
         raise ValueError(f"{path} has no {' and no '.join(missing)}; expected a checkpoint of train.py or "
                          "nanoGPT; type --out_dir or --init_from with another")
-    wrong = [key for key, kind in KINDS.items()
-             if checkpoint.get(key) is not None and not isinstance(checkpoint[key], kind)]
-    if wrong:
-        raise ValueError(f"the {wrong[0]} of {path} is of type {type(checkpoint[wrong[0]]).__name__}; "
-                         "expected a checkpoint of train.py or nanoGPT; type --out_dir or --init_from with "
-                         "another")
+    checkpoint = {key: value for key, value in checkpoint.items() if value is not None}
+    for name, value in misfits(checkpoint):
+        raise ValueError(f"the {name} of {path} is {reprlib.repr(value)}; expected a checkpoint of train.py "
+                         "or nanoGPT; type --out_dir or --init_from with another")
     if checkpoint.get('version', VERSION) > VERSION:
         raise ValueError(f"{path} is of format {checkpoint['version']}, this program reads up to {VERSION}; "
                          "use a newer fitGPT")
     return checkpoint
+
+def misfits(checkpoint: dict):
+    """ yield the name and value of each entry, and each option in its config, that no run writes """
+    for key, value in checkpoint.items():
+        if key in KINDS and not isinstance(value, KINDS[key]):
+            yield key, value
+        elif (key == 'iter_num' and value < 0
+              or key == 'best_val_loss' and isinstance(value, torch.Tensor) and value.numel() != 1):
+            yield key, value
+        elif key == 'config':
+            yield from ((f"config's {name}", its) for name, its in value.items()
+                        if not isinstance(its, OPTIONS.get(name, PLAIN)))
 
 def take_weights(checkpoint: dict) -> dict:
     """ take the tensors by name out of a checkpoint; raises TypeError if one is not a plain float tensor """
@@ -121,16 +138,21 @@ def model_of(checkpoint: dict, path: str, dropout: float = 0.0) -> GPT:
         raise ValueError(f"{path} does not fit together: {error}; expected nanoGPT's names and shapes; "
                          "type --out_dir or --init_from with another") from None
 
+def base_of(checkpoint: dict, path: str) -> str | None:
+    """ the model that the one in `path` was trained from, where it is now; None if that is not recorded """
+    base = checkpoint.get('base')
+    is_path = base and (posixpath.isabs(base) or ntpath.isabs(base)) # else it is on the hub
+    if is_path and not os.path.exists(base): # both folders were moved
+        beside, parts = os.path.join(os.path.dirname(os.path.abspath(path)), '..'), re.split(r'[\\/]', base)
+        near = [os.path.join(beside, *parts[-n:]) for n in (2, 1)]
+        base = next((there for there in near if os.path.exists(there)), base)
+    return base
+
 def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> GPT:
     """ the base model of a LoRA checkpoint with its adapter, merged into the weights or beside them """
-    base = checkpoint.get('base')
-    if not isinstance(base, str):
+    base = checkpoint['base'] = base_of(checkpoint, path)
+    if base is None:
         raise ValueError(f"{path} does not say which model its adapter is for; type --out_dir with another")
-    beside, parts = os.path.join(os.path.dirname(os.path.abspath(path)), '..'), re.split(r'[\\/]', base)
-    is_path = posixpath.isabs(base) or ntpath.isabs(base) # else it is on the hub
-    if is_path and not os.path.exists(base): # both folders were moved
-        near = [os.path.join(beside, *parts[-n:]) for n in (2, 1)]
-        checkpoint['base'] = base = next((there for there in near if os.path.exists(there)), base)
     try:
         model, _ = load_model(base, dropout)
     except OSError as error:
@@ -171,16 +193,17 @@ def resume(out_dir: str, config: dict, say) -> tuple[GPT, dict]:
     if config['lora_rank'] and 'lora' not in loaded:
         raise ValueError(f"the run in {out_dir} has no adapter, and lora_rank is {config['lora_rank']}; type "
                          f"--lora_rank=0, or --init_from={quote(out_dir)} --out_dir=ANOTHER")
-    if not is_same_data(loaded.get('config', {}), config):
+    before = loaded.get('config', {})
+    config.update({key: before[key] for key in DEFAULTS if key in before}) # the shape stays as it was given
+    if not is_same_data(before, config):
         loaded['n_worse'] = 0
     return model, loaded
 
 def to_resume(out_dir: str) -> list[str]:
     """ the checkpoints that the run in out_dir can resume from, latest first; raises FileNotFoundError if
     there is none, ValueError if out_dir is no folder """
-    paths = [os.path.join(out_dir, name) for name in ('last.pt', 'ckpt.pt')]
-    paths = [path for path in paths if os.path.isfile(path)]
     check_folder(out_dir)
+    paths = checkpoints_in(out_dir)
     if not paths:
         raise FileNotFoundError(f"there is no checkpoint in {out_dir} to resume; type --out_dir with a run's "
                                 "folder, or --init_from=scratch to start one")
@@ -208,8 +231,8 @@ def way_back(out_dir: str) -> str:
     """ what to type after iterations that were not finite: start anew from the best model of out_dir, since
     a later one may be spoiled, or, if there is none, repeat the same command """
     path = find(out_dir)
-    return (f"nothing of them is in a checkpoint of {out_dir}; type "
-            f"{f'--init_from={quote(path)} --out_dir=ANOTHER{OTHERS}' if path else 'the same'}")
+    again = f"--init_from={quote(path)} --out_dir=ANOTHER{OTHERS}" if path else 'the same'
+    return f"nothing of them is in a checkpoint of {out_dir}; type {again}"
 
 def peek(path: str) -> dict:
     """ a checkpoint whose tensors stay on the disk; {} if it cannot be read that way """
@@ -219,8 +242,7 @@ def peek(path: str) -> dict:
 
 def is_of(out_dir: str, launch: str | None) -> bool:
     """ whether the run in out_dir was started by this same command in this same torchrun job """
-    paths = [os.path.join(out_dir, name) for name in ('last.pt', 'ckpt.pt')]
-    return launch is not None and any(peek(path).get('launch') == launch for path in paths)
+    return launch is not None and any(peek(path).get('launch') == launch for path in checkpoints_in(out_dir))
 
 def config_of(source: str, out_dir: str, scratch: GPTConfig, say=print) -> GPTConfig:
     """ the shape of the model that `source` names, without its weights; 'resume' is the run in out_dir, and
@@ -244,8 +266,9 @@ def read_config(source: str, out_dir: str) -> GPTConfig:
     for path in paths:
         with contextlib.suppress(Exception), torch.device('meta'):
             return GPT(GPTConfig(**peek(path)['model_args'])).config
-    # an old format, or damaged: a full load reads the one and reports the other
-    return (latest(out_dir, 0.0, print, False) if source == 'resume' else load_model(source))[0].config
+    # an old format, or damaged: a full load reads the one and reports the other, unless it can still resume
+    return (latest(out_dir, 0.0, lambda text: None, False) if source == 'resume'
+            else load_model(source))[0].config
 
 def find_tokenizer(loaded: dict, vocab_size: int) -> dict:
     """ the tokenizer state for what load_model returned; nanoGPT's checkpoints only name their dataset
@@ -270,7 +293,8 @@ def needs(source: str, place: str) -> bool:
         if os.path.realpath(place) in map(os.path.realpath, at):
             return True
         seen.append(source)
-        source = peek(path).get('base') if path else None
+        checkpoint = peek(path) if path else {}
+        source = checkpoint.get('base') if 'lora' in checkpoint else None
     return False
 
 def check_folder(out_dir: str) -> None:
@@ -278,7 +302,7 @@ def check_folder(out_dir: str) -> None:
     if not out_dir or os.path.isfile(out_dir):
         folder = os.path.dirname(out_dir) if out_dir.endswith('.pt') else ''
         raise ValueError(f"out_dir is {f'a file, {out_dir}' if out_dir else 'empty'}; expected a run's "
-                         f"folder; type --out_dir={quote(folder) or 'FOLDER'}")
+                         f"folder; type --out_dir={quote(folder) if folder else 'FOLDER'}")
 
 def check_new(out_dir: str, init_from: str, overwrite: bool) -> None:
     """ raise FileExistsError if a new run in out_dir would overwrite what is there: a run, the model it
@@ -302,12 +326,16 @@ def check_new(out_dir: str, init_from: str, overwrite: bool) -> None:
         raise FileExistsError(f"{os.path.join(out_dir, theirs[0])} is not of train.py, which would write its "
                               "own; type --out_dir=ANOTHER")
 
-def describe_base(source: str, model: GPT) -> dict:
-    """ what an adapter's checkpoint stores about its base, the model that `source` names; raises ValueError
-    if there is none """
+def describe_base(source: str, model: GPT, adapts: bool, loaded: dict) -> dict:
+    """ what a run's checkpoints store about its base, the model that `source` names: an adapter's is a
+    checkpoint, not its folder; a resumed run's is in `loaded`. Raises ValueError if an adapter has none. """
+    if source == 'resume':
+        return {key: loaded[key] for key in ('base', 'base_fingerprint') if key in loaded}
     if source == 'scratch':
-        raise ValueError("lora_rank needs a model to start from; type --init_from=gpt2, or --lora_rank=0")
-    source = find(source) or source
+        if adapts:
+            raise ValueError("lora_rank needs a model to start from; type --init_from=gpt2, or --lora_rank=0")
+        return {}
+    source = adapts and find(source) or source
     return {'base': os.path.abspath(source) if os.path.exists(source) else source,
             'base_fingerprint': lora.fingerprint(model)}
 
@@ -335,8 +363,8 @@ def tell_changes(before: dict, config: dict) -> str:
                if key not in not_options and before.get(key, config[key]) != config[key]]
     told = f", with {', '.join(changed)}" if changed else ''
     if not (is_same_data(before, config) or config['eval_only']):
-        earlier = ' as it was read' * (before['dataset'] == config['dataset'])
-        told += f"; the best so far was judged by {before['dataset']}{earlier}: to count anew, type {anew}"
+        earlier = 'other windows of ' * (before['dataset'] == config['dataset'])
+        told += f"; the best so far was judged by {earlier}{before['dataset']}: to count anew, type {anew}"
     return told
 
 def is_same_data(before: dict, config: dict) -> bool:
@@ -349,9 +377,9 @@ def is_same_data(before: dict, config: dict) -> bool:
     was, now = ([os.path.abspath(folder) for folder in find_datasets(name)] for name in names)
     return was == now
 
-def adapter_state(model: GPT, base: dict) -> dict:
-    """ what a LoRA checkpoint holds in place of the weights; base holds 'base' and 'base_fingerprint' """
-    return {'model': lora.adapter(model), 'lora': lora.settings(model), **base}
+def adapter_state(model: GPT) -> dict:
+    """ what a LoRA checkpoint holds in place of the weights """
+    return {'model': lora.adapter(model), 'lora': lora.settings(model)}
 
 def model_args(model: GPT) -> dict:
     """ nanoGPT's keys, from which its own code can rebuild the model """

@@ -35,6 +35,8 @@ def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[st
     below 1 if the option is in at_least_1.
     """
     sys.excepthook = report
+    if resumes and hasattr(signal, 'SIGUSR1'): # it asks a run to save, and would end one that only starts
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr): # a name may have characters that the terminal's encoding lacks
         if hasattr(stream, 'reconfigure'): # not a notebook's
             stream.reconfigure(errors='backslashreplace')
@@ -79,7 +81,8 @@ def options_of_run(out_dir: str, defaults: dict, typed: dict, sources: dict) -> 
                 if k in before and k not in typed and k not in OF_A_CALL}
         was = match_type('dataset', before.get('dataset', ''), '')
     except (OSError, KeyError, TypeError):
-        say_once(f"no options of the run in {path}: ", ["what is not typed is the default"])
+        if os.path.isdir(out_dir): # else train.py says that there is no run
+            say_once(f"no options of the run in {path}: ", ["what is not typed is the default"])
         return {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"cannot use {path} ({error}); mend it, or delete it and type the run's options "
@@ -122,11 +125,11 @@ class Names(dict):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.assigned = {}
+        self.assigned = set()
 
     def __setitem__(self, key, value):
         super().__setitem__(key, value)
-        self.assigned[key] = value
+        self.assigned.add(key)
 
 def run_file(path: str, names: dict) -> dict:
     """ run a config file with the variables `names`, and return what it assigns; the path is relative to the
@@ -143,7 +146,7 @@ def run_file(path: str, names: dict) -> dict:
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not text in UTF-8; a config file is a few lines of Python") from None
     try:
-        names = Names(names)
+        before, names = names, Names(names)
         exec(compile(source, path, 'exec'), names)
     except (Exception, SystemExit) as error:
         frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
@@ -152,7 +155,8 @@ def run_file(path: str, names: dict) -> dict:
         hint = ', or import there what it uses' if isinstance(error, NameError) else ''
         raise ValueError(f"{path}, line {line}: {type(error).__name__}: {what}; mend that line"
                          + hint) from None
-    return names.assigned
+    # Python does not tell Names what a function assigns to a `global`
+    return {k: v for k, v in names.items() if k in names.assigned or before.get(k, names) is not v}
 
 def config_files() -> list[str]:
     """ the config files that come with the project, as a user types them """
@@ -184,7 +188,7 @@ def parse(key: str, text: str, default):
         return '\n' * (len(text) // 2) if re.fullmatch(r'(\\n)+', text) else at_home(key, text)
     try:
         value = ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         value = text
     return match_type(key, value, default)
 

@@ -82,7 +82,8 @@ class Split:
         return f'{self.n_tokens}:{zlib.crc32(np.concatenate(ends)):08x}'
 
     def describe_epochs(self, windows: float) -> str:
-        return f"{windows / self.windows:.1f} epochs"
+        epochs = windows / self.windows
+        return f"{epochs:.1f} epochs" if epochs >= 0.05 else "less than 0.1 epochs"
 
     def cut(self, index: np.ndarray, offset: int = 0) -> np.ndarray:
         """ the windows `index` as (n, 2) starts and lengths; only the last can be shorter than block_size """
@@ -159,7 +160,7 @@ class Mix(Split):
                 yield float(weight), windows + [base, 0], n
 
     def mark(self):
-        return ','.join(split.mark() for split in self.splits)
+        return ','.join(f'{w:.6g} x {split.mark()}' for w, split in zip(self.weights, self.splits))
 
     def describe_epochs(self, windows):
         shares = (self.source == k for k in range(len(self.splits)))
@@ -322,10 +323,19 @@ def read_text(path: str) -> str:
     except UnicodeDecodeError as error:
         raise bad_utf8(path, error) from None
 
+NO_TEXT = {b'\x1f\x8b': 'compressed by gzip', b'PK\3\4': 'a zip file, as .docx, .odt and .epub are',
+           b'%PDF': 'a PDF'} # what files begin with that are often taken for texts
+
 def bad_utf8(path: str, error: UnicodeDecodeError, before: int = 0) -> ValueError:
     """ the error for a file that is not UTF-8, found in the bytes after the first `before` ones """
     byte = before + error.start
+    for start, what in () if before else NO_TEXT.items():
+        if error.object.startswith(start):
+            return ValueError(f"{shorten(path)} is {what}, no text; convert it to text in UTF-8 first")
     wide = byte == 0 and error.object[:2] in (b'\xff\xfe', b'\xfe\xff')
+    if b'\0' in error.object and not wide:
+        return ValueError(f"{shorten(path)} holds bytes that no text has; expected text in UTF-8; take "
+                          "another file")
     kind = 'utf-16 -t utf-8, since it is UTF-16' if wide else 'latin1 -t utf-8, if it is Latin-1'
     return ValueError(f"{shorten(path)} is not UTF-8 at byte {byte:,}; convert it first, as with "
                       f"iconv -f {kind}")

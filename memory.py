@@ -184,11 +184,12 @@ def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
                              f"swap for it, type --plan={plan}")
         if B:
             return plan, B
-    least = peak(plans[-1], shape, 1) / GiB
-    raise ValueError(f"no plan fits: {plans[-1]}, the leanest here, takes {least:.1f} GiB with one sequence "
-                     f"of {shape.block_size} tokens at a time, and {max(budget, 0) / GiB:.1f} GiB are free "
-                     f"to fill; {tell_leaner(plans[-1], shape, budget)}take a smaller model, or type "
-                     f"--plan={plans[-1]} to try all the same")
+    raise ValueError(f"{no_fit(plans[-1], shape, budget)}, or type --plan={plans[-1]} to try all the same")
+
+def no_fit(leanest: str, shape: Shape, budget: float) -> str:
+    return (f"no plan fits: {leanest}, the leanest here, takes {peak(leanest, shape, 1) / GiB:.1f} GiB with "
+            f"one sequence of {shape.block_size} tokens at a time, and {max(budget, 0) / GiB:.1f} GiB are "
+            f"free to fill; {tell_leaner(leanest, shape, budget)}take a smaller model")
 
 def leaner_runs(plan: str, shape: Shape, budget: float):
     """ options that would make a run fit which does not, the one that changes least first """
@@ -211,9 +212,10 @@ def with_lora(s: Shape, rank: int) -> Shape:
                    adapts=False, inputs=6 + 4 * rank / s.n_embd, shards=1,
                    buckets=s.buckets or s.shards * (s.shards > 1))
 
-def advice(plan: str, B: int, block_size: int, sequences: int, plans: tuple[str, ...] = PLANS,
-           works: bool = True, shards: bool = False, saved: bool = False) -> str:
-    """ the error for a plan that ran out of memory all the same; its advice keeps an iteration's `sequences`
+def advice(plan: str, B: int, config: dict, plans: tuple[str, ...] = PLANS, works: bool = True,
+           shards: bool = False, saved: bool = False) -> str:
+    """ the error for a plan that ran out of memory all the same; its advice keeps how many sequences an
+    iteration and an evaluation have
 
     works: whether sequences were being processed; if not, weights, gradients and moments alone were too much,
     and only offload or shards, where the run can use them, hold less. saved: the run can be resumed.
@@ -225,8 +227,11 @@ def advice(plan: str, B: int, block_size: int, sequences: int, plans: tuple[str,
                 else f"{ADAPTER}{' --out_dir=ANOTHER' * saved}, or take a smaller model")
         return (f"out of memory in plan {plan}, with weights, gradients and moments alone; "
                 f"{'type ' if 'lora' in less else resumed}{less}")
-    smaller, n_steps = split_batch(sequences, max(1, B // 2))
-    option = (f"--batch_size={smaller} --gradient_accumulation_steps={n_steps}" if B > 1
+    batch_size, block_size = config['batch_size'], config['block_size']
+    smaller, n_steps = split_batch(batch_size * config['gradient_accumulation_steps'], max(1, B // 2))
+    evaluated = math.ceil(config['eval_iters'] * batch_size / smaller)
+    evaluated = f' --eval_iters={evaluated}' if evaluated else ''
+    option = (f"--batch_size={smaller} --gradient_accumulation_steps={n_steps}{evaluated}" if B > 1
               else f"--plan={leaner[0]}" if leaner else '--shard=True' if shards
               else f"--block_size={max(1, block_size // 2)}")
     return f"out of memory in plan {plan}, {count(B)} of {block_size} tokens at a time; {resumed}{option}"
@@ -275,4 +280,6 @@ def table(shape: Shape, sequences: int, most: int, budget: float, epochs: dict[s
             why += '; more RAM than is free here'
         lines.append(f"{plan:<11}{B or 1:>12}{used:>15.2f}{ram(plan, shape) / GiB:>12.1f}{took:>9}  "
                      f"{fits:<4}  {why}")
+    if not any(largest(plan, shape, sequences, most, budget) for plan in plans):
+        lines.append(no_fit(plans[-1], shape, budget))
     return '\n'.join(lines)

@@ -10,6 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import parallel
+from device import is_out_of_memory
 from loss import Lookup
 
 def get_lr(it: int, learning_rate: float, min_lr: float, warmup_iters: int, lr_decay_iters: int) -> float:
@@ -77,8 +78,8 @@ class Pair:
 class OffloadedAdamW(torch.optim.AdamW):
     """ AdamW in RAM, for a model that keeps its matrices on a device in half precision
 
-    The float32 weights, gradients and moments are CPU tensors, and the optimizer's state is AdamW's own. The
-    embeddings are looked up there, so that the device's copy, for the head, is in half precision, too. Each
+    The float32 weights, gradients and moments are CPU tensors, and the optimizer's state is AdamW's own.
+    Token embeddings are looked up there, so the device's copy of that matrix is for the head alone. Each
     gradient leaves the device as soon as backward has made it; a thread adds it to those of the earlier
     micro-batches while backward goes on. Clipping needs the norm of all gradients (clip_gradients), so the
     update comes after backward, in the same thread: part by part in the order of the next forward, which
@@ -95,8 +96,9 @@ class OffloadedAdamW(torch.optim.AdamW):
         self.jobs, self.updates = collections.deque(), {} # futures: of gradients, of parts
         self.room = {} # buffers of past gradients, reused since the system is slow to give more memory
         self.limit = None # (maximum norm of the gradients, their norm)
-        self.masters = {p: torch.nn.Parameter(p.detach().to('cpu', torch.float32)) # not pinned: pinning
-                        for group in groups for p in group['params']} # rounds sizes up to powers of two
+        # not pinned, since pinning rounds sizes up to powers of two
+        self.masters = {p: torch.nn.Parameter(p.detach().to('cpu', torch.float32))
+                        for group in groups for p in group['params']}
         self.names = {named[p]: master for p, master in self.masters.items()}
         self.copies = {master: p for p, master in self.masters.items()}
         super().__init__([{**group, 'params': [self.masters[p] for p in group['params']]}
@@ -156,8 +158,9 @@ class OffloadedAdamW(torch.optim.AdamW):
             self.stream.wait_stream(torch.cuda.current_stream())
         limit, self.limit = self.limit, None
         for part, masters in self.parts.items():
-            groups = [{**group, 'params': [p for p in group['params'] if p in masters]} # copies: the next
-                      for group in self.param_groups] # iteration's learning rate is not for them
+            # copies, since the next iteration's learning rate is not for them
+            groups = [{**group, 'params': [p for p in group['params'] if p in masters]}
+                      for group in self.param_groups]
             self.updates[part] = self.thread.submit(self.update, groups, limit)
         if first: # it allocates the moments and transfer buffers, which may not fit
             self.finish()
@@ -177,9 +180,16 @@ class OffloadedAdamW(torch.optim.AdamW):
         return self.stream.record_event() if self.pinned else None
 
     def wait(self, part):
-        """ wait until the weights of a part of the model are on the device """
+        """ wait until the weights of a part of the model are on the device; raises ValueError if its update
+        found no room in RAM, since an iteration that is half done cannot be repeated """
         if part in self.updates:
-            sent = self.updates[part].result()
+            try:
+                sent = self.updates[part].result()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise ValueError("RAM ran out while weights were updated in it; free some of it, and type "
+                                 "--init_from=resume") from None
             if sent:
                 torch.cuda.current_stream().wait_event(sent)
             del self.updates[part]

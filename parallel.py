@@ -38,8 +38,8 @@ def start_processes(backend: str, device: str) -> tuple[int, int, str]:
     hook = sys.excepthook
     try:
         store, rank, world_size = next(dist.rendezvous('env://'))
-        if os.environ.get('GROUP_WORLD_SIZE', '1') == '1': # on one node, torchrun keeps its store in a
-            # restart, with the addresses of processes that have ended
+        # on one node, torchrun keeps its store in a restart, with the addresses of processes that have ended
+        if os.environ.get('GROUP_WORLD_SIZE', '1') == '1':
             store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         elif rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
             print("warning: a node that is lost cannot return; to let it, end this run and type export "
@@ -59,21 +59,31 @@ def stop_processes(world_size: int) -> None:
         gc.collect() # free whatever else holds the group
         dist.destroy_process_group()
 
-def all_sum(values: list[float], world_size: int, device: str) -> list[float]:
-    """ each value, summed over all processes """
+def all_sum(values: list[float], world_size: int, device: str, op=dist.ReduceOp.SUM) -> list[float]:
+    """ each value, summed over all processes, or reduced by another `op` """
     if world_size == 1:
         return values
     total = torch.tensor(values, dtype=torch.float32 if device == 'mps' else torch.float64, device=device)
-    dist.all_reduce(total)
+    dist.all_reduce(total, op)
     return total.tolist()
 
 def least(value: float, world_size: int, device: str) -> float:
     """ the minimum of all processes' values """
-    if world_size == 1:
-        return value
-    total = torch.tensor(value, dtype=torch.float32 if device == 'mps' else torch.float64, device=device)
-    dist.all_reduce(total, dist.ReduceOp.MIN)
-    return total.item()
+    return all_sum([value], world_size, device, dist.ReduceOp.MIN)[0]
+
+def in_first(work, world_size: int, device: str) -> None:
+    """ call work() in the first process; if it raises an error, each process does """
+    error = None
+    if world_size == 1 or dist.get_rank() == 0:
+        try:
+            work()
+        except (OSError, ValueError, ImportError) as its:
+            error = its
+    failed = all_sum([float(error is not None)], world_size, device)[0]
+    if error:
+        raise error
+    if failed:
+        raise ValueError("the first process cannot start; see its error")
 
 def share(sequences: int, world_size: int, config: dict) -> int:
     """ how many sequences of an iteration each process gets; raises ValueError if they do not divide evenly,

@@ -8,6 +8,7 @@ import csv
 import gc
 import os
 import sys
+import warnings
 
 COLOURS = '#d62728', '#1f77b4', '#2ca02c', '#9467bd', '#ff7f0e', '#17becf'
 
@@ -28,7 +29,8 @@ def read_log(out_dir: str) -> dict:
     return columns
 
 def name_of(out_dir: str) -> str:
-    return os.path.basename(os.path.abspath(out_dir)).replace('$', r'\$') # $ starts a formula
+    name = os.path.basename(os.path.abspath(out_dir)).replace('$', r'\$') # $ starts a formula
+    return ' ' * name.startswith('_') + name # a legend leaves out what begins with _
 
 def plot_run(out_dir: str) -> str:
     """ draw the run in `out_dir` and return the picture's path """
@@ -72,7 +74,9 @@ def picture(draw, path: str) -> str:
         axes.ticklabel_format(axis='y', scilimits=(-2, 5)) # long labels would not fit the margin
         axes.grid(alpha=0.3)
         axes.legend(loc='upper right') # searching for the best place is slow
-        canvas.print_png(path + '.tmp')
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Glyph') # a folder's name may have letters that the font lacks
+            canvas.print_png(path + '.tmp')
         os.replace(path + '.tmp', path)
     finally:
         if os.path.exists(path + '.tmp'):
@@ -95,8 +99,9 @@ if __name__ == '__main__':
     try:
         print(plot_run(out_dirs[0]) if len(out_dirs) == 1 else plot_runs(out_dirs))
     except (KeyError, ValueError) as error:
-        print(f"error: a log.csv in {', '.join(out_dirs)} cannot be drawn ({error}); expected one of "
-              "train.py; give another folder", file=sys.stderr)
+        logs = ' or '.join(os.path.join(out_dir, 'log.csv') for out_dir in out_dirs)
+        print(f"error: {logs} cannot be drawn ({error}); expected one of train.py; give another folder",
+              file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         print(f"error: cannot write the picture ({error}); go to a folder that can be written",

@@ -47,6 +47,9 @@ from tokenizer import from_state
 
 if not 0 < top_p <= 1:
     raise ValueError(f"top_p is {top_p}; type --top_p=P with 0 < P <= 1")
+if instruction and start != '\n':
+    raise ValueError("both start and instruction are given, and a text begins with one; type --start=TEXT or "
+                     "--instruction=TEXT")
 if input and not instruction:
     raise ValueError(f"input is {input!r}, but there is no instruction that it is for; type "
                      "--instruction=TEXT, too, or --start=TEXT instead")
@@ -82,8 +85,8 @@ if instruction:
 prompt = tokenizer.encode(start, allow_special=not instruction)
 shown = '' if instruction else start # printed before each sample
 if len(prompt) > model.config.block_size:
-    print(f"the prompt has {len(prompt)} tokens, of which the model sees the last {model.config.block_size}",
-          file=sys.stderr)
+    print(f"the prompt has {len(prompt):,} tokens, of which the model sees the last "
+          f"{model.config.block_size:,}", file=sys.stderr)
 if not prompt: # something has to come before the first token
     prompt = [tokenizer.eot] if tokenizer.eot is not None else [tokenizer.ids.get('\n', 0)]
 

@@ -25,7 +25,13 @@ def save(checkpoint: dict, path: str) -> None:
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
         why = str(error).strip().splitlines()[0]
+        why = why if isinstance(error, OSError) else f'no space left on the disk? {why}'
         raise OSError(f"cannot save {path} ({why}); what it held before is whole") from None
+
+def checkpoints_in(out_dir: str) -> list[str]:
+    """ the checkpoints of the run in out_dir that exist, latest first """
+    paths = (os.path.join(out_dir, name) for name in ('last.pt', 'ckpt.pt'))
+    return [path for path in paths if os.path.isfile(path)]
 
 def link(path: str, to: str) -> None:
     """ make `to` a hard link to `path`, or a copy if the file system has no links """
@@ -39,6 +45,11 @@ def link(path: str, to: str) -> None:
             os.fsync(file.fileno())
     os.replace(to + '.tmp', to)
 
+def cannot_write(out_dir: str, error: OSError) -> OSError:
+    """ the error for a run whose folder cannot be written """
+    return OSError(f"cannot write to {out_dir} ({error.strerror}); mend that, or type --out_dir=ANOTHER, to "
+                   "resume one with a copy of this folder")
+
 class Saver:
     """ saves a run's last.pt, ckpt.pt and, with keeps_all, iter_000500.pt; if a save fails, it prints a
     warning and leaves it to the next one """
@@ -50,8 +61,7 @@ class Saver:
 
     def stamp(self) -> list:
         """ the checkpoints' times and sizes, which change whenever a run saves there """
-        paths = (os.path.join(self.out_dir, name) for name in ('last.pt', 'ckpt.pt'))
-        return [(os.stat(path).st_mtime_ns, os.path.getsize(path)) for path in paths if os.path.exists(path)]
+        return [(os.stat(path).st_mtime_ns, os.path.getsize(path)) for path in checkpoints_in(self.out_dir)]
 
     def lock(self) -> None:
         """ create out_dir, and keep other runs out of it until this process ends, in whatever way
@@ -65,8 +75,7 @@ class Saver:
             ours = os.access(path, os.W_OK) or not os.path.exists(path) # else another user's run made it
             file = os.open(path, os.O_RDWR | os.O_CREAT if ours else os.O_RDONLY, 0o666) # never closed
         except OSError as error:
-            raise OSError(f"cannot write to {self.out_dir} ({error.strerror}); type "
-                          "--out_dir=ANOTHER") from None
+            raise cannot_write(self.out_dir, error) from None
         try:
             import fcntl
         except ImportError: # Windows

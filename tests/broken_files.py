@@ -1,6 +1,7 @@
 """
 Files that are wrong in one way each, for test_bad_input.py: datasets, checkpoints, and what else a user may name.
 """
+import gzip
 import json
 import os
 import pickle
@@ -78,6 +79,9 @@ def write_checkpoints(root):
             'numbername': {'model': {**good['model'], 5: torch.zeros(1)}},
             'sparse': {'model': {**good['model'], wte: good['model'][wte].to_sparse()}},
             'nodata': {'model': {**good['model'], wte: good['model'][wte].to('meta')}},
+            'vectorloss': {'best_val_loss': torch.zeros(2)}, 'earlier': {'iter_num': -3}, 'textworse': {'n_worse': 'x'},
+            'numberdata': {'config': {'dataset': 5}}, 'numberstart': {'config': {'init_from': 5}},
+            'tensoroption': {'config': {'dropout': torch.zeros(2)}},
             'moments': {'optimizer': {'state': 3, 'param_groups': 'x'}, 'iter_num': 0},
             'trained': {'optimizer': {}}, 'hostile': {'optimizer': Hostile(str(root / 'ran'))}}.items():
         torch.save({**good, **changes}, root / f'{name}.pt')
@@ -86,7 +90,7 @@ def write_checkpoints(root):
     torch.save([good], root / 'alist.pt')
     (root / 'cut.pt').write_bytes((root / 'good.pt').read_bytes()[:3000])
     (root / 'hostile_pickle.pt').write_bytes(pickle.dumps({'model': Hostile(str(root / 'ran'))}))
-    for run, kept, name in (('run', 'ckpt', 'trained'), ('moments', 'last', 'moments'), ('hostile_last', 'last', 'hostile'), ('hostile_best', 'ckpt', 'hostile')):
+    for run, kept, name in (('run', 'ckpt', 'trained'), ('moments', 'last', 'moments'), ('earlier', 'last', 'earlier'), ('hostile_last', 'last', 'hostile'), ('hostile_best', 'ckpt', 'hostile')):
         (root / run).mkdir()
         shutil.copy(root / f'{name}.pt', root / run / f'{kept}.pt')
     adapted = GPT(GPTConfig(16, len(CHARS), 1, 1, 8))
@@ -95,7 +99,7 @@ def write_checkpoints(root):
     lora.add(adapted, 2, 4.0, 0.0, 'attn.c_attn')
     settings, matrices = lora.settings(adapted), lora.adapter(adapted)
     for name, changes in {
-            'nobase': {'base': 5}, 'gonebase': {'base': '/no/such'}, 'otherbase': {'base_fingerprint': 1},
+            'nobase': {'base': None}, 'gonebase': {'base': '/no/such'}, 'otherbase': {'base_fingerprint': 1},
             'rank': {'lora': {**settings, 'rank': 10**9}}, 'targets': {'lora': {**settings, 'targets': 'mlp.x'}},
             'norank': {'lora': {**settings, 'rank': 0}}, 'half': {'lora': {'rank': 2}}, 'none': {'lora': 5}, 'shape': {'model': {k: v[:1] for k, v in matrices.items()}},
             'text': {'model': {'transformer.h.0.attn.c_attn.lora_A': 'x'}}}.items():
@@ -105,7 +109,8 @@ FILES = { # a name, and what is in the file
     'typo.py': 'batchsize = 4', 'broken.py': 'batch_size = = 4', 'leaves.py': 'raise SystemExit(0)',
     'function.py': 'def batch_size(): return 4', 'huge.py': 'learning_rate = 10**400', 'null.py': 'batch_size = 4 \0',
     'endless.py': 'def f(): f()\nf()', 'nulls.py': "dataset = 'a\\0b'", 'file': 'a file, not a folder',
-    'latin1.txt': 'café'.encode('latin-1'), 'tiny.txt': 'a', 'blank.txt': ' \n', 'void.txt': '', 'kanji.txt': '東京 ' * 50,
+    'latin1.txt': 'café'.encode('latin-1'), 'novel.txt.gz': gzip.compress(b'It was'), 'novel.pdf': b'%PDF-1.4\n\xe2\xe3',
+    'picture.txt': b'\x89PNG\r\n\x1a\n\0\0', 'tiny.txt': 'a', 'blank.txt': ' \n', 'void.txt': '', 'kanji.txt': '東京 ' * 50,
     'text.txt': TEXT[:2000], 'pictures/a.jpg': b'', 'template.txt': '{instruction.__class__} {0} %s',
     'half.jsonl': '{"text": "a"}\n{"text": ', 'list.jsonl': '["text"]', 'number.jsonl': '{"text": 5}', 'deep.jsonl': '[' * 10**5,
     'body.jsonl': '{"body": "a"}', 'word.jsonl': '{"text": "one"}',

@@ -89,6 +89,11 @@ def test_a_config_computes_and_may_import_and_define(tmp_path):
                     "learning_rate = 1\ncompile = False\n")
     assert read(str(path)) == {'batch_size': 20, 'learning_rate': 1.0, 'compile': False}
 
+def test_a_config_s_function_may_assign_by_global(tmp_path):
+    path = tmp_path / 'c.py'
+    path.write_text('batch_size = 3\ndef _f():\n    global batch_size, learning_rate\n    batch_size, learning_rate = 5, 0.5\n_f()\n')
+    assert read(str(path)) == {'batch_size': 5, 'learning_rate': 0.5} # the last of each
+
 @pytest.mark.parametrize('text, message', [
     ('batch_sise = 4', 'did you mean batch_size'), ('tokens = 4', "file's own begins with _, as _tokens"),
     ('batch_size = torch.x', "name 'torch' is not defined; mend that line, or import there what it uses"), ('batch_size = "4"', 'takes a whole number'),

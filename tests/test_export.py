@@ -100,7 +100,7 @@ def test_weights_only_is_nanogpt_s_checkpoint_without_the_optimizer(run, char_ru
     model, path = char_run
     run('export.py', f'--out_dir={path}', '--weights_only=True', f'--to={tmp_path}/new/small.pt', '--dtype=float16')
     small = torch.load(tmp_path / 'new' / 'small.pt', weights_only=True)
-    assert set(small) == {'model', 'model_args', 'iter_num', 'best_val_loss', 'config', 'tokenizer', 'template', 'version'}
+    assert set(small) == {'model', 'model_args', 'iter_num', 'best_val_loss', 'config', 'tokenizer', 'version'}
     assert (small['iter_num'], small['best_val_loss'], small['config']) == (7, 1.5, {'dataset': 'chars'})
     assert set(small['model_args']) == {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
     assert small['model'].keys() == model.state_dict().keys()
@@ -116,12 +116,12 @@ def test_weights_only_is_nanogpt_s_checkpoint_without_the_optimizer(run, char_ru
 def write_adapted(path, hf_dir):
     """ a checkpoint of LoRA, as train.py writes it, on the base in hf_dir """
     model = GPT.from_pretrained(str(hf_dir))
-    base = checkpoints.describe_base(str(hf_dir), model)
+    base = checkpoints.describe_base(str(hf_dir), model, True, {})
     torch.manual_seed(5)
     lora.add(model, 4, 10.0, 0.1, 'attn.c_attn,mlp.c_proj')
     for linear in lora.layers(model):
         torch.nn.init.normal_(linear.lora_B, std=0.5)
-    saver.save({**checkpoints.adapter_state(model, base), 'model_args': checkpoints.model_args(model),
+    saver.save({**checkpoints.adapter_state(model), **base, 'model_args': checkpoints.model_args(model),
                       'tokenizer': STATES['bpe']}, str(path))
 
 def test_an_adapter_has_peft_s_layout_and_an_overwrite_leaves_nothing_of_the_old(run, hf_dir, tmp_path):

@@ -71,9 +71,21 @@ def test_patience_begins_anew_with_another_dataset(train, base, clone):
     with open(clone / 'data' / 'others' / 'val.bin', 'ab') as file:
         file.write(bytes(2)) # prepared again, of another text
     changed = train(*options[:3], '--init_from=resume', '--learning_rate=0.5', '--max_iters=50', f"--dataset={clone / 'data' / 'others'}")
-    assert 'the best so far was judged by ' in changed.out and ' as it was read: to count anew, type --init_from=' in changed.out
+    assert 'the best so far was judged by other windows of ' in changed.out and ': to count anew, type --init_from=' in changed.out
     assert len([line for line in changed.out.splitlines() if line.startswith('step ')]) > 1
     assert len([line for line in again.out.splitlines() if line.startswith('step ')]) == 1
+
+def test_patience_begins_anew_with_other_weights_of_a_mixture(train, clone):
+    shutil.copytree(clone / 'data' / 'chars', clone / 'data' / 'more')
+    train('--dataset=chars:0.9,more:0.1', '--max_iters=2')
+    for weights, counts_on in (('9,more:1', True), ('1,more:9', False)):
+        done = train('--init_from=resume', f'--dataset=chars:{weights}', '--max_iters=3')
+        assert ('judged by' not in done.out) == counts_on
+
+def test_a_shape_that_a_resumed_run_did_not_take_is_not_asked_for_again(train):
+    train('--max_iters=1')
+    assert 'n_layer stays' in train('--init_from=resume', '--n_layer=3', '--max_iters=2').out
+    assert 'n_layer' not in train('--init_from=resume', '--max_iters=3').out
 
 def test_a_finetune_that_never_beats_its_base_leaves_it_and_says_so(train, base):
     result = train(f'--init_from={base}', '--learning_rate=100.0')
@@ -164,6 +176,8 @@ def test_a_text_of_the_user_s_in_samples_txt_stays(train, tmp_path):
     assert whole.read_bytes() == text # an earlier run's samples go
     train(*options, '--init_from=resume', '--max_iters=7')
     assert whole.read_bytes() == text
+    train(*options, '--init_from=resume', '--max_iters=8', '--sample_interval=100')
+    assert whole.read_bytes() == text # whose last is of the iteration that is resumed at, or before it
     whole.write_bytes(text[len(mine):])
     train('--overwrite=True')
     assert not whole.exists() and 'What it wrote' not in (tmp_path / 'out' / 'report.md').read_text(encoding='utf-8')

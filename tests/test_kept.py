@@ -3,6 +3,8 @@ What a user has is never lost to a new run, an export or a dataset: models that 
 """
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -29,6 +31,19 @@ def test_an_adapter_whose_folders_have_moved_is_evaluated_beside_its_base(train,
     (tmp_path / 'old').rename(tmp_path / 'new')
     told = run('evaluate.py', f"--out_dir={tmp_path / 'new' / 'adapter'}", '--dataset=chars', '--device=cpu')
     assert 'no comparison with its base' not in told.out + told.err
+
+def test_a_run_is_compared_with_the_base_it_had_from_any_folder_or_with_none(train, run, clone, tmp_path):
+    train(out_dir='base')
+    train(f"--init_from={os.path.relpath(tmp_path / 'base', clone)}", '--max_iters=1', out_dir='tuned')
+    evaluate = 'evaluate.py', f"--out_dir={tmp_path / 'tuned'}", '--dataset=chars', '--device=cpu'
+    told = subprocess.run([sys.executable, clone / evaluate[0], *evaluate[1:]], cwd=tmp_path, capture_output=True, encoding='utf-8')
+    assert told.stdout.splitlines()[3].split()[0] == 'base' and 'no comparison' not in told.stderr
+    train('--overwrite=True', '--seed=2', out_dir='base')
+    assert f"{tmp_path / 'base'} is no longer the model that {tmp_path / 'tuned'} was trained from" in run(*evaluate).err
+    assert len(run(*evaluate, f"--base={tmp_path / 'base'}").out.splitlines()) == 5
+    (tmp_path / 'base').rename(tmp_path / 'gone')
+    assert f"no comparison with its base: there is no model '{tmp_path / 'base'}'" in run(*evaluate).err
+    train(f"--init_from={tmp_path / 'tuned'}", '--max_iters=1', '--overwrite=True', out_dir='base') # no adapter needs it
 
 @pytest.mark.parametrize('name', ['log.csv', 'report.md', 'loss.png'])
 def test_a_file_of_the_user_s_is_not_written_over_by_a_run(train, tmp_path, name):

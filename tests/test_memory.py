@@ -254,18 +254,24 @@ def test_offload_is_offered_where_it_works_and_helps(plan, device, options, last
     assert memory.plans_for({**config, 'plan': 'auto'}, device, processes=2)[-1] == 'recompute'
 
 def test_out_of_memory_with_one_sequence_names_the_next_plan():
-    said = [memory.advice(plan, 1, 1024, 8).rpartition('type ')[2] for plan in memory.PLANS]
+    config = {'batch_size': 1, 'gradient_accumulation_steps': 8, 'block_size': 1024, 'eval_iters': 0}
+    said = [memory.advice(plan, 1, config).rpartition('type ')[2] for plan in memory.PLANS]
     assert said == ['--plan=selective', '--plan=recompute', '--plan=offload', '--block_size=512']
-    saved = [memory.advice(plan, 1, 1024, 8, plans, works, saved=True).rpartition('type ')[2] for plan, plans, works in (
+    saved = [memory.advice(plan, 1, config, plans, works, saved=True).rpartition('type ')[2] for plan, plans, works in (
         ('device', memory.PLANS, True), ('recompute', memory.PLANS[:3], False))]
     assert saved == ['--init_from=resume --plan=selective', '--lora_rank=16 --learning_rate=3e-4 --out_dir=ANOTHER, or take a smaller model']
-    alone = [memory.advice(plan, 6, 1024, 24, plans, works=False).partition('; ')[2] for plan, plans in (
+    alone = [memory.advice(plan, 6, config, plans, works=False).partition('; ')[2] for plan, plans in (
         ('device', memory.PLANS), ('recompute', memory.PLANS[:3]))]
     assert alone == ['type --plan=offload', 'type --lora_rank=16 --learning_rate=3e-4, or take a smaller model'] # no sequences were there
     for works in (True, False): # several processes may share weights and moments, which changes no loss
-        assert memory.advice('recompute', 1, 1024, 8, memory.PLANS[:3], works, shards=True).endswith('; type --shard=True')
-    assert memory.advice('device', 6, 1024, 24).endswith(
+        assert memory.advice('recompute', 1, config, memory.PLANS[:3], works, shards=True).endswith('; type --shard=True')
+
+def test_out_of_memory_with_several_sequences_keeps_what_an_iteration_and_an_evaluation_read():
+    config = {'batch_size': 12, 'gradient_accumulation_steps': 2, 'block_size': 1024, 'eval_iters': 0}
+    assert memory.advice('device', 6, config).endswith(
         '6 sequences of 1024 tokens at a time; type --batch_size=3 --gradient_accumulation_steps=8')
+    assert memory.advice('device', 6, {**config, 'eval_iters': 200}, saved=True).endswith(
+        'type --init_from=resume --batch_size=3 --gradient_accumulation_steps=8 --eval_iters=800') # 2,400 windows
 
 def test_a_dry_run_tells_every_plan_and_touches_nothing(run):
     done = run('train.py', 'config/finetune/gpt2_xl.py', '--dry_run=True', '--memory_gb=8')

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import memory
+from device import is_out_of_memory
 from model import GPT, GPTConfig
 from optim import OffloadedAdamW, clip_gradients, load_optimizer, make_optimizer, set_lr, weights
 
@@ -19,7 +20,7 @@ def test_a_plan_is_told_before_weights_are_fetched(run, clone, hf_dir, tmp_path)
     shutil.copytree(clone / 'data' / 'chars', tmp_path / 'bpe', ignore=shutil.ignore_patterns('meta.pkl'))
     def start(*options):
         return run('train.py', f"--dataset={tmp_path / 'bpe'}", '--device=cpu', f'--init_from={tmp_path}', '--block_size=32', *options, status=2)
-    assert 'error: no plan fits' in start('--memory_gb=0.6001').err
+    assert 'error: no plan fits' in start('--memory_gb=0.0001').err
     there = start()
     assert 'plan device' in there.out and 'cannot load' in there.err
 
@@ -113,6 +114,17 @@ def test_gradients_that_go_take_their_errors_along():
     opt.zero_grad()
     opt.collect()
 
+def test_an_update_without_room_in_ram_ends_the_run_and_is_no_reason_to_repeat_the_iteration():
+    gpt, idx = GPT(GPTConfig(16, 50, 2, 2, 16)), torch.randint(50, (2, 16))
+    opt = make_optimizer('adamw', gpt, 1e-2, 0.0, 0.1, (0.9, 0.95), ('cpu', torch.float32))
+    gpt(idx, idx)[1].backward()
+    def full():
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    opt.updater.step = full
+    with pytest.raises(ValueError, match='RAM ran out while weights were updated in it; free some') as told:
+        opt.step()
+    assert not is_out_of_memory(told.value)
+
 @pytest.mark.parametrize('first, second', [('offload', 'device'), ('device', 'offload')])
 def test_a_run_goes_on_in_another_plan_as_if_in_one(train, first, second):
     whole = train('--max_iters=8')
@@ -167,7 +179,7 @@ def test_a_run_without_room_loses_nothing_and_goes_on_with_what_it_names(train, 
     assert again.column('loss') == whole.column('loss') and again.column('val_loss') == whole.column('val_loss')
 
 def test_an_evaluation_needs_no_room_for_training(train, tmp_path):
-    options = ('--n_embd=128', '--n_layer=8', '--memory_gb=0.62')
+    options = ('--n_embd=128', '--n_layer=8', '--memory_gb=0.02')
     out_dir = train('--n_embd=128', '--n_layer=8', '--max_iters=1').out_dir
     assert 'no plan fits' in train(*options, f'--init_from={out_dir}', out_dir='b', status=2).err
     told = train(*options, '--eval_only=True', '--init_from=resume').out # six times the weights would not fit

@@ -72,6 +72,14 @@ def test_an_error_of_all_processes_is_told_once_under_torchrun(clone, tmp_path):
         assert re.findall(r'^error: .*', job.text(), re.MULTILINE) == [
             'error: out of memory in plan device, with weights, gradients and moments alone; type --init_from=resume --shard=True']
 
+def test_a_folder_that_cannot_be_written_is_told_once_under_torchrun(clone, tmp_path):
+    (tmp_path / 'file').write_text('')
+    command = ['train.py', '--dataset=chars', *TINY, f"--out_dir={tmp_path / 'file' / 'out'}"]
+    with Job(['--standalone', '--nproc_per_node=2'], command, clone, tmp_path / 'printed') as job:
+        assert job.ended() == 1
+        errors = [line for line in job.text().splitlines() if line.startswith(('error: ', 'Traceback', 'RuntimeError'))]
+        assert len([line for line in errors if line.startswith('error: ')]) == 1 and errors[0].startswith('error: cannot write to'), errors
+
 def test_only_the_same_command_in_the_same_job_goes_on_by_itself(train, monkeypatch):
     """ as when Slurm queues a job again, whose id is torchrun's """
     out_dir = str(train('--eval_interval=6', env={'TORCHELASTIC_RUN_ID': '7'}).out_dir)

@@ -125,10 +125,10 @@ def test_a_pinned_revision_is_the_one_that_is_loaded_also_for_an_adapter(hf_dir,
     shutil.copytree(tmp_path / 'hub' / 'models--owner--tiny' / 'snapshots' / SHAS['old'], folder)
     model, _ = checkpoints.load_model(str(folder))
     pinned = f"owner/tiny@{SHAS['old']}"
-    base = checkpoints.describe_base(pinned, model)
+    base = checkpoints.describe_base(pinned, model, True, {})
     assert base['base'] == pinned
     lora.add(model, 2, 4.0, 0.0, 'attn.c_attn')
-    saver.save({**checkpoints.adapter_state(model, base), 'model_args': checkpoints.model_args(model),
+    saver.save({**checkpoints.adapter_state(model), **base, 'model_args': checkpoints.model_args(model),
                       'tokenizer': {'name': 'gpt2'}}, str(tmp_path / 'lora.pt'))
     sources = {'owner/tiny': 1, 'owner/tiny@main': 1, pinned: 2, 'owner/tiny@old': 2, str(tmp_path / 'lora.pt'): 2, str(folder): 2,
                'owner/tiny@none': "cannot load owner/tiny@none from Hugging Face's format or hub"}
@@ -147,7 +147,7 @@ def test_a_revision_stands_behind_a_name_of_the_hub_alone(tmp_path, monkeypatch)
 def test_an_exported_adapter_names_the_revision_of_its_base(run, tmp_path):
     model = GPT(GPTConfig(16, len(CHARS), 1, 1, 8))
     lora.add(model, 2, 4.0, 0.0, 'attn.c_attn')
-    saver.save({**checkpoints.adapter_state(model, {'base': 'owner/tiny@old'}),
+    saver.save({**checkpoints.adapter_state(model), 'base': 'owner/tiny@old',
                       'model_args': checkpoints.model_args(model)}, str(tmp_path / 'lora.pt'))
     done = run('export.py', f'--out_dir={tmp_path}/lora.pt', '--adapter=True', f'--to={tmp_path}/peft')
     settings = json.loads((tmp_path / 'peft' / 'adapter_config.json').read_text())

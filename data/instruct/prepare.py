@@ -96,9 +96,9 @@ print(f"{shorten(folder)}: {len(lengths) - n_val:,} items of {n_train:,} tokens 
 print(f"the longest item has {max(lengths):,} tokens")
 n_long = sum(length > LONGEST for length in lengths)
 if n_long:
-    print(f"warning: items longer than the {LONGEST:,} tokens that GPT-2 reads at once: {n_long:,}; it learns "
-          "their ends without the question; shorten them or leave them out")
+    print(f"warning: items longer than the {LONGEST:,} tokens that GPT-2 reads at once: {n_long:,}; it "
+          "learns their ends without the question; shorten them or leave them out")
 if n_blank:
-    print(f"warning: items with a blank answer: {n_blank:,}; the model learns from them to say nothing; write "
-          "one, or leave them out")
+    print(f"warning: items with a blank answer: {n_blank:,}; the model learns from them to say nothing; "
+          "write one, or leave them out")
 tell_run('config/finetune/gpt2_small.py', name, n_train, n - n_train)
