@@ -3,7 +3,7 @@ What a run does with a dataset just prepared, the command to type, and better op
 """
 import os
 
-from configurator import ROOT, quote, run_file
+from configurator import ROOT, quote, run_file, script
 
 LITTLE, SOME, MUCH = 10**5, 10**6, 10**8 # tokens to train on
 
@@ -64,4 +64,5 @@ def tell_run(config, name, n_train, n_val):
         print("warning: that is little, and a model soon knows it by heart; " * (n_train < LITTLE)
               + f"the command below makes at most {count_epochs(options | fitting, n_train)}{ends}")
     more = ''.join(f' --{key}={value}' for key, value in fitting.items())
-    print(f"next: python train.py {config} --dataset={quote(name)} --out_dir={quote(f'out-{name}')}{more}")
+    print(f"next: python {script('train.py')} {config} --dataset={quote(name)} "
+          f"--out_dir={quote(f'out-{name}')}{more}")

@@ -213,6 +213,13 @@ def quote(text: str) -> str:
         return text if re.fullmatch(r'[\w.:/\\-]+', text) else f'"{text}"'
     return shlex.quote(text)
 
+def script(name: str) -> str:
+    """ a script of the project, as a user types it in the current folder """
+    try:
+        return quote(os.path.relpath(os.path.join(ROOT, name)))
+    except ValueError: # another drive of Windows
+        return quote(os.path.join(ROOT, name))
+
 def read_options(script: str) -> tuple[str, list[tuple]]:
     """ a script's docstring and its options in order, (group, name, default, comment), read from its source
     without running it """

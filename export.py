@@ -17,7 +17,7 @@ adapter = False # write only the adapter of a LoRA run, in PEFT's layout; False 
 dtype = 'float32' # of the weights: float32, bfloat16, float16
 overwrite = False # replace what is at --to, if it holds only what an export writes
 
-from configurator import configure, quote
+from configurator import configure, quote, script
 configure(globals())
 
 import os
@@ -206,7 +206,7 @@ if adapter:
         raise ValueError(f"the adapter in {source} is not whole ({error}); type --out_dir with "
                          "another") from None
     if checkpoints.find(base) or pretrained.find_tensorflow(base):
-        print("its base is a checkpoint, which transformers cannot load; next: python export.py "
+        print(f"its base is a checkpoint, which transformers cannot load; next: python {script('export.py')} "
               f"--init_from={quote(base)} --to=FOLDER")
         base = 'FOLDER'
     named = ''.join(f', {key}={value!r}' for key, value in revision.items())
@@ -223,7 +223,7 @@ else:
         from_state(state) # raises ValueError if it is not a vocabulary
         put(lambda folder: write_hugging_face(folder, model, state, template))
     asked = ' --instruction=TEXT' * (loaded.get('template') is not None)
-    print(f"next: python sample.py --init_from={quote(to)}{asked}")
+    print(f"next: python {script('sample.py')} --init_from={quote(to)}{asked}")
     if not weights_only:
         print("in transformers:\n"
               "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"

@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from configurator import quote
+from configurator import quote, script
 from plot import plot_run
 from saver import cannot_write
 
@@ -61,11 +61,12 @@ class Best:
         model was trained on instructions """
         waited = ended and 0 < patience <= self.n_worse
         launch = 'python' if os.environ.get('WORLD_SIZE', '1') == '1' else 'torchrun ...'
-        goes_on = (f"\nto go on: {launch} train.py --init_from=resume --out_dir={quote(out_dir)}"
+        goes_on = (f"\nto go on: {launch} {script('train.py')} --init_from=resume --out_dir={quote(out_dir)}"
                    f"{' --patience=0' * waited}") if waited or not ended else ''
         learned = max(self.evaluated, self.best_iter) > 0 or not iter_num # ckpt.pt may hold what it learned
         path = quote(out_dir if learned else os.path.join(out_dir, 'last.pt'))
-        following = f"next: python sample.py --out_dir={path}{' --instruction=TEXT' * asked}{goes_on}"
+        following = (f"next: python {script('sample.py')} --out_dir={path}{' --instruction=TEXT' * asked}"
+                     f"{goes_on}")
         best, latest = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'last.pt'))
         if self.best_val_loss == math.inf:
             return f"no evaluation has a checkpoint yet; the latest is {latest}\n{following}"

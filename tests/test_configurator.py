@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configurator import ROOT, configure, read_argument, report, run_file
+from configurator import ROOT, configure, read_argument, report, run_file, script
 
 DEFAULTS = {'batch_size': 12, 'learning_rate': 6e-4, 'compile': 'auto', 'decay_lr': True, 'start': '\n'}
 
@@ -110,6 +110,12 @@ def test_a_config_of_the_project_is_found_from_another_folder(tmp_path, monkeypa
     (tmp_path / 'c.py').write_text('batch_size = 2e2', encoding='utf-8-sig') # as Windows' Notepad may save it
     assert read('c.py')['batch_size'] == 200 and type(read('c.py')['batch_size']) is int
     assert run_file('config/quickstart.py', {})['out_dir'] == 'out-quickstart'
+
+def test_a_script_is_named_as_it_is_typed_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert script('train.py') == 'train.py'
+    monkeypatch.chdir(os.path.join(ROOT, 'data'))
+    assert script('train.py') == os.path.join('..', 'train.py')
 
 def test_a_missing_config_suggests_the_nearest(tmp_path):
     with pytest.raises(ValueError, match='did you mean config/finetune/gpt2_medium.py'):
