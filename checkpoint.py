@@ -30,13 +30,12 @@ DEFAULTS = GPT2_SHAPES['gpt2'] | {'bias': False} # train.py's, of the options th
 OTHERS = " and the run's other options" # which a new run does not take over
 KINDS = { # types of a checkpoint's entries
     **dict.fromkeys(('model', 'model_args', 'optimizer', 'config', 'tokenizer', 'scaler', 'lora'), dict),
+    **dict.fromkeys(('template', 'launch', 'base'), str), 'base_fingerprint': int, 'lost': (int, float),
     **dict.fromkeys(('version', 'iter_num', 'best_iter', 'n_worse', 'evaluated', 'n_bad'), int),
-    **dict.fromkeys(('template', 'launch', 'base'), str), 'lost': bool,
     'best_val_loss': (int, float, torch.Tensor)}
-OPTIONS = { # types of the options in its config; others may be any of PLAIN
+OPTIONS = { # types of the options in its config; others may be anything but a tensor
     **dict.fromkeys(('dataset', 'init_from', 'freeze', 'data'), str),
     **dict.fromkeys(('batch_size', 'gradient_accumulation_steps'), int)}
-PLAIN = str, int, float, type(None)
 
 def find(source: str) -> str | None:
     """ `source` if it is a file, else ckpt.pt or last.pt in that folder; None if there is none """
@@ -116,7 +115,7 @@ def misfits(checkpoint: dict):
             yield key, value
         elif key == 'config':
             yield from ((f"config's {name}", its) for name, its in value.items()
-                        if not isinstance(its, OPTIONS.get(name, PLAIN)))
+                        if not isinstance(its, OPTIONS.get(name, object)) or isinstance(its, torch.Tensor))
 
 def take_weights(checkpoint: dict) -> dict:
     """ take the tensors by name out of a checkpoint; raises TypeError if one is not a plain float tensor """
@@ -143,8 +142,8 @@ def base_of(checkpoint: dict, path: str) -> str | None:
     base = checkpoint.get('base')
     is_path = base and (posixpath.isabs(base) or ntpath.isabs(base)) # else it is on the hub
     if is_path and not os.path.exists(base): # both folders were moved
-        beside, parts = os.path.join(os.path.dirname(os.path.abspath(path)), '..'), re.split(r'[\\/]', base)
-        near = [os.path.join(beside, *parts[-n:]) for n in (2, 1)]
+        beside, parts = os.path.join(os.path.dirname(path), '..'), re.split(r'[\\/]', base)
+        near = [os.path.abspath(os.path.join(beside, *parts[-n:])) for n in (2, 1)]
         base = next((there for there in near if os.path.exists(there)), base)
     return base
 
@@ -154,21 +153,28 @@ def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> G
     if base is None:
         raise ValueError(f"{path} does not say which model its adapter is for; type --out_dir with another")
     try:
-        model, _ = load_model(base, dropout)
+        model, beneath = load_model(base, dropout)
     except OSError as error:
         raise FileNotFoundError(f"{path} holds an adapter for {base}, which cannot be had: {error}; "
                                 "put it there, or its folder beside the adapter's") from None
-    if lora.fingerprint(model) != checkpoint.get('base_fingerprint'):
+    if checkpoint.get('base_fingerprint') not in fingerprints(model, beneath):
         raise ValueError(f"{base} is no longer the model that the adapter in {path} was trained on; put "
                          "that one back there")
     try:
         lora.add(model, **checkpoint['lora'])
         lora.load(model, take_weights(checkpoint))
+        checkpoint['fingerprint'] = lora.fingerprint(lora.adapter(model).values(),
+                                                     checkpoint['base_fingerprint'])
     except (RuntimeError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{path} does not fit together: {error}; type --out_dir with another") from None
     if merge:
         lora.merge(model)
     return model
+
+def fingerprints(model: GPT, loaded: dict) -> list[int]:
+    """ the checksums by which a run may know this model as its base: that of its weights, or, for a merged
+    adapter, whose sums differ a little between machines, first that of the adapter """
+    return [*[loaded[key] for key in ('fingerprint',) if key in loaded], lora.fingerprint(model.parameters())]
 
 def load_model(source: str, dropout: float = 0.0, merge: bool = True,
                moments: bool = False) -> tuple[GPT, dict]:
@@ -337,7 +343,7 @@ def describe_base(source: str, model: GPT, adapts: bool, loaded: dict) -> dict:
         return {}
     source = adapts and find(source) or source
     return {'base': os.path.abspath(source) if os.path.exists(source) else source,
-            'base_fingerprint': lora.fingerprint(model)}
+            'base_fingerprint': fingerprints(model, loaded)[0]}
 
 def tell_changes(before: dict, config: dict) -> str:
     """ which options differ from those of the resumed run, as text for its first line
@@ -374,7 +380,8 @@ def is_same_data(before: dict, config: dict) -> bool:
     names = before.get('dataset', config['dataset']), config['dataset']
     if names[0] == names[1]:
         return True
-    was, now = ([os.path.abspath(folder) for folder in find_datasets(name)] for name in names)
+    was, now = ({os.path.abspath(folder): round(weight / sum(its.values()), 6)
+                 for folder, weight in its.items()} for its in map(find_datasets, names))
     return was == now
 
 def adapter_state(model: GPT) -> dict:

@@ -105,8 +105,10 @@ def read_argument(arg: str, current: dict, defaults: dict) -> dict:
             raise ValueError(f"{arg} has no value; type {arg}={example}, with = and no space")
         return {key: parse(key, text, defaults[key])}
     if not arg.endswith('.py'):
+        keys = 'out_dir' if os.path.isdir(arg) else 'file', 'input' # the first that the script has
+        key = next((key for key in keys if key in defaults and os.path.exists(arg)), 'key')
         raise ValueError(f"{arg!r} is neither a config file (*.py) nor an option; options are typed "
-                         "--key=value")
+                         f"--{key}={'value' if key == 'key' else quote(arg)}")
     names = run_file(arg, current) # so that a config can compute with what is set so far
     settings = {k: v for k, v in names.items() if not k.startswith('_') and not inspect.ismodule(v)
                 and (k in defaults or not callable(v))}

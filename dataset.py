@@ -160,7 +160,7 @@ class Mix(Split):
                 yield float(weight), windows + [base, 0], n
 
     def mark(self):
-        return ','.join(f'{w:.6g} x {split.mark()}' for w, split in zip(self.weights, self.splits))
+        return ','.join(split.mark() for split in self.splits)
 
     def describe_epochs(self, windows):
         shares = (self.source == k for k in range(len(self.splits)))
@@ -329,13 +329,17 @@ NO_TEXT = {b'\x1f\x8b': 'compressed by gzip', b'PK\3\4': 'a zip file, as .docx, 
 def bad_utf8(path: str, error: UnicodeDecodeError, before: int = 0) -> ValueError:
     """ the error for a file that is not UTF-8, found in the bytes after the first `before` ones """
     byte = before + error.start
-    for start, what in () if before else NO_TEXT.items():
-        if error.object.startswith(start):
+    head = error.object[:4]
+    if before:
+        with open(path, 'rb') as file: # a pipe fails in its first block, or is no such file
+            head = file.read(4)
+    for start, what in NO_TEXT.items():
+        if head.startswith(start):
             return ValueError(f"{shorten(path)} is {what}, no text; convert it to text in UTF-8 first")
     wide = byte == 0 and error.object[:2] in (b'\xff\xfe', b'\xfe\xff')
     if b'\0' in error.object and not wide:
-        return ValueError(f"{shorten(path)} holds bytes that no text has; expected text in UTF-8; take "
-                          "another file")
+        return ValueError(f"{shorten(path)} holds zero bytes, which no text in UTF-8 does; take another file, "
+                          "or convert it first, as with iconv -f utf-16le -t utf-8, if it is UTF-16")
     kind = 'utf-16 -t utf-8, since it is UTF-16' if wide else 'latin1 -t utf-8, if it is Latin-1'
     return ValueError(f"{shorten(path)} is not UTF-8 at byte {byte:,}; convert it first, as with "
                       f"iconv -f {kind}")

@@ -51,7 +51,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import checkpoint as checkpoints
-import lora
 from dataset import find_datasets, open_mask, open_tokens, read_shared_state, read_text, shorten
 from device import autocast, pick_device, pick_dtype
 from tokenizer import from_state
@@ -154,7 +153,8 @@ def load(source):
     origin = checkpoints.base_of(loaded, checkpoints.find(name) or '') or config.get('init_from', 'scratch')
     origin = shorten(origin) if os.path.exists(origin) else origin
     return SimpleNamespace(name=name, model=model.eval(), tokenizer=tokenizer, origin=origin, T=T,
-                           fingerprint=loaded.get('base_fingerprint'), stride=stride or max(1, T // 2),
+                           base_fingerprint=loaded.get('base_fingerprint'), stride=stride or max(1, T // 2),
+                           fingerprints=checkpoints.fingerprints(model, loaded),
                            trained_on=config.get('dataset', ''))
 
 def load_base(origin):
@@ -165,7 +165,7 @@ def load_base(origin):
         if checkpoints.find(origin) and os.path.samefile(*map(checkpoints.find, (origin, first.name))):
             raise ValueError(f"what {first.name} was trained from lay in the same place")
         one = load(origin)
-        if first.fingerprint not in (None, lora.fingerprint(one.model)):
+        if first.base_fingerprint not in (None, *one.fingerprints):
             raise ValueError(f"{origin} is no longer the model that {first.name} was trained from; type "
                              f"--base={origin} to compare them all the same")
         return one

@@ -171,7 +171,7 @@ def write_hugging_face(folder, model, state, template):
 
 def write_weights(file, model, loaded):
     """ write a checkpoint as nanoGPT does, without the optimizer """
-    kept = ('iter_num', 'best_val_loss', 'config', 'tokenizer', 'template')
+    kept = 'iter_num', 'best_val_loss', 'config', 'tokenizer', 'template', 'base', 'base_fingerprint'
     torch.save({'model': model.to(DTYPES[dtype]).state_dict(), 'model_args': checkpoints.model_args(model),
                 **{key: loaded[key] for key in kept if key in loaded}, 'version': checkpoints.VERSION}, file)
 

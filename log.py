@@ -30,7 +30,7 @@ class Best:
     best_iter: int = 0
     n_worse: int = 0 # evaluations since the best
     evaluated: int = -1 # the iteration of the latest evaluation
-    lost: bool = False # whether a better one could not be saved
+    lost: float = math.inf # the lowest loss of a model that could not be saved
 
     @classmethod
     def of(cls, checkpoint: dict) -> 'Best':
@@ -38,7 +38,7 @@ class Best:
         iter_num = checkpoint.get('iter_num', 0)
         return cls(float(checkpoint.get('best_val_loss', math.inf)), checkpoint.get('best_iter', iter_num),
                    checkpoint.get('n_worse', 0), checkpoint.get('evaluated', -1),
-                   checkpoint.get('lost', False))
+                   checkpoint.get('lost', math.inf))
 
     def after(self, iter_num: int, val_loss: float) -> tuple['Best', bool]:
         """ the Best after one more evaluation, and whether that one is the best; an evaluation that a resumed
@@ -48,12 +48,11 @@ class Best:
                                                     and self.best_val_loss < math.inf)
         n_worse = 0 if is_best else self.n_worse + (iter_num > self.evaluated)
         loss, best_iter = (val_loss, iter_num) if is_best else (self.best_val_loss, self.best_iter)
-        lost = self.lost and not is_best
-        return Best(loss, best_iter, n_worse, max(iter_num, self.evaluated), lost), is_best
+        return Best(loss, best_iter, n_worse, max(iter_num, self.evaluated), self.lost), is_best
 
     def without(self, before: 'Best') -> 'Best':
         """ the same counts, but the best as it was before, since the latest could not be saved """
-        lost = before.lost or self.best_iter != before.best_iter
+        lost = min(before.lost, self.best_val_loss)
         return Best(before.best_val_loss, before.best_iter, self.n_worse, self.evaluated, lost)
 
     def describe(self, out_dir: str, iter_num: int, patience: int, ended: bool, asked: bool = False) -> str:
@@ -77,8 +76,8 @@ class Best:
             lines.insert(0, f"{several} no better than that of iteration {self.best_iter}, so it ended")
         if not learned:
             lines.append("nothing was evaluated since iteration 0: what was learned is in last.pt alone")
-        elif self.lost:
-            lines.append("a better model could not be saved")
+        elif self.lost < self.best_val_loss:
+            lines.append(f"a better model, of val loss {self.lost:.4f}, could not be saved")
         elif self.best_iter == 0 and iter_num:
             lines.append("no evaluation was better than that of the model it started from, "
                          "which ckpt.pt holds")

@@ -129,9 +129,9 @@ def shrink(model, dtype: torch.dtype) -> None:
         if p.dim() == 2 and not p.requires_grad:
             p.data = p.data.to(dtype)
 
-def fingerprint(model) -> int:
-    """ a checksum over a piece of every weight, which any training would change """
-    total = 0
-    for p in model.parameters():
+def fingerprint(tensors, total: int = 0) -> int:
+    """ a checksum over a piece of every tensor, which any training would change; `total` is that of others
+    before them """
+    for p in tensors:
         total = zlib.crc32(p.detach().flatten()[:1024].float().cpu().numpy().tobytes(), total)
     return total

@@ -215,7 +215,7 @@ def with_lora(s: Shape, rank: int) -> Shape:
 def advice(plan: str, B: int, config: dict, plans: tuple[str, ...] = PLANS, works: bool = True,
            shards: bool = False, saved: bool = False) -> str:
     """ the error for a plan that ran out of memory all the same; its advice keeps how many sequences an
-    iteration and an evaluation have
+    iteration has, and an evaluation no fewer
 
     works: whether sequences were being processed; if not, weights, gradients and moments alone were too much,
     and only offload or shards, where the run can use them, hold less. saved: the run can be resumed.

@@ -163,6 +163,8 @@ class OffloadedAdamW(torch.optim.AdamW):
                       for group in self.param_groups]
             self.updates[part] = self.thread.submit(self.update, groups, limit)
         if first: # it allocates the moments and transfer buffers, which may not fit
+            for update in self.updates.values():
+                update.result()
             self.finish()
 
     def update(self, groups, limit):

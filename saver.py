@@ -47,8 +47,8 @@ def link(path: str, to: str) -> None:
 
 def cannot_write(out_dir: str, error: OSError) -> OSError:
     """ the error for a run whose folder cannot be written """
-    return OSError(f"cannot write to {out_dir} ({error.strerror}); mend that, or type --out_dir=ANOTHER, to "
-                   "resume one with a copy of this folder")
+    return OSError(f"cannot write to {out_dir} ({error.strerror}); mend that, or type "
+                   "--out_dir=ANOTHER (where a run is resumed, with a copy of this folder)")
 
 class Saver:
     """ saves a run's last.pt, ckpt.pt and, with keeps_all, iter_000500.pt; if a save fails, it prints a

@@ -81,6 +81,7 @@ def write_checkpoints(root):
             'nodata': {'model': {**good['model'], wte: good['model'][wte].to('meta')}},
             'vectorloss': {'best_val_loss': torch.zeros(2)}, 'earlier': {'iter_num': -3}, 'textworse': {'n_worse': 'x'},
             'numberdata': {'config': {'dataset': 5}}, 'numberstart': {'config': {'init_from': 5}},
+            'vectorprint': {'base_fingerprint': torch.zeros(2)}, 'listoption': {'config': {'dataset': 'chars', 'betas': (0.9, 0.95)}},
             'tensoroption': {'config': {'dropout': torch.zeros(2)}},
             'moments': {'optimizer': {'state': 3, 'param_groups': 'x'}, 'iter_num': 0},
             'trained': {'optimizer': {}}, 'hostile': {'optimizer': Hostile(str(root / 'ran'))}}.items():
@@ -95,7 +96,7 @@ def write_checkpoints(root):
         shutil.copy(root / f'{name}.pt', root / run / f'{kept}.pt')
     adapted = GPT(GPTConfig(16, len(CHARS), 1, 1, 8))
     adapted.load_state_dict(good['model'])
-    base = {'base': str(root / 'good.pt'), 'base_fingerprint': lora.fingerprint(adapted)}
+    base = {'base': str(root / 'good.pt'), 'base_fingerprint': lora.fingerprint(adapted.parameters())}
     lora.add(adapted, 2, 4.0, 0.0, 'attn.c_attn')
     settings, matrices = lora.settings(adapted), lora.adapter(adapted)
     for name, changes in {

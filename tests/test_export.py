@@ -100,7 +100,7 @@ def test_weights_only_is_nanogpt_s_checkpoint_without_the_optimizer(run, char_ru
     model, path = char_run
     run('export.py', f'--out_dir={path}', '--weights_only=True', f'--to={tmp_path}/new/small.pt', '--dtype=float16')
     small = torch.load(tmp_path / 'new' / 'small.pt', weights_only=True)
-    assert set(small) == {'model', 'model_args', 'iter_num', 'best_val_loss', 'config', 'tokenizer', 'version'}
+    assert set(small) == {'model', 'model_args', 'iter_num', 'best_val_loss', 'config', 'tokenizer', 'version'} # a run from scratch has no base
     assert (small['iter_num'], small['best_val_loss'], small['config']) == (7, 1.5, {'dataset': 'chars'})
     assert set(small['model_args']) == {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
     assert small['model'].keys() == model.state_dict().keys()

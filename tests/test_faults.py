@@ -109,9 +109,9 @@ def test_the_best_that_could_not_be_saved_is_not_the_best(tmp_path):
     now = missed.without(saved)
     assert is_best and (now.best_val_loss, now.best_iter, now.n_worse) == (3.0, 0, 0)
     assert now.after(20, 2.5)[1] and not missed.after(20, 2.5)[1]
-    assert now.lost and now.after(20, 3.5)[0].lost and not now.after(20, 2.5)[0].lost
-    told = now.describe('out', 20, 0, ended=True)
-    assert 'a better model could not be saved' in told and 'no evaluation was better' not in told
+    for at, better in ((now, True), (now.after(20, 3.5)[0], True), (now.after(20, 2.5)[0], True), (now.after(20, 1.5)[0], False)):
+        told = at.describe('out', 20, 0, ended=True)
+        assert ('a better model, of val loss 2.0000, could not be saved' in told) == better and 'no evaluation was better' not in told
 
 @pytest.mark.parametrize('evaluated, iter_num, file, says', [
     ((0,), 9, '/last.pt', 'nothing was evaluated since iteration 0: what was learned is in last.pt alone'),

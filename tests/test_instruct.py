@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dataset import read_template
 from instruct import TEMPLATE, encode, read_turns, render
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer
@@ -141,6 +142,11 @@ def test_an_input_that_a_sample_would_lose_is_refused(run, tmp_path, options, me
 def test_items_longer_than_the_model_reads_are_told(run, tmp_path):
     done = prepare(run, tmp_path, '--name=long', items=[*ITEMS, {'instruction': 'Count.', 'output': ' a' * 1024}])
     assert 'warning: items longer than the 1,024 tokens that GPT-2 reads at once: 1;' in done.out
+
+def test_a_typed_template_s_line_ends_are_those_that_a_prompt_has_later(run, clone, tmp_path):
+    prepare(run, tmp_path, '--name=ends', '--template=Q: {instruction}\r\n\r\n{input}\r\rA: ')
+    ids = read(clone / 'data' / 'ends', 'train')[0]
+    assert read_template([clone / 'data' / 'ends']) == 'Q: {instruction}\n\n{input}\n\nA: ' and '\r' not in BPE.decode(ids)
 
 def test_blank_answers_are_told(run, tmp_path):
     chat = [{'role': role, 'content': text} for role, text in zip(('user', 'assistant') * 2, ('Hi.', ' ', 'Hi?', 'Hi.'))]

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import checkpoint as checkpoints
 from checkpoint import config_of, load_model
 from model import GPTConfig
 
@@ -25,12 +26,29 @@ def test_the_base_of_an_adapter_is_not_written_over(train, run, tmp_path):
     for name in ('adapter', 'second'):
         run('sample.py', f'--out_dir={tmp_path / name}', '--num_samples=1', '--max_new_tokens=4', '--device=cpu')
 
-def test_an_adapter_whose_folders_have_moved_is_evaluated_beside_its_base(train, run, tmp_path):
+@pytest.mark.parametrize('options', [(), ('--lora_rank=2',)])
+def test_a_run_whose_folder_has_moved_with_its_base_s_is_evaluated_beside_it(train, run, tmp_path, options):
     train(out_dir='old/base')
-    train(f"--init_from={tmp_path / 'old' / 'base'}", '--lora_rank=2', out_dir='old/adapter')
+    train(f"--init_from={tmp_path / 'old' / 'base'}", *options, '--max_iters=1', out_dir='old/tuned')
     (tmp_path / 'old').rename(tmp_path / 'new')
-    told = run('evaluate.py', f"--out_dir={tmp_path / 'new' / 'adapter'}", '--dataset=chars', '--device=cpu')
+    told = run('evaluate.py', f"--out_dir={tmp_path / 'new' / 'tuned'}", '--dataset=chars', '--device=cpu')
+    assert told.out.splitlines()[3].split()[0].startswith(str(tmp_path / 'new' / 'base'))
     assert 'no comparison with its base' not in told.out + told.err
+
+@pytest.mark.parametrize('options', [(), ('--lora_rank=2',)])
+def test_an_adapter_that_is_a_base_is_known_by_itself_and_not_by_what_it_is_merged_to(train, run, tmp_path, options):
+    train(out_dir='base')
+    train(f"--init_from={tmp_path / 'base'}", '--lora_rank=2', out_dir='adapter')
+    train(f"--init_from={tmp_path / 'adapter'}", *options, '--max_iters=1', out_dir='tuned')
+    model, loaded = load_model(str(tmp_path / 'adapter'))
+    merged = checkpoints.fingerprints(model, {})[0]
+    model.transformer.h[0].attn.c_attn.weight.data *= 1.0001 # as another machine's sums may differ, if far less
+    known = checkpoints.load(str(tmp_path / 'tuned' / 'ckpt.pt'))['base_fingerprint']
+    assert known == checkpoints.fingerprints(model, loaded)[0] != merged != checkpoints.fingerprints(model, {})[0]
+    small = tmp_path / 'small.pt' # an exported checkpoint knows it, too
+    run('export.py', f"--out_dir={tmp_path / 'tuned'}", '--weights_only=True', f'--to={small}')
+    train(f"--init_from={tmp_path / 'base'}", '--lora_rank=2', '--seed=5', '--overwrite=True', out_dir='adapter')
+    assert 'is no longer the model that' in run('evaluate.py', f'--init_from={small}', '--dataset=chars', '--device=cpu').err
 
 def test_a_run_is_compared_with_the_base_it_had_from_any_folder_or_with_none(train, run, clone, tmp_path):
     train(out_dir='base')

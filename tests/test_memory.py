@@ -278,6 +278,8 @@ def test_a_dry_run_tells_every_plan_and_touches_nothing(run):
     table = [line.split() for line in done.out.splitlines() if line.startswith(memory.PLANS)]
     assert [row[0] for row in table] == list(memory.PLANS) and [row[5] for row in table] == ['no', 'no', 'no', 'yes']
     assert not done.out_dir.exists()
+    assert run('train.py', 'config/finetune/gpt2_small.py', '--dry_run=True', '--memory_gb=0.7').out.splitlines()[-1].startswith(
+        'no plan fits: offload, the leanest here, takes 0.5 GiB')
 
 @pytest.mark.parametrize('option, message', [('--block_size=2048', 'the model has 1024 positions'), ('--plan=x', "there is no plan 'x'")])
 def test_a_dry_run_refuses_what_the_run_would(run, option, message):

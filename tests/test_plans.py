@@ -120,10 +120,25 @@ def test_an_update_without_room_in_ram_ends_the_run_and_is_no_reason_to_repeat_t
     gpt(idx, idx)[1].backward()
     def full():
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-    opt.updater.step = full
-    with pytest.raises(ValueError, match='RAM ran out while weights were updated in it; free some') as told:
+    step, opt.updater.step = opt.updater.step, full
+    with pytest.raises(RuntimeError, match="can't allocate memory"): # the first, which train.py tells with what may help
         opt.step()
+    opt.updater.step = step
+    opt.updates.clear()
+    opt.step()
+    gpt(idx, idx)[1].backward()
+    opt.updater.step = full
+    opt.step()
+    with pytest.raises(ValueError, match='RAM ran out while weights were updated in it; free some') as told:
+        opt.finish()
     assert not is_out_of_memory(told.value)
+
+@pytest.mark.parametrize('name', ['make_optimizer', 'load_optimizer'])
+def test_an_optimizer_without_room_is_told_with_what_may_help(train, tmp_path, name):
+    (tmp_path / 'full.py').write_text(f"import optim, torch\ndef _full(*args): raise torch.OutOfMemoryError('out of memory')\noptim.{name} = _full\n")
+    train()
+    error = train(tmp_path / 'full.py', '--init_from=resume', '--max_iters=9', status=2).err.splitlines()[-1]
+    assert error.startswith('error: out of memory in plan device, with weights, gradients and moments alone; type ')
 
 @pytest.mark.parametrize('first, second', [('offload', 'device'), ('device', 'offload')])
 def test_a_run_goes_on_in_another_plan_as_if_in_one(train, first, second):

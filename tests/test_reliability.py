@@ -72,6 +72,10 @@ def test_an_error_of_all_processes_is_told_once_under_torchrun(clone, tmp_path):
         assert re.findall(r'^error: .*', job.text(), re.MULTILINE) == [
             'error: out of memory in plan device, with weights, gradients and moments alone; type --init_from=resume --shard=True']
 
+def test_sigusr1_does_not_end_a_run_that_only_starts(train, tmp_path):
+    (tmp_path / 'early.py').write_text('import os, signal\nos.kill(os.getpid(), signal.SIGUSR1)\n')
+    train(tmp_path / 'early.py', '--max_iters=1')
+
 def test_a_folder_that_cannot_be_written_is_told_once_under_torchrun(clone, tmp_path):
     (tmp_path / 'file').write_text('')
     command = ['train.py', '--dataset=chars', *TINY, f"--out_dir={tmp_path / 'file' / 'out'}"]

@@ -13,6 +13,7 @@ template = '' # text with {instruction}, {input}, and \n for a line end, or FILE
 val_fraction = 0.1 # share of the items, from the end, to validate on
 
 import os
+import re
 import signal
 import sys
 
@@ -45,7 +46,7 @@ def read_template():
             raise FileNotFoundError(f"there is no {path}; type --template=FILE:PATH of a text")
         text = read_text(path)
     else:
-        text = template.replace('\\n', '\n') or TEMPLATE
+        text = re.sub('\r\n?', '\n', template).replace('\\n', '\n') or TEMPLATE
     render(text, 'a question')
     return text
 
