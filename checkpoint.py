@@ -174,7 +174,8 @@ def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> G
 def fingerprints(model: GPT, loaded: dict) -> list[int]:
     """ the checksums by which a run may know this model as its base: that of its weights, or, for a merged
     adapter, whose sums differ a little between machines, first that of the adapter """
-    return [*[loaded[key] for key in ('fingerprint',) if key in loaded], lora.fingerprint(model.parameters())]
+    merged = lora.fingerprint(model.parameters())
+    return [loaded['fingerprint'], merged] if 'fingerprint' in loaded else [merged]
 
 def load_model(source: str, dropout: float = 0.0, merge: bool = True,
                moments: bool = False) -> tuple[GPT, dict]:
@@ -342,7 +343,8 @@ def describe_base(source: str, model: GPT, adapts: bool, loaded: dict) -> dict:
             raise ValueError("lora_rank needs a model to start from; type --init_from=gpt2, or --lora_rank=0")
         return {}
     source = adapts and find(source) or source
-    return {'base': os.path.abspath(source) if os.path.exists(source) else source,
+    is_path = os.path.exists(source) or pretrained.find_tensorflow(source) # else it is on the hub
+    return {'base': os.path.abspath(source) if is_path else source,
             'base_fingerprint': fingerprints(model, loaded)[0]}
 
 def tell_changes(before: dict, config: dict) -> str:

@@ -10,6 +10,7 @@ windows, starting at a random offset and wrapping around the end of the file, an
 is a target once per epoch. Offset and order are drawn from (seed, epoch), and iteration i takes windows
 [i*S, (i+1)*S) of the endless series of epochs, so (seed, i) determines what an iteration trains on.
 """
+import contextlib
 import difflib
 import functools
 import glob
@@ -331,7 +332,7 @@ def bad_utf8(path: str, error: UnicodeDecodeError, before: int = 0) -> ValueErro
     byte = before + error.start
     head = error.object[:4]
     if before:
-        with open(path, 'rb') as file: # a pipe fails in its first block, or is no such file
+        with contextlib.suppress(OSError), open(path, 'rb') as file: # a pipe cannot be opened again
             head = file.read(4)
     for start, what in NO_TEXT.items():
         if head.startswith(start):

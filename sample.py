@@ -48,8 +48,8 @@ from tokenizer import from_state
 if not 0 < top_p <= 1:
     raise ValueError(f"top_p is {top_p}; type --top_p=P with 0 < P <= 1")
 if instruction and start != '\n':
-    raise ValueError("both start and instruction are given, and a text begins with one; type --start=TEXT or "
-                     "--instruction=TEXT")
+    raise ValueError("both start and instruction are given, but a sample begins with one of them; type "
+                     "--start=TEXT or --instruction=TEXT")
 if input and not instruction:
     raise ValueError(f"input is {input!r}, but there is no instruction that it is for; type "
                      "--instruction=TEXT, too, or --start=TEXT instead")

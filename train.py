@@ -225,9 +225,9 @@ raw_model = model # not wrapped in DDP
 # -----------------------------------------------------------------------------
 # optimizer, compiler and DDP
 
-to = (device, DTYPES[dtype]) if plan == 'offload' else None
+offload_to = (device, DTYPES[dtype]) if plan == 'offload' else None
 opt = with_room(make_optimizer, optimizer, model, learning_rate, muon_learning_rate, weight_decay,
-                (beta1, beta2), to, dtype != 'bfloat16', again=False)
+                (beta1, beta2), offload_to, dtype != 'bfloat16', again=False)
 updates_on = next(p.device for group in opt.param_groups for p in group['params'])
 scaler = torch.amp.GradScaler(updates_on.type, enabled=dtype == 'float16')
 iter_num, best, n_bad = 0, Best(), 0 # n_bad: iterations in a row that were not finite

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import sys
@@ -32,6 +33,14 @@ def test_bad_utf8_is_told_with_its_byte(tmp_path, monkeypatch, size, data, byte)
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=f'{name} is not UTF-8 at byte {byte};'):
             texts(str(tmp_path / name))
+
+def test_what_is_no_text_is_called_what_it_is_also_where_a_later_block_shows_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, 'BLOCK', 4)
+    (tmp_path / 'a.txt').write_bytes(b'%PDF-1.4 and on\xff')
+    with pytest.raises(ValueError, match='a.txt is a PDF, no text'):
+        texts(str(tmp_path / 'a.txt'))
+    with pytest.raises(ValueError, match='the pipe is not UTF-8 at byte 15'): # which cannot be read again
+        list(read_blocks(io.BytesIO(b'%PDF-1.4 and on\xff'), 'the pipe'))
 
 def test_bad_utf8_in_a_later_line_is_told_with_its_byte(tmp_path):
     (tmp_path / 'a.jsonl').write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
