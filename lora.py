@@ -3,7 +3,7 @@ Which parts of a model are trained: all, all but some frozen ones, or LoRA's mat
 
 LoRA, https://arxiv.org/abs/2106.09685: a matrix W (out, in) is frozen, and two narrow ones beside it are
 trained. The layer computes W x + alpha / rank * B A x, with A (rank, in) and B (out, rank), which starts at
-zero. In a checkpoint of such a run, A, B and the name and checksum of W's model replace the weights.
+zero. In a checkpoint of such a run, A and B replace the weights; it says which model W is from.
 """
 import math
 import re
