@@ -30,12 +30,12 @@ DEFAULTS = GPT2_SHAPES['gpt2'] | {'bias': False} # train.py's, of the options th
 OTHERS = " and the run's other options" # which a new run does not take over
 KINDS = { # types of a checkpoint's entries
     **dict.fromkeys(('model', 'model_args', 'optimizer', 'config', 'tokenizer', 'scaler', 'lora'), dict),
-    **dict.fromkeys(('template', 'launch', 'base'), str), 'base_fingerprint': int, 'lost': (int, float),
-    **dict.fromkeys(('version', 'iter_num', 'best_iter', 'n_worse', 'evaluated', 'n_bad'), int),
+    **dict.fromkeys(('template', 'launch', 'base'), str), 'lost': (int, float),
+    **dict.fromkeys(('version', 'iter_num', 'best_iter', 'n_worse', 'evaluated', 'n_bad', *lora.SUMS), int),
     'best_val_loss': (int, float, torch.Tensor)}
 OPTIONS = { # types of the options in its config; others may be anything but a tensor
-    **dict.fromkeys(('dataset', 'init_from', 'freeze', 'data'), str),
-    **dict.fromkeys(('batch_size', 'gradient_accumulation_steps'), int)}
+    **dict.fromkeys(('dataset', 'init_from'), (str, type(None))),
+    **dict.fromkeys(('batch_size', 'gradient_accumulation_steps'), (int, float))}
 
 def find(source: str) -> str | None:
     """ `source` if it is a file, else ckpt.pt or last.pt in that folder; None if there is none """
@@ -137,19 +137,18 @@ def model_of(checkpoint: dict, path: str, dropout: float = 0.0) -> GPT:
         raise ValueError(f"{path} does not fit together: {error}; expected nanoGPT's names and shapes; "
                          "type --out_dir or --init_from with another") from None
 
-def base_of(checkpoint: dict, path: str) -> str | None:
-    """ the model that the one in `path` was trained from, where it is now; None if that is not recorded """
-    base = checkpoint.get('base')
-    is_path = base and (posixpath.isabs(base) or ntpath.isabs(base)) # else it is on the hub
+def find_base(base: str, path: str) -> str:
+    """ where the base of the checkpoint in `path` is now, which was at `base` """
+    is_path = posixpath.isabs(base) or ntpath.isabs(base) # else it is on the hub
     if is_path and not os.path.exists(base): # both folders were moved
-        beside, parts = os.path.join(os.path.dirname(path), '..'), re.split(r'[\\/]', base)
-        near = [os.path.abspath(os.path.join(beside, *parts[-n:])) for n in (2, 1)]
+        beside, parts = os.path.dirname(os.path.dirname(os.path.realpath(path))), re.split(r'[\\/]', base)
+        near = [os.path.join(beside, *parts[-n:]) for n in (2, 1)]
         base = next((there for there in near if os.path.exists(there)), base)
     return base
 
 def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> GPT:
     """ the base model of a LoRA checkpoint with its adapter, merged into the weights or beside them """
-    base = checkpoint['base'] = base_of(checkpoint, path)
+    base = checkpoint.get('base')
     if base is None:
         raise ValueError(f"{path} does not say which model its adapter is for; type --out_dir with another")
     try:
@@ -157,25 +156,19 @@ def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> G
     except OSError as error:
         raise FileNotFoundError(f"{path} holds an adapter for {base}, which cannot be had: {error}; "
                                 "put it there, or its folder beside the adapter's") from None
-    if checkpoint.get('base_fingerprint') not in fingerprints(model, beneath):
+    if not lora.is_base(model, beneath, checkpoint):
         raise ValueError(f"{base} is no longer the model that the adapter in {path} was trained on; put "
                          "that one back there")
     try:
         lora.add(model, **checkpoint['lora'])
         lora.load(model, take_weights(checkpoint))
-        checkpoint['fingerprint'] = lora.fingerprint(lora.adapter(model).values(),
-                                                     checkpoint['base_fingerprint'])
+        below = checkpoint.get('base_adapter', checkpoint.get('base_fingerprint', 0))
+        checkpoint['fingerprint'] = lora.fingerprint(lora.adapter(model).values(), below)
     except (RuntimeError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{path} does not fit together: {error}; type --out_dir with another") from None
     if merge:
         lora.merge(model)
     return model
-
-def fingerprints(model: GPT, loaded: dict) -> list[int]:
-    """ the checksums by which a run may know this model as its base: that of its weights, or, for a merged
-    adapter, whose sums differ a little between machines, first that of the adapter """
-    merged = lora.fingerprint(model.parameters())
-    return [loaded['fingerprint'], merged] if 'fingerprint' in loaded else [merged]
 
 def load_model(source: str, dropout: float = 0.0, merge: bool = True,
                moments: bool = False) -> tuple[GPT, dict]:
@@ -188,6 +181,8 @@ def load_model(source: str, dropout: float = 0.0, merge: bool = True,
     path = find(source)
     if path:
         checkpoint = load(path, moments)
+        if 'base' in checkpoint:
+            checkpoint['base'] = find_base(checkpoint['base'], path)
         model = (adapted_model(checkpoint, path, dropout, merge) if 'lora' in checkpoint else
                  model_of(checkpoint, path, dropout))
         return model, checkpoint
@@ -337,15 +332,14 @@ def describe_base(source: str, model: GPT, adapts: bool, loaded: dict) -> dict:
     """ what a run's checkpoints store about its base, the model that `source` names: an adapter's is a
     checkpoint, not its folder; a resumed run's is in `loaded`. Raises ValueError if an adapter has none. """
     if source == 'resume':
-        return {key: loaded[key] for key in ('base', 'base_fingerprint') if key in loaded}
+        return {key: loaded[key] for key in ('base', *lora.SUMS) if key in loaded}
     if source == 'scratch':
         if adapts:
             raise ValueError("lora_rank needs a model to start from; type --init_from=gpt2, or --lora_rank=0")
         return {}
     source = adapts and find(source) or source
     is_path = os.path.exists(source) or pretrained.find_tensorflow(source) # else it is on the hub
-    return {'base': os.path.abspath(source) if is_path else source,
-            'base_fingerprint': fingerprints(model, loaded)[0]}
+    return {'base': os.path.abspath(source) if is_path else source, **lora.known_by(model, loaded)}
 
 def tell_changes(before: dict, config: dict) -> str:
     """ which options differ from those of the resumed run, as text for its first line
@@ -362,7 +356,7 @@ def tell_changes(before: dict, config: dict) -> str:
         raise ValueError(f"an iteration of this run is {was[0]} x {was[1]} sequences (batch_size x "
                          f"gradient_accumulation_steps), not {now[0]} x {now[1]}; keep the product, or type "
                          f"{anew} to start anew from its weights")
-    if before.get('freeze', '') != config['freeze']:
+    if (before.get('freeze') or '') != config['freeze']:
         raise ValueError(f"the run froze {before.get('freeze') or 'nothing'}, and freeze is "
                          f"{config['freeze']!r}; type --freeze={before.get('freeze', '')}, or {anew} to "
                          "start anew from its weights")

@@ -105,10 +105,11 @@ def read_argument(arg: str, current: dict, defaults: dict) -> dict:
             raise ValueError(f"{arg} has no value; type {arg}={example}, with = and no space")
         return {key: parse(key, text, defaults[key])}
     if not arg.endswith('.py'):
-        keys = 'out_dir' if os.path.isdir(arg) else 'file', 'input' # the first that the script has
-        key = next((key for key in keys if key in defaults and os.path.exists(arg)), 'key')
+        is_model = arg.endswith('.pt') or os.path.exists(os.path.join(arg, 'last.pt'))
+        key = ('init_from' if is_model and 'init_from' in defaults else # prepare.py has no out_dir
+               'input' if os.path.exists(arg) and 'out_dir' not in defaults else '')
         raise ValueError(f"{arg!r} is neither a config file (*.py) nor an option; options are typed "
-                         f"--{key}={'value' if key == 'key' else quote(arg)}")
+                         + (f"--{key}={quote(arg)}" if key in defaults else "--key=value"))
     names = run_file(arg, current) # so that a config can compute with what is set so far
     settings = {k: v for k, v in names.items() if not k.startswith('_') and not inspect.ismodule(v)
                 and (k in defaults or not callable(v))}

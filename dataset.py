@@ -10,7 +10,6 @@ windows, starting at a random offset and wrapping around the end of the file, an
 is a target once per epoch. Offset and order are drawn from (seed, epoch), and iteration i takes windows
 [i*S, (i+1)*S) of the endless series of epochs, so (seed, i) determines what an iteration trains on.
 """
-import contextlib
 import difflib
 import functools
 import glob
@@ -22,6 +21,7 @@ import zlib
 
 import numpy as np
 
+from configurator import script
 from tokenizer import are_characters
 
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
@@ -225,14 +225,14 @@ def open_tokens(path: str, block_size: int) -> np.ndarray:
         name, known = os.path.basename(folder), sorted(made | scripts - {'custom', 'instruct'})
         near = difflib.get_close_matches(name, known, n=1)
         of = ', with --input=PATH' * (name in ('custom', 'instruct')) # these make a dataset of any text
-        how = (f"run python data/{name}/prepare.py first{of}" if name in scripts
+        how = (f"run python {script(f'data/{name}/prepare.py')} first{of}" if name in scripts
                else f"did you mean --dataset={near[0]}?" if near
                else f"type --dataset=NAME with one of {', '.join(known)}, or make it by "
-               f"python data/custom/prepare.py --input=PATH --name={name}")
+               f"python {script('data/custom/prepare.py')} --input=PATH --name={name}")
         raise FileNotFoundError(f"there is no {shorten(path)}; {how}")
     size = os.path.getsize(path)
-    script = os.path.join(folder, 'prepare.py')
-    again = f"run python {script} again" if os.path.exists(script) else "prepare it again"
+    its = os.path.join(folder, 'prepare.py')
+    again = f"run python {its} again" if os.path.exists(its) else "prepare it again"
     if size == 0:
         raise ValueError(f"{shorten(path)} is empty; {again}")
     if size % 2:
@@ -331,16 +331,16 @@ def bad_utf8(path: str, error: UnicodeDecodeError, before: int = 0) -> ValueErro
     """ the error for a file that is not UTF-8, found in the bytes after the first `before` ones """
     byte = before + error.start
     head = error.object[:4]
-    if before:
-        with contextlib.suppress(OSError), open(path, 'rb') as file: # a pipe cannot be opened again
+    if before and os.path.isfile(path): # a pipe cannot be opened again
+        with open(path, 'rb') as file:
             head = file.read(4)
     for start, what in NO_TEXT.items():
         if head.startswith(start):
             return ValueError(f"{shorten(path)} is {what}, no text; convert it to text in UTF-8 first")
     wide = byte == 0 and error.object[:2] in (b'\xff\xfe', b'\xfe\xff')
     if b'\0' in error.object and not wide:
-        return ValueError(f"{shorten(path)} holds zero bytes, which no text in UTF-8 does; take another file, "
-                          "or convert it first, as with iconv -f utf-16le -t utf-8, if it is UTF-16")
+        return ValueError(f"{shorten(path)} holds zero bytes, which no text in UTF-8 does; take another "
+                          "file, or convert it first, as with iconv -f utf-16le -t utf-8, if it is UTF-16")
     kind = 'utf-16 -t utf-8, since it is UTF-16' if wide else 'latin1 -t utf-8, if it is Latin-1'
     return ValueError(f"{shorten(path)} is not UTF-8 at byte {byte:,}; convert it first, as with "
                       f"iconv -f {kind}")

@@ -26,7 +26,7 @@ json = False # print a line of JSON instead of the table; for lambada and hellas
 device = 'auto' # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto' # auto, float32, bfloat16, float16; the logits are always in float32
 
-from configurator import configure
+from configurator import configure, quote
 configure(globals(), at_least_1=('batch_size',))
 
 for key, choices in (('task', ('perplexity', 'lambada', 'hellaswag')), ('split', ('val', 'train'))):
@@ -51,6 +51,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import checkpoint as checkpoints
+import lora
 from dataset import find_datasets, open_mask, open_tokens, read_shared_state, read_text, shorten
 from device import autocast, pick_device, pick_dtype
 from tokenizer import from_state
@@ -150,12 +151,9 @@ def load(source):
     if stride > T:
         raise ValueError(f"stride is {stride}, which would skip tokens between windows of {T}; type "
                          f"--stride={T} or less")
-    origin = checkpoints.base_of(loaded, checkpoints.find(name) or '') or config.get('init_from', 'scratch')
-    origin = shorten(origin) if os.path.exists(origin) else origin
-    return SimpleNamespace(name=name, model=model.eval(), tokenizer=tokenizer, origin=origin, T=T,
-                           base_fingerprint=loaded.get('base_fingerprint'), stride=stride or max(1, T // 2),
-                           fingerprints=checkpoints.fingerprints(model, loaded),
-                           trained_on=config.get('dataset', ''))
+    return SimpleNamespace(name=name, model=model.eval(), tokenizer=tokenizer, loaded=loaded, T=T,
+                           origin=loaded.get('base') or config.get('init_from') or 'scratch',
+                           trained_on=config.get('dataset') or '', stride=stride or max(1, T // 2))
 
 def load_base(origin):
     """ the model to compare with one from `origin`, or None; unless `base` asks for it, it may be missing """
@@ -165,9 +163,10 @@ def load_base(origin):
         if checkpoints.find(origin) and os.path.samefile(*map(checkpoints.find, (origin, first.name))):
             raise ValueError(f"what {first.name} was trained from lay in the same place")
         one = load(origin)
-        if first.base_fingerprint not in (None, *one.fingerprints):
-            raise ValueError(f"{origin} is no longer the model that {first.name} was trained from; type "
-                             f"--base={origin} to compare them all the same")
+        one.name = shorten(origin) if os.path.exists(origin) else origin
+        if not lora.is_base(one.model, one.loaded, first.loaded):
+            raise ValueError(f"{one.name} is no longer the model that {first.name} was trained from; type "
+                             f"--base={quote(one.name)} to compare them all the same")
         return one
     except (OSError, ValueError, ImportError) as error:
         print(f"no comparison with its base: {' '.join(str(error).split())}", file=sys.stderr)

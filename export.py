@@ -57,6 +57,7 @@ import checkpoint as checkpoints
 import pretrained
 from device import DTYPES
 from instruct import render
+from lora import SUMS
 from tokenizer import PACKAGE, BPETokenizer, count_ids, from_state, gpt2_files
 
 def is_exported(file):
@@ -171,7 +172,7 @@ def write_hugging_face(folder, model, state, template):
 
 def write_weights(file, model, loaded):
     """ write a checkpoint as nanoGPT does, without the optimizer """
-    kept = 'iter_num', 'best_val_loss', 'config', 'tokenizer', 'template', 'base', 'base_fingerprint'
+    kept = 'iter_num', 'best_val_loss', 'config', 'tokenizer', 'template', 'base', *SUMS
     torch.save({'model': model.to(DTYPES[dtype]).state_dict(), 'model_args': checkpoints.model_args(model),
                 **{key: loaded[key] for key in kept if key in loaded}, 'version': checkpoints.VERSION}, file)
 
@@ -199,7 +200,7 @@ if adapter:
     if not {'lora', 'base'} <= loaded.keys():
         raise ValueError(f"{source} holds no adapter; type --out_dir with a run that had --lora_rank")
     try:
-        base, revision = pretrained.split_revision(loaded['base'])
+        base, revision = pretrained.split_revision(checkpoints.find_base(loaded['base'], found))
         revision = {'revision': revision} if revision else {}
         put(lambda folder: write_adapter(folder, loaded, base, revision))
     except (KeyError, TypeError, AttributeError) as error:

@@ -237,7 +237,8 @@ def append_row(out_dir: str, row: dict, to_wandb: bool = False) -> None:
             write_report(out_dir)
             plot_run(out_dir)
         except (ImportError, OSError, ValueError, KeyError, csv.Error) as error: # it is not worth a run
-            print(f"no loss.png or report.md: {error}; python plot.py {out_dir} draws the picture later")
+            print(f"no loss.png or report.md: {error}; later, python {script('plot.py')} {quote(out_dir)} "
+                  "draws the picture")
 
 def append_sample(out_dir: str, iter_num: int, text: str) -> None:
     """ append a text that the model wrote to samples.txt """

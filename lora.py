@@ -135,3 +135,17 @@ def fingerprint(tensors, total: int = 0) -> int:
     for p in tensors:
         total = zlib.crc32(p.detach().flatten()[:1024].float().cpu().numpy().tobytes(), total)
     return total
+
+SUMS = 'base_fingerprint', 'base_adapter' # how a checkpoint knows its base
+
+def known_by(model, loaded: dict) -> dict:
+    """ the checksums by which runs know this model as their base: of its weights and, since those of a merged
+    adapter differ a little between machines, of the adapter; `loaded` is the rest of its checkpoint """
+    adapter = {'base_adapter': loaded['fingerprint']} if 'fingerprint' in loaded else {}
+    return {'base_fingerprint': fingerprint(model.parameters()), **adapter}
+
+def is_base(model, loaded: dict, checkpoint: dict) -> bool:
+    """ whether this model is the base of what is in a checkpoint, as far as that is recorded """
+    now = known_by(model, loaded)
+    key = SUMS['base_adapter' in now and 'base_adapter' in checkpoint]
+    return checkpoint.get(key, now[key]) == now[key]

@@ -39,8 +39,10 @@ def test_what_is_no_text_is_called_what_it_is_also_where_a_later_block_shows_it(
     (tmp_path / 'a.txt').write_bytes(b'%PDF-1.4 and on\xff')
     with pytest.raises(ValueError, match='a.txt is a PDF, no text'):
         texts(str(tmp_path / 'a.txt'))
-    with pytest.raises(ValueError, match='the pipe is not UTF-8 at byte 15'): # which cannot be read again
-        list(read_blocks(io.BytesIO(b'%PDF-1.4 and on\xff'), 'the pipe'))
+    os.mkfifo(tmp_path / 'pipe')
+    for name in ('the pipe', str(tmp_path / 'pipe')): # which cannot be read again
+        with pytest.raises(ValueError, match='pipe is not UTF-8 at byte 15'):
+            list(read_blocks(io.BytesIO(b'%PDF-1.4 and on\xff'), name))
 
 def test_bad_utf8_in_a_later_line_is_told_with_its_byte(tmp_path):
     (tmp_path / 'a.jsonl').write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')

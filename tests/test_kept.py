@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import checkpoint as checkpoints
+import lora
 from checkpoint import config_of, load_model
 from model import GPTConfig
 
@@ -31,9 +32,12 @@ def test_a_run_whose_folder_has_moved_with_its_base_s_is_evaluated_beside_it(tra
     train(out_dir='old/base')
     train(f"--init_from={tmp_path / 'old' / 'base'}", *options, '--max_iters=1', out_dir='old/tuned')
     (tmp_path / 'old').rename(tmp_path / 'new')
-    told = run('evaluate.py', f"--out_dir={tmp_path / 'new' / 'tuned'}", '--dataset=chars', '--device=cpu')
-    assert told.out.splitlines()[3].split()[0].startswith(str(tmp_path / 'new' / 'base'))
-    assert 'no comparison with its base' not in told.out + told.err
+    (tmp_path / 'link').symlink_to(tmp_path / 'new' / 'tuned')
+    run('export.py', f"--out_dir={tmp_path / 'link'}", '--weights_only=True', f"--to={tmp_path / 'small.pt'}")
+    for source in ('new/tuned', 'link', 'small.pt'):
+        told = run('evaluate.py', f'--init_from={tmp_path / source}', '--dataset=chars', '--device=cpu')
+        assert told.out.splitlines()[3].split()[0].startswith(str(tmp_path / 'new' / 'base'))
+        assert 'no comparison with its base' not in told.out + told.err
 
 @pytest.mark.parametrize('options', [(), ('--lora_rank=2',)])
 def test_an_adapter_that_is_a_base_is_known_by_itself_and_not_by_what_it_is_merged_to(train, run, tmp_path, options):
@@ -41,10 +45,11 @@ def test_an_adapter_that_is_a_base_is_known_by_itself_and_not_by_what_it_is_merg
     train(f"--init_from={tmp_path / 'base'}", '--lora_rank=2', out_dir='adapter')
     train(f"--init_from={tmp_path / 'adapter'}", *options, '--max_iters=1', out_dir='tuned')
     model, loaded = load_model(str(tmp_path / 'adapter'))
-    merged = checkpoints.fingerprints(model, {})[0]
+    tuned = checkpoints.load(str(tmp_path / 'tuned' / 'ckpt.pt'))
+    assert lora.is_base(model, loaded, tuned) and lora.is_base(model, {}, tuned)
     model.transformer.h[0].attn.c_attn.weight.data *= 1.0001 # as another machine's sums may differ, if far less
-    known = checkpoints.load(str(tmp_path / 'tuned' / 'ckpt.pt'))['base_fingerprint']
-    assert known == checkpoints.fingerprints(model, loaded)[0] != merged != checkpoints.fingerprints(model, {})[0]
+    assert lora.is_base(model, loaded, tuned) and not lora.is_base(model, {}, tuned)
+    assert not lora.is_base(model, {'fingerprint': 1}, tuned) # another adapter
     small = tmp_path / 'small.pt' # an exported checkpoint knows it, too
     run('export.py', f"--out_dir={tmp_path / 'tuned'}", '--weights_only=True', f'--to={small}')
     train(f"--init_from={tmp_path / 'base'}", '--lora_rank=2', '--seed=5', '--overwrite=True', out_dir='adapter')
@@ -62,6 +67,13 @@ def test_a_run_is_compared_with_the_base_it_had_from_any_folder_or_with_none(tra
     (tmp_path / 'base').rename(tmp_path / 'gone')
     assert f"no comparison with its base: there is no model '{tmp_path / 'base'}'" in run(*evaluate).err
     train(f"--init_from={tmp_path / 'tuned'}", '--max_iters=1', '--overwrite=True', out_dir='base') # no adapter needs it
+
+def test_a_base_in_a_folder_called_scratch_is_compared_with(train, clone, tmp_path):
+    train(out_dir='scratch')
+    train(f"--init_from={tmp_path / 'scratch'}", '--max_iters=1', out_dir='tuned')
+    told = subprocess.run([sys.executable, clone / 'evaluate.py', '--out_dir=tuned', '--dataset=chars', '--device=cpu'], cwd=tmp_path,
+                          capture_output=True, encoding='utf-8')
+    assert [line.split()[0] for line in told.stdout.splitlines()[2:]] == ['tuned', 'scratch', 'difference']
 
 @pytest.mark.parametrize('name', ['log.csv', 'report.md', 'loss.png'])
 def test_a_file_of_the_user_s_is_not_written_over_by_a_run(train, tmp_path, name):
