@@ -112,7 +112,7 @@ def test_the_troubleshooting_of_several_processes_is_headed_by_messages_that_the
                    for name in ('train.py', 'parallel.py', 'checkpoint.py'))
     code = re.sub(r'"\s*\n\s*f?"', '', code) # texts over several lines, joined
     code = re.sub(r'\{.*?\}', '…', code) # values
-    assert len(headings) == 7
+    assert len(headings) == 8
     for heading in headings:
         for part in heading.split('…'):
             assert part.strip() in code, heading
