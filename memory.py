@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from loss import rows_at_once
 
 GiB = 2**30
+RAM_SPARE = GiB // 2 # of the RAM that is free, for Python and for what `ram` does not count
 ADAPTER = '--lora_rank=16 --learning_rate=3e-4' # an adapter takes a higher one than all weights do
 PLANS = 'device', 'selective', 'recompute', 'offload'
 
@@ -36,7 +37,7 @@ class Shape:
     frozen: int = 0 # how many of params are not trained
     lora: bool = False # the frozen ones are half-precision matrices, with LoRA's beside them
     head: bool = True # the tied matrix is trained
-    muon: bool = False # the blocks' matrices have one moment, not AdamW's two
+    muon: int = 0 # elements that have one moment, Muon's, not AdamW's two
     shards: int = 1 # number of processes that share weights, gradients and moments
     buckets: int = 0 # number of processes if gradients lie in DDP's buckets, which stay allocated; else 0
     adapts: bool = False # LoRA could be used instead
@@ -50,13 +51,14 @@ def shape_of(model, block_size: int, dropout: float, half: bool, lora: bool = Fa
              adapts: bool = False) -> Shape:
     """ the Shape of a run of `model`, a GPT anywhere, on `device`; trained parameters require gradients """
     c, n_params = model.config, model.num_params()
+    single = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad)
     learns = [any(p.requires_grad for p in part.parameters()) for part in model.parts()[:-1]]
     idle = 0 if any(learns[:2]) else [*learns[2:], True].index(True)
     return Shape(n_params, c.n_layer, c.n_head, c.n_embd, c.vocab_size, block_size, dropout, half,
-                 n_params - model.num_params(trained=True), lora, model.lm_head.weight.requires_grad, muon,
-                 processes if shard else 1, processes * (processes > 1 and not shard),
-                 adapts and not lora, idle, device.split(':')[0],
-                 *inputs_of(model.transformer.h[idle:], c.n_embd))
+                 n_params - model.num_params(trained=True), lora, model.lm_head.weight.requires_grad,
+                 single if muon else 0, processes if shard else 1,
+                 processes if processes > 1 and not shard else 0, adapts and not lora, idle,
+                 device.split(':')[0], *inputs_of(model.transformer.h[idle:], c.n_embd))
 
 def inputs_of(blocks, n_embd: int) -> tuple[float, float]:
     """ the inputs of a block's matrices that backward needs, and those that LoRA's dropout is applied to:
@@ -83,23 +85,24 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     trained, head = s.params - s.frozen, 4 * E * s.head # the head's gradient
     # what a block keeps for backward: 36 bytes per token and channel under autocast, 64 in float32, if all of
     # it is trained, plus what dropout keeps, with masks of a byte, or on a CPU as wide as their tensors
-    block = int(width * ((24 if s.half else 40) + item * s.inputs + 2 * (s.dropout > 0)))
+    masks = 0 if not s.dropout else 2 * item if s.device == 'cpu' else 2
+    block = int(width * ((24 if s.half else 40) + item * s.inputs + masks))
     block += int(width * s.dropped * (1.5 if s.device != 'cpu' else 3 if s.half else 4.5))
     block += 4 * tokens * s.n_head
     products = width * (18 if s.half else 36) + 4 * tokens * s.n_head * (s.dropout == 0) # kept by selective
-    if s.device == 'cpu' and s.dropout: # then attention is kept, too
-        products += item * width
+    if s.device == 'cpu' and s.dropout and not s.half: # then attention is kept, too
+        products += 4 * width
     if s.device == 'mps': # it has no kernel that avoids keeping T x T scores
         block += int(12.5 * B * s.n_head * s.block_size**2)
     work = width * (6 if s.half else 14) # temporaries of a block's backward
     kept_blocks = s.n_layer - s.idle
     grads = 4 * trained
-    casts = 2 * s.half * (not s.lora and plan != 'offload') # a weight's float32 elements are copied in half
+    casts = 2 if s.half and not s.lora and plan != 'offload' else 0 # bytes of an element's copy in half
     loss = head + casts * E + chunk(s, tokens)
     if plan == 'offload': # a gradient leaves as soon as it is made
         state, gathered, made = item * (matrices + E) + 4 * (s.params - matrices - E), 0, 0
     else:
-        state = 12 * trained + (item if s.lora else 4) * s.frozen - 4 * matrices * (s.muon and not s.frozen)
+        state = 12 * trained + (item if s.lora else 4) * s.frozen - 4 * s.muon
         gathered, made = grads if accumulates or s.buckets else 0, grads
     # gradients of a block's matrices; in offload those of two more may be on their way
     made_now = 3 * item if plan == 'offload' else 4 * (not s.lora)
@@ -116,9 +119,9 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     if plan == 'device':
         kept, again = kept_blocks * block + 8 * width, 0
     else:
-        products *= plan == 'selective'
+        products = products if plan == 'selective' else 0
         kept = kept_blocks * (4 * width + products) + (12 if kept_blocks else 8) * width
-        again = (block - products) * (kept_blocks > 0)
+        again = block - products if kept_blocks else 0
     return state + gathered + max(kept + max(loss, backward + again + work), end)
 
 def chunk(s: Shape, tokens: int) -> int:
@@ -178,10 +181,11 @@ def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
         return wanted, largest(wanted, shape, sequences, most, budget) or 1
     for plan in plans:
         B, needed = largest(plan, shape, sequences, most, budget), ram(plan, shape)
-        if B and needed > ram_free:
-            raise ValueError(f"plan {plan} takes {needed / GiB:.1f} GiB of RAM, and {ram_free / GiB:.1f} are "
-                             f"free; {tell_leaner(PLANS[2], shape, budget)}take a smaller model, or, with "
-                             f"swap for it, type --plan={plan}")
+        if B and needed and needed + RAM_SPARE > ram_free:
+            raise ValueError(f"plan {plan} takes {needed / GiB:.1f} GiB of RAM, with {RAM_SPARE / GiB} to "
+                             f"spare, and {ram_free / GiB:.1f} are free; "
+                             f"{tell_leaner(PLANS[2], shape, budget)}take a smaller model, or, with swap for "
+                             f"it, type --plan={plan}")
         if B:
             return plan, B
     raise ValueError(f"{no_fit(plans[-1], shape, budget)}, or type --plan={plans[-1]} to try all the same")
@@ -197,10 +201,12 @@ def leaner_runs(plan: str, shape: Shape, budget: float):
     if shape.buckets and not (shape.lora or shape.muon) and peak('recompute', shared, 1) <= budget:
         yield '--shard=True'
     lengths = (shape.block_size >> n for n in range(1, 6))
-    for length in [n for n in lengths if n and peak(plan, replace(shape, block_size=n), 1) <= budget][:1]:
+    fitting = (n for n in lengths if n and peak(plan, replace(shape, block_size=n), 1) <= budget)
+    if length := next(fitting, 0):
         yield f'--block_size={length}'
     if shape.adapts and peak('recompute', with_lora(shape, 16), 1) <= budget:
-        yield f"{ADAPTER}{' --optimizer=adamw' * shape.muon}{' --shard=False' * (shape.shards > 1)}"
+        yield (ADAPTER + (' --optimizer=adamw' if shape.muon else '')
+               + (' --shard=False' if shape.shards > 1 else ''))
 
 def tell_leaner(plan: str, shape: Shape, budget: float) -> str:
     return ''.join(f'type {run}, ' for run in leaner_runs(plan, shape, budget))
@@ -208,9 +214,12 @@ def tell_leaner(plan: str, shape: Shape, budget: float) -> str:
 def with_lora(s: Shape, rank: int) -> Shape:
     """ the Shape of the same run with LoRA: two matrices beside each of a block's four """
     adapter = 16 * rank * s.n_embd * s.n_layer
-    return replace(s, params=s.params + adapter, frozen=s.params, lora=True, head=False, muon=False, idle=0,
+    return replace(s, params=s.params + adapter, frozen=s.params, lora=True, head=False, muon=0, idle=0,
                    adapts=False, inputs=6 + 4 * rank / s.n_embd, shards=1,
-                   buckets=s.buckets or s.shards * (s.shards > 1))
+                   buckets=s.shards if s.shards > 1 else s.buckets)
+
+# -----------------------------------------------------------------------------
+# in words
 
 def advice(plan: str, B: int, config: dict, plans: tuple[str, ...] = PLANS, works: bool = True,
            shards: bool = False, saved: bool = False) -> str:
@@ -224,7 +233,7 @@ def advice(plan: str, B: int, config: dict, plans: tuple[str, ...] = PLANS, work
     leaner = [name for name in PLANS[PLANS.index(plan) + 1:] if name in plans]
     if not works:
         less = ('--plan=offload' if 'offload' in leaner else '--shard=True' if shards
-                else f"{ADAPTER}{' --out_dir=ANOTHER' * saved}, or take a smaller model")
+                else f"{ADAPTER}{' --out_dir=ANOTHER' if saved else ''}, or take a smaller model")
         return (f"out of memory in plan {plan}, with weights, gradients and moments alone; "
                 f"{'type ' if 'lora' in less else resumed}{less}")
     batch_size, block_size = config['batch_size'], config['block_size']
@@ -247,17 +256,21 @@ def cost(plan: str, shape: Shape) -> str:
     """ what a plan costs in speed, in words """
     return COSTS[plan].format('up to half' if shape.frozen else 'a fifth to a third')
 
-def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float) -> str:
+def describe(plan: str, shape: Shape, B: int, accumulates: bool, budget: float,
+             ram_free: float = math.inf) -> str:
     """ a run's plan in words: what memory it takes, and what is kept where """
     kept = 'all activations' if plan == 'device' else "of activations each block's input"
     kept += ' and products' if plan == 'selective' else ''
-    beside, there = '', f"{'a share of ' * (shape.shards > 1)}weights, gradients, moments; {kept}"
+    beside, there = '', f"weights, gradients, moments; {kept}"
+    if shape.shards > 1:
+        there = f"a share of {there}"
     if plan == 'offload':
-        beside = f", {ram(plan, shape) / GiB:.1f} in RAM"
-        there = (f"matrices{' in half precision' * shape.half}; {kept}; "
+        beside = f"; in RAM {ram(plan, shape) / GiB:.1f} expected"
+        beside += f", {ram_free / GiB:.1f} free" if ram_free < math.inf else ''
+        there = (f"matrices{' in half precision' if shape.half else ''}; {kept}; "
                  "in RAM: weights, gradients, moments in float32")
     return (f"plan {plan}, {count(B)} at a time: {peak(plan, shape, B, accumulates) / GiB:.2f} GiB "
-            f"expected{beside}, {max(budget, 0) / GiB:.1f} free to fill; {cost(plan, shape)}\n"
+            f"expected, {max(budget, 0) / GiB:.1f} free to fill{beside}; {cost(plan, shape)}\n"
             f"on {shape.device}: {there}")
 
 def table(shape: Shape, sequences: int, most: int, budget: float, epochs: dict[str, float],
@@ -276,7 +289,7 @@ def table(shape: Shape, sequences: int, most: int, budget: float, epochs: dict[s
         fits = 'yes' if B and plan in plans else 'no'
         why = (cost(plan, shape) if plan in plans else 'gains nothing on a CPU' if shape.device == 'cpu'
                else 'is for one process and adamw, nothing frozen')
-        if B and plan in plans and ram(plan, shape) > ram_free:
+        if B and plan in plans and ram(plan, shape) and ram(plan, shape) + RAM_SPARE > ram_free:
             why += '; more RAM than is free here'
         lines.append(f"{plan:<11}{B or 1:>12}{used:>15.2f}{ram(plan, shape) / GiB:>12.1f}{took:>9}  "
                      f"{fits:<4}  {why}")

@@ -75,6 +75,8 @@ class Pair:
     def state_dict(self):
         return {'pair': [optimizer.state_dict() for optimizer in self.both]}
 
+NO_RAM = "RAM ran out for the optimizer, which offload keeps there; free some, and type --init_from=resume"
+
 class OffloadedAdamW(torch.optim.AdamW):
     """ AdamW in RAM, for a model that keeps its matrices on a device in half precision
 
@@ -115,6 +117,16 @@ class OffloadedAdamW(torch.optim.AdamW):
         model.before, tied = self.wait, self.masters[model.lm_head.weight]
         model.look_up = lambda idx, head: Lookup.apply(idx, tied, head, partial(self.send, tied))
 
+    def room_for(self, tensor):
+        """ RAM for a tensor to cross the bus; raises ValueError if there is none, which smaller micro-batches
+        would not change """
+        try:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.pinned)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ValueError(NO_RAM) from None
+
     def take(self, p):
         """ send a gradient to RAM, and drop it on the device """
         grad, p.grad = p.grad, None
@@ -126,7 +138,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         if self.pinned: # copy while the device computes
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                there = torch.empty(grad.shape, dtype=grad.dtype, pin_memory=True)
+                there = self.room_for(grad)
                 there.copy_(grad, non_blocking=True)
                 grad.record_stream(self.stream)
                 grad, sent = there, self.stream.record_event()
@@ -177,8 +189,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         with torch.cuda.stream(self.stream), torch.no_grad():
             for master in masters:
                 self.room[master], master.grad, copy = master.grad, None, self.copies[master]
-                there = torch.empty(copy.shape, dtype=copy.dtype, pin_memory=self.pinned)
-                copy.copy_(there.copy_(master), non_blocking=self.pinned)
+                copy.copy_(self.room_for(copy).copy_(master), non_blocking=self.pinned)
         return self.stream.record_event() if self.pinned else None
 
     def wait(self, part):
@@ -190,8 +201,7 @@ class OffloadedAdamW(torch.optim.AdamW):
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                raise ValueError("RAM ran out while weights were updated in it; free some of it, and type "
-                                 "--init_from=resume") from None
+                raise ValueError(NO_RAM) from None
             if sent:
                 torch.cuda.current_stream().wait_event(sent)
             del self.updates[part]
@@ -271,14 +281,15 @@ def load_optimizer(optimizer, state: dict) -> None:
     try:
         same = [[len(g['params']) for g in groups] for groups in now] == [
             [len(g['params']) for g in saved['param_groups']] for saved in states]
-    except (KeyError, TypeError): # not an optimizer's state
+        kept = [{i: dict(its) for i, its in saved['state'].items()} for saved in states]
+    except (AttributeError, KeyError, TypeError, ValueError): # not an optimizer's state
         same = False
     if not same:
         raise ValueError("the checkpoint is of another optimizer or of other trained parameters; type the "
                          "--optimizer it was trained with, or --init_from=ITS_FOLDER --out_dir=ANOTHER and "
                          "the run's other options to start anew from its weights")
-    for part, saved, groups in zip(parts, states, now):
+    for part, its_state, groups in zip(parts, kept, now):
         params = [p for group in part.param_groups for p in group['params']]
         moments = {i: {key: parallel.spread(value, params[i]) for key, value in its.items()}
-                   for i, its in saved['state'].items()}
+                   for i, its in its_state.items()}
         part.load_state_dict({'state': moments, 'param_groups': groups})

@@ -15,15 +15,15 @@ out_dir = 'out' # folder for ckpt.pt (best), last.pt (latest), config.json, log.
 overwrite = False # delete the checkpoints of the run that out_dir holds, and start a new one there
 # evaluation
 eval_interval = 2000 # iterations between evaluations
-eval_iters = 200 # batches of batch_size to evaluate on each split; 0 for all of val, and as much of train
+eval_iters = 200 # batches of batch_size to evaluate on each split; 0 for all of val, and as many of train
 eval_only = False # evaluate once, write nothing, and exit
-patience = 0 # stop after this many evaluations in a row without a new best; 0 to never stop early
+patience = 0 # stop after this many evaluations in a row without a new best; 0 for no limit
 always_save_checkpoint = True # save last.pt at every evaluation, not only at a new best
 keep_checkpoints = False # save at every evaluation, and keep each checkpoint, named like iter_000500.pt
 # logging
 log_interval = 1 # iterations between log lines
 wandb_log = False # also send the rows of log.csv to wandb
-wandb_project = 'fitgpt' # wandb project
+wandb_project = 'fitgpt' # wandb project to log to
 wandb_run_name = '' # name of the run in wandb; out_dir if empty
 sample_interval = 0 # iterations between samples written to samples.txt; 0 for none
 sample_start = '\n' # prompt of the samples in samples.txt
@@ -108,12 +108,12 @@ master = rank == 0
 train_fast(device, dropout)
 steady_output() # flush each line, even to a file, and survive a full disk under it
 need_wandb(wandb_log) # fail here, before any work is done, if it is missing
-say = print if master else lambda text: None
+say = print if master else lambda text: None # one process tells what all do
 
 def leave(status):
     global model
     model = None # DDP keeps a reference to the process group
-    parallel.stop_processes(world_size)
+    parallel.stop_processes()
     sys.exit(status)
 
 sequences = batch_size * gradient_accumulation_steps # S: sequences per iteration, on any machine
@@ -121,23 +121,22 @@ share = parallel.share(sequences, world_size, config) # sequences per process
 parallel.check_shard(world_size, config)
 
 signals, launch, saver = Signals(say), parallel.launch_id(), Saver(out_dir, keep_checkpoints)
-restarted = parallel.all_sum([float(checkpoints.is_of(out_dir, launch))], world_size, device)[0] > 0
-if restarted: # torchrun lost a process, and has restarted all of them
+if parallel.in_any(checkpoints.is_of(out_dir, launch)): # torchrun lost a process, and has restarted all
     init_from = 'resume'
-elif init_from != 'resume' and not (eval_only or dry_run):
+if init_from == 'resume':
+    checkpoints.to_resume(out_dir) # check this first, since that run's options are this one's
+elif not (eval_only or dry_run):
     checkpoints.check_new(out_dir, init_from, overwrite)
 
 # -----------------------------------------------------------------------------
 # memory
 
-if init_from == 'resume':
-    checkpoints.to_resume(out_dir) # check this first, since that run's options are this one's
 folders = find_datasets(dataset)
 tokenizer, template = read_shared_state(folders), read_template(folders)
 vocab_size = count_ids(tokenizer)
 elsewhere = dry_run and memory_gb > 0 # plan for a card of that size, which need not be here
 place = 'cuda' if elsewhere else device
-budget = parallel.least(memory_to_fill(device, memory_gb, elsewhere), world_size, device) # same plan for all
+budget = parallel.least(memory_to_fill(device, memory_gb, elsewhere)) # the same plan for all
 plans = memory.plans_for(config, place, world_size)
 
 scratch = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
@@ -147,11 +146,12 @@ with torch.device('meta'): # shapes only: there are no weights yet
     model = GPT(model_config)
     lora.restrict(model, config)
 half = dtype != 'float32' or elsewhere and config['dtype'] == 'auto'
-shape = memory.shape_of(model, block_size, dropout, half, lora_rank > 0, optimizer == 'muon', world_size,
-                        shard, place, init_from not in ('scratch', 'resume') and not freeze)
+shape = memory.shape_of(model, block_size, dropout, half, lora=lora_rank > 0, muon=optimizer == 'muon',
+                        processes=world_size, shard=shard, device=place,
+                        adapts=init_from not in ('scratch', 'resume') and not freeze)
 if dry_run: # needs neither data nor weights
     epochs = epoch_times(out_dir, {**config, 'device': place, 'processes': world_size})
-    say(tell_assumed(folders) * (init_from == 'scratch')
+    say((tell_assumed(folders) if init_from == 'scratch' else '')
         + memory.table(shape, share, batch_size, budget, epochs, plans, free_memory('cpu'), world_size))
     leave(0)
 
@@ -159,7 +159,7 @@ ram_free = math.inf if eval_only else free_memory('cpu') # before the model take
 plan, fits = memory.choose(plan, shape, share, batch_size, budget, plans, ram_free, not eval_only)
 micro_batch, n_micro_steps = memory.split_batch(share, fits)
 if not eval_only or plan == 'offload':
-    say(memory.describe(plan, shape, fits, fits < share, budget))
+    say(memory.describe(plan, shape, fits, fits < share, budget, ram_free))
 
 # -----------------------------------------------------------------------------
 # data
@@ -168,8 +168,9 @@ train_data = open_split(folders, 'train', block_size, vocab_size, seed=seed)
 val_data = open_split(folders, 'val', block_size, vocab_size)
 n_evaluated = eval_iters * batch_size or val_data.windows # windows per split
 check_match(None, model_config.vocab_size, tokenizer, dataset) # before weights are fetched
-read = f'{train_data.mark()} {val_data.mark()}, {min(n_evaluated, val_data.windows)} x {block_size} evaluated'
-config['data'] = parallel.same_data(read, world_size, device, dataset)
+read = f'{min(n_evaluated, val_data.windows)} x {block_size} evaluated'
+config['data'] = f'{train_data.mark()} {val_data.mark()}, {read}'
+parallel.check_data(config['data'], dataset)
 for data in (train_data, val_data):
     list(data.evaluation_parts(n_evaluated)) # raises ValueError if a mask leaves no targets
 if num_epochs:
@@ -195,25 +196,28 @@ lora.restrict(model, config)
 if lora_rank:
     lora.shrink(model, DTYPES[dtype])
 
-def with_room(work, *args, again=True):
+def with_room(work, *args, again=True, leaner=plans):
     """ run work(*args); when out of memory, retry with smaller micro-batches, which change only dropout """
     global micro_batch, n_micro_steps
+    alone = again and world_size == 1 # other processes would not repeat it
     while True:
         try:
             return work(*args)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        if micro_batch == 1 or world_size > 1 or not again: # the other processes cannot know
-            if saver.saved is not None and world_size == 1 and again: # this run has a checkpoint: update it
-                opt.zero_grad(set_to_none=True)
-                save(tells=True)
-            raise ValueError(memory.advice(plan, micro_batch, config, () if eval_only and again else plans,
-                                           again, not shard and parallel.can_shard(world_size, config),
-                                           saver.saved is not None or init_from == 'resume'))
-        opt.zero_grad(set_to_none=True)
+        if alone:
+            opt.zero_grad(set_to_none=True)
+        if not alone or micro_batch == 1:
+            break
         was, (micro_batch, n_micro_steps) = micro_batch, memory.split_batch(share, micro_batch // 2)
         say(f"iter {iter_num}: out of memory with {was} sequences at a time; again with {micro_batch}")
+    if alone and saver.saved is not None: # bring this run's checkpoint up to date
+        save(tells=True)
+    raise ValueError(memory.advice(
+        plan, micro_batch, config, plans=leaner, works=again,
+        shards=not shard and parallel.can_shard(world_size, config),
+        saved=saver.saved is not None or init_from == 'resume'))
 
 model.follow(plan)
 if shard:
@@ -236,8 +240,7 @@ if init_from == 'resume':
     say(f"resuming at iteration {iter_num}{checkpoints.tell_changes(loaded.get('config', {}), config)}")
     if loaded.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(loaded['scaler'])
-    config['init_from'] = loaded.get('config', {}).get('init_from', 'resume') # what it first started from
-parallel.check_same(iter_num, world_size, device, out_dir)
+parallel.check_same(iter_num, out_dir)
 
 def one_step(model=raw_model):
     x, y = fetch(*train_data.batch(train_data.training_windows(0, micro_batch)), device)
@@ -250,28 +253,26 @@ opt.zero_grad(set_to_none=True)
 if world_size > 1 and not shard and not eval_only:
     model = with_room(parallel.replicate_model, raw_model, device, one_step)
 if init_from == 'resume' and 'optimizer' in loaded and not eval_only:
-    with_room(load_optimizer, opt, loaded['optimizer'], again=False)
-loaded = None # the optimizer has taken what it needs
+    with_room(load_optimizer, opt, loaded.pop('optimizer'), again=False)
 
 # -----------------------------------------------------------------------------
 # evaluation
 
 @torch.no_grad()
 def evaluate():
-    """ the mean loss of each split, over evenly spaced windows that are divided among the processes;
-    None if told to stop """
+    """ the mean loss of each split over fixed windows, which the processes share; None if told to stop """
     losses = {'train': 0.0, 'val': 0.0}
     raw_model.eval()
     for name, data in (('train', train_data), ('val', val_data)):
         for weight, windows, n in data.evaluation_parts(n_evaluated):
             total = 0.0
             for batch in data.batches(windows, micro_batch * world_size):
-                if parallel.all_sum(signals.asked(), world_size, device)[0]:
+                if parallel.all_sum(signals.asked())[0]:
                     return None
                 x, y = fetch(*data.batch(batch[rank::world_size]), device)
                 with autocast(device, dtype):
                     total += raw_model(x, y, scale=1.0)[1].item()
-            losses[name] += weight * parallel.all_sum([total], world_size, device)[0] / n
+            losses[name] += weight * parallel.all_sum([total])[0] / n
     raw_model.train()
     return losses
 
@@ -282,11 +283,10 @@ def save(is_best=False, tells=False):
     """ write last.pt and, if it is the best, make ckpt.pt the same file; return whether that succeeded """
     state = checkpoints.adapter_state(raw_model) if lora_rank else {'model': weights(raw_model, opt)}
     moments = parallel.whole(opt.state_dict())
-    done = master and saver({
+    done = parallel.in_any(master and saver({
         **base, **state, 'optimizer': moments, 'model_args': checkpoints.model_args(raw_model),
         'iter_num': iter_num, **vars(best), 'config': config, 'tokenizer': tokenizer, 'template': template,
-        'scaler': scaler.state_dict(), 'n_bad': n_bad, 'launch': launch}, is_best, tells)
-    done = parallel.all_sum([float(done)], world_size, device)[0] > 0
+        'scaler': scaler.state_dict(), 'n_bad': n_bad, 'launch': launch}, is_best, tells))
     saver.saved = iter_num if done else saver.saved # known to every process, since each may report it
     return done
 
@@ -315,21 +315,22 @@ if sample_interval:
     coder = from_state(tokenizer)
     prompt = torch.tensor([coder.encode(sample_start, allow_special=True) or [coder.eot or 0]], device=device)
 n_trained = raw_model.num_params(trained=True)
-say(f"{raw_model.num_params():,} parameters"
-    f"{f', {n_trained:,} of them to train' if lora_rank or freeze else ''}, on "
-    f"{f'{world_size} x ' if world_size > 1 else ''}{device} in {dtype}{', compiled' if is_compiled else ''}"
-    f"{', sharded' if shard else ''}")
+some = f", {n_trained:,} of them to train" if lora_rank or freeze else ''
+where = f"{world_size} x {device}" if world_size > 1 else device
+say(f"{raw_model.num_params():,} parameters{some}, on {where} in {dtype}"
+    f"{', compiled' if is_compiled else ''}{', sharded' if shard else ''}")
 say(f"{train_data.n_tokens:,} tokens to train on, {val_data.n_tokens:,} to validate on")
 say(f"an iteration is {memory.count(sequences)} of {block_size} tokens, {sequences * block_size:,} tokens; "
     f"{max_iters:,} iterations are {train_data.describe_epochs(max_iters * sequences)}")
 if eval_only:
-    losses = with_room(evaluate)
+    losses = with_room(evaluate, leaner=plans[3:])
     say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
     leave(0)
 if iter_num >= max_iters and init_from == 'resume' and is_logged(out_dir, iter_num):
     say(f"{out_dir} is trained to iteration {iter_num} already; type "
         f"--{'num_epochs' if max_iters < config['max_iters'] else 'max_iters'}=N with a larger N to go on")
     leave(0)
+
 def begin():
     saver.lock()
     wandb_id = start_wandb(config, init_from == 'resume')
@@ -339,14 +340,13 @@ def begin():
         parameters=raw_model.num_params(), trained=n_trained, model_args=checkpoints.model_args(raw_model)),
         resume_at=iter_num if init_from == 'resume' else None)
     saver.clear(anew=overwrite and init_from != 'resume') # last, once nothing can stop the run from starting
-parallel.in_first(begin, world_size, device)
+parallel.in_first(begin)
 
 # -----------------------------------------------------------------------------
 # loop
 
 def accumulate(windows, n_targets):
-    """ compute the gradients of an iteration, and return its loss, or this process's share of it; None if
-    told to stop """
+    """ compute an iteration's gradients; return its loss, or this process's part; None if told to stop """
     # micro-batches must add up to the mean over n_targets, and DDP divides by world_size
     scale = scaler.scale(torch.full((), world_size / n_targets, device=updates_on)).to(device)
     loss = torch.zeros((), device=device)
@@ -375,7 +375,7 @@ while True:
     # once in a while: evaluate and save
     row = {'iter': iter_num, 'epoch': round(iter_num * sequences / train_data.windows, 4)}
     if iter_num % eval_interval == 0 or iter_num >= max_iters:
-        losses, before = with_room(evaluate), best
+        losses, before = with_room(evaluate, leaner=plans[3:]), best # others recompute what it does not keep
         if losses is None:
             break
         row.update(train_loss=losses['train'], val_loss=losses['val'])
@@ -401,7 +401,7 @@ while True:
         break
     scaler.unscale_(opt)
     grad_norm = clip_gradients(opt, grad_clip or math.inf).item()
-    loss, n_ending, n_saving = parallel.all_sum([loss.item(), *signals.asked()], world_size, device)
+    loss, n_ending, n_saving = parallel.all_sum([loss.item(), *signals.asked()])
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1 # usual in float16
     n_bad = 0 if finite or overflow else n_bad + 1
@@ -445,5 +445,5 @@ say(f"{'finished' if ended else 'stopped'} at iteration {iter_num} after {clock.
 if master:
     finish_log(wandb_log)
     saver.check()
-say(best.describe(out_dir, iter_num, patience * (iter_num < max_iters), ended, asked=template is not None))
+say(best.describe(out_dir, iter_num, max_iters, ended, asked=template is not None))
 leave(signals.status())

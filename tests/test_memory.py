@@ -35,13 +35,16 @@ class AtOnce:
         return done
 
 def measure(name, plan, B, n_micro_steps, monkeypatch, rank=0, freeze='', dropout=0.0, device='cuda',
-            targets=','.join(lora.TARGETS), lora_dropout=0.0):
+            targets=','.join(lora.TARGETS), lora_dropout=0.0, half=True, muon=False):
     """ the peak of an iteration, not the first, as a device would hold it, on fake tensors; name is one of GPT2_SHAPES,
     or a GPTConfig whose positions are all in use """
     config = name if isinstance(name, GPTConfig) else GPTConfig(**GPT2_SHAPES[name], dropout=dropout)
     monkeypatch.setattr(torch.nn.init, 'normal_', lambda tensor, **options: tensor)
     if device == 'cuda':
-        monkeypatch.setattr(losses, 'COPIES', None)
+        # as it is compiled, and as CUDA's kernels are: masks of bytes, no matrix of scores
+        monkeypatch.setattr(model, 'is_kept', lambda draws, *args, kept=model.is_kept, **options: kept(False, *args, **options))
+        monkeypatch.setattr(F, 'dropout', lambda x, p, training, inplace=False: torch.native_dropout(x, p, training)[0] if p else x)
+        monkeypatch.setattr(losses, 'MIXED_ADD_COPIES_ON', None)
         monkeypatch.setattr(model, 'attend', lambda q, k, v, dropout, mask: F.scaled_dot_product_attention(q, k, v, is_causal=True))
     with FakeTensorMode(), Peak() as peak:
         gpt = GPT(config)
@@ -52,8 +55,8 @@ def measure(name, plan, B, n_micro_steps, monkeypatch, rank=0, freeze='', dropou
             monkeypatch.setattr(torch.nn.init, 'kaiming_uniform_', lambda tensor, **options: tensor)
             lora.add(gpt, rank, 32.0, lora_dropout, targets)
             lora.shrink(gpt, torch.bfloat16)
-        offload_to = ('cpu', torch.bfloat16) if plan == 'offload' else None
-        optimizer = make_optimizer('adamw', gpt, 1e-3, 0.0, 0.1, (0.9, 0.95), offload_to)
+        offload_to = ('cpu', torch.bfloat16 if half else torch.float32) if plan == 'offload' else None
+        optimizer = make_optimizer('muon' if muon else 'adamw', gpt, 1e-3, 0.02, 0.1, (0.9, 0.95), offload_to)
         params = [p for group in optimizer.param_groups for p in group['params']]
         if offload_to:
             optimizer.thread = AtOnce(peak)
@@ -65,7 +68,7 @@ def measure(name, plan, B, n_micro_steps, monkeypatch, rank=0, freeze='', dropou
         optimizer.zero_grad()
         peak.most = peak.alive
         for _ in range(n_micro_steps):
-            with torch.autocast('cpu', torch.bfloat16, cache_enabled=False):
+            with torch.autocast('cpu', torch.bfloat16, enabled=half, cache_enabled=False):
                 loss = gpt(idx, idx, scale=1.0)[1]
             loss.backward()
             del loss
@@ -136,14 +139,26 @@ def test_the_predicted_peak_with_dropout_or_frozen_parts_is_within_a_tenth_of_a_
           f'{predicted / measured - 1:+.1%} predicted')
     assert abs(predicted / measured - 1) < 0.1
 
-@pytest.mark.parametrize('dropout', [0.0, 0.1])
+@pytest.mark.parametrize('dropout, half', [(0.0, True), (0.1, True), (0.1, False)])
 @pytest.mark.parametrize('plan', memory.PLANS[:3])
-def test_the_predicted_peak_on_a_cpu_counts_what_its_attention_keeps(plan, dropout, monkeypatch):
-    measured = measure('gpt2', plan, 4, 2, monkeypatch, dropout=dropout, device='cpu')
-    predicted = memory.peak(plan, shape('gpt2', dropout=dropout, device='cpu'), 4)
-    print(f'gpt2 {plan} 4 x 2 on a CPU, dropout {dropout}: {measured / memory.GiB:.2f} GiB, '
+def test_the_predicted_peak_on_a_cpu_counts_what_its_attention_and_its_masks_keep(plan, dropout, half, monkeypatch):
+    measured = measure('gpt2', plan, 4, 2, monkeypatch, dropout=dropout, device='cpu', half=half)
+    predicted = memory.peak(plan, shape('gpt2', dropout=dropout, device='cpu', half=half), 4)
+    print(f'gpt2 {plan} 4 x 2 on a CPU, dropout {dropout}, {"bfloat16" if half else "float32"}: {measured / memory.GiB:.2f} GiB, '
           f'{predicted / measured - 1:+.1%} predicted')
-    assert abs(predicted / measured - 1) < 0.1
+    assert abs(predicted / measured - 1) < 0.05
+
+@pytest.mark.parametrize('freeze', ['', 'wte,wpe,h.0-5'])
+def test_the_predicted_peak_of_muon_counts_one_moment_of_the_matrices_that_learn(freeze, monkeypatch):
+    measured = measure('gpt2', 'recompute', 2, 2, monkeypatch, freeze=freeze, muon=True)
+    with torch.device('meta'):
+        gpt = GPT(GPTConfig(**GPT2_SHAPES['gpt2']))
+        if freeze:
+            lora.freeze_parts(gpt, freeze)
+    predicted = memory.peak('recompute', memory.shape_of(gpt, 1024, 0.0, True, muon=True), 2)
+    print(f'gpt2 recompute 2 x 2 with Muon, {freeze or "nothing"} frozen: {measured / memory.GiB:.2f} GiB, '
+          f'{predicted / measured - 1:+.1%} predicted')
+    assert abs(predicted / measured - 1) < 0.05
 
 def test_large_and_xl_fit_where_they_should_without_accumulation():
     def GiB(name, plan, accumulates=False):
@@ -181,7 +196,7 @@ def test_the_fastest_plan_that_fits_is_chosen_with_the_largest_micro_batch():
     assert memory.choose('auto', xl, 8, 8, 6 * memory.GiB) == ('offload', 4)
     assert memory.choose('recompute', xl, 8, 8, 5 * memory.GiB) == ('recompute', 1) # as was asked
     # 16 bytes a parameter, and 0.75 GiB to cross the bus
-    with pytest.raises(ValueError, match=r'takes 24.0 GiB of RAM, and 16.0 are free; take a smaller'):
+    with pytest.raises(ValueError, match=r'takes 24.0 GiB of RAM, with 0.5 to spare, and 16.0 are free; take a smaller'):
         memory.choose('auto', xl, 8, 8, 6 * memory.GiB, ram_free=16 * memory.GiB)
     with pytest.raises(ValueError, match='are free; type --lora_rank=16 --learning_rate=3e-4, take a smaller'): # which needs no RAM
         memory.choose('auto', replace(xl, adapts=True), 8, 8, 6 * memory.GiB, ram_free=16 * memory.GiB)
@@ -215,9 +230,9 @@ def test_lora_s_shape_is_worked_out_as_its_model_has_it(rank):
         lora.add(adapted, rank, 32.0, 0.0, ALL)
     assert memory.with_lora(memory.shape_of(plain, 64, 0.1, True, muon=True), rank) == memory.shape_of(adapted, 64, 0.1, True, lora=True)
 
-@pytest.mark.parametrize('free, enough', [(23.5, False), (24.5, True)])
+@pytest.mark.parametrize('free, enough', [(24.4, False), (24.6, True)])
 def test_a_dry_run_finds_ram_short_where_the_run_itself_would(free, enough):
-    xl = shape('gpt2-xl') # 24.0 GiB in RAM
+    xl = shape('gpt2-xl') # 24.0 GiB in RAM, and 0.5 to spare
     said = memory.table(xl, 8, 8, 6 * memory.GiB, {}, ram_free=free * memory.GiB)
     assert ('more RAM than is free here' in said) == (not enough)
     choice = lambda: memory.choose('auto', xl, 8, 8, 6 * memory.GiB, ram_free=free * memory.GiB)
@@ -236,12 +251,13 @@ def test_ram_is_found_short_before_a_checkpoint_is_read(train, tmp_path):
                                            "device.memory_to_fill = lambda *args: 2**30\n_load = checkpoint.load\n"
                                            "checkpoint.load = lambda *args: (print('reading'), _load(*args))[1]\n")
         return train(tmp_path / 'small.py', '--n_embd=64', '--block_size=4', '--batch_size=1', *options, **kwargs)
-    assert 'of RAM' in offloaded(needed - 1, out_dir='b', status=2).err
-    assert f'expected, {needed / 2**30:.1f} in RAM' in offloaded(needed).out
+    free = needed + memory.RAM_SPARE
+    assert 'of RAM' in offloaded(free - 1, out_dir='b', status=2).err
+    assert f'in RAM {needed / 2**30:.1f} expected, {free / 2**30:.1f} free' in offloaded(free).out
     for start in ('--init_from=resume', f"--init_from={tmp_path / 'out'}"):
-        short = offloaded(needed - 1, start, '--max_iters=8', status=2, out_dir='out' if 'resume' in start else 'b')
+        short = offloaded(free - 1, start, '--max_iters=8', status=2, out_dir='out' if 'resume' in start else 'b')
         assert 'of RAM' in short.err and 'reading' not in short.out
-    again = offloaded(needed, '--init_from=resume', '--max_iters=8').out
+    again = offloaded(free, '--init_from=resume', '--max_iters=8').out
     assert again.index('plan offload') < again.index('reading') < again.index('resuming at iteration 6')
 
 @pytest.mark.parametrize('plan, device, options, last', [

@@ -104,3 +104,5 @@ def test_another_optimizer_s_state_is_refused():
         load_optimizer(muon, adamw.state_dict())
     with pytest.raises(ValueError, match='of another optimizer'):
         load_optimizer(adamw, muon.state_dict())
+    with pytest.raises(ValueError, match='of another optimizer'):
+        load_optimizer(adamw, {**adamw.state_dict(), 'state': {0: 3}})

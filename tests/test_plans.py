@@ -129,7 +129,7 @@ def test_an_update_without_room_in_ram_ends_the_run_and_is_no_reason_to_repeat_t
     gpt(idx, idx)[1].backward()
     opt.updater.step = full
     opt.step()
-    with pytest.raises(ValueError, match='RAM ran out while weights were updated in it; free some') as told:
+    with pytest.raises(ValueError, match='RAM ran out for the optimizer, which offload keeps there; free some') as told:
         opt.finish()
     assert not is_out_of_memory(told.value)
 
@@ -201,3 +201,13 @@ def test_an_evaluation_needs_no_room_for_training(train, tmp_path):
     assert 'step 1: train loss' in told and ' expected, ' not in told
     offloaded = train(*options[:2], '--eval_only=True', '--init_from=resume', '--plan=offload').out
     assert 'plan offload' in offloaded and offloaded.splitlines()[-1] == told.splitlines()[-1]
+
+@pytest.mark.parametrize('plan, last', [('device', '--plan=offload'), ('offload', '--block_size=8')])
+def test_an_evaluation_without_room_is_told_what_would_make_room_for_it(train, tmp_path, plan, last):
+    """ it keeps no activations, so the plans that recompute them would not help """
+    (tmp_path / 'full.py').write_text("import memory, torch\nfrom loss import ChunkedLoss\n_forward = ChunkedLoss.forward\n"
+                                      "def _full(ctx, x, *args):\n    if not x.requires_grad: raise torch.OutOfMemoryError('out of memory')\n"
+                                      "    return _forward(ctx, x, *args)\nChunkedLoss.forward = staticmethod(_full)\n"
+                                      "memory.plans_for = lambda *args: memory.PLANS\n")
+    error = train(tmp_path / 'full.py', f'--plan={plan}', status=2).err.splitlines()[-1]
+    assert error.startswith(f'error: out of memory in plan {plan}, 1 sequence of 16') and error.endswith(f'type {last}')
