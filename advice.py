@@ -3,15 +3,13 @@ What a run does with a dataset just prepared, the command to type, and better op
 """
 import os
 
-from configurator import ROOT, quote, run_file, script
+from configurator import ROOT, quote, read_options, run_file, script
 
 LITTLE, SOME, MUCH = 10**5, 10**6, 10**8 # tokens to train on
 
 def options_of(config):
     """ train.py's options as `config` sets them """
-    with open(os.path.join(ROOT, 'train.py'), encoding='utf-8') as file:
-        options = {}
-        exec(file.read().partition('from configurator')[0], options)
+    options = {name: default for _, name, default, _ in read_options(os.path.join(ROOT, 'train.py'))[1]}
     return options | run_file(os.path.join(ROOT, config), options)
 
 def fit_block(options, n_train, n_val):
@@ -59,10 +57,11 @@ def tell_run(config, name, n_train, n_val):
     suits = suiting(options, n_train)
     fitting |= suits
     if suits:
-        ends = (f", and ends after {suits['patience']} evaluations without a better one"
-                if 'patience' in suits else '')
-        print("warning: that is little, and a model soon knows it by heart; " * (n_train < LITTLE)
-              + f"the command below makes at most {count_epochs(options | fitting, n_train)}{ends}")
+        little = "warning: that is little, and a model soon knows it by heart; " if n_train < LITTLE else ''
+        makes = [f"makes at most {count_epochs(options | fitting, n_train)}"] if 'num_epochs' in suits else []
+        if 'patience' in suits:
+            makes.append(f"ends after {suits['patience']} evaluations without a better one")
+        print(f"{little}the command below {', and '.join(makes)}")
     more = ''.join(f' --{key}={value}' for key, value in fitting.items())
     print(f"next: python {script('train.py')} {config} --dataset={quote(name)} "
           f"--out_dir={quote(f'out-{name}')}{more}")

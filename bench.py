@@ -61,7 +61,7 @@ from dataset import Split, find_datasets, open_split, read_shared_state, tell_as
 from device import (DTYPES, allow_cudnn_attention, autocast, compile_model, fetch, free_memory,
                     is_out_of_memory, memory_mb, memory_to_fill, peak_flops, pick_compile, pick_device,
                     pick_dtype, train_fast)
-from model import GPT, GPT2_SHAPES, GPTConfig, Linear, check_length
+from model import GPT, GPT2_SHAPES, Block, GPTConfig, Linear, check_length
 from optim import check_options, clip_gradients, make_optimizer
 from tokenizer import count_ids
 
@@ -122,6 +122,10 @@ def model_config():
 # -----------------------------------------------------------------------------
 # training
 
+class PlainBlock(Block):
+    """ a block that keeps what autograd keeps, compiled or not, like nanoGPT's """
+    forward = Block.layers
+
 class AllLogits(torch.nn.Module):
     """ a GPT with nanoGPT's loss, computed from the logits of all tokens at once """
 
@@ -167,6 +171,8 @@ def make_training():
     for module in model.modules() if plain else ():
         if isinstance(module, Linear): # nanoGPT's linear keeps a copy of its weight for backward
             module.__class__ = torch.nn.Linear
+        elif isinstance(module, Block):
+            module.__class__ = PlainBlock
     if data == 'real':
         split = open_split(find_datasets(dataset), 'train', block_size, c.vocab_size, seed=seed)
     else:

@@ -24,7 +24,7 @@ from configurator import OF_A_CALL, quote
 from dataset import find_dataset, find_datasets, read_tokenizer_state
 from model import GPT, GPT2_SHAPES, GPTConfig
 from saver import VERSION, checkpoints_in
-from tokenizer import BPETokenizer, check_match
+from tokenizer import BPETokenizer, check_match, is_state
 
 DEFAULTS = GPT2_SHAPES['gpt2'] | {'bias': False} # train.py's, of the options that a loaded model decides
 OTHERS = " and the run's other options" # which a new run does not take over
@@ -34,7 +34,7 @@ KINDS = { # types of a checkpoint's entries
     **dict.fromkeys(('version', 'iter_num', 'best_iter', 'n_worse', 'evaluated', 'n_bad', *lora.SUMS), int),
     'best_val_loss': (int, float, torch.Tensor)}
 OPTIONS = { # types of the options in its config; others may be anything but a tensor
-    **dict.fromkeys(('dataset', 'init_from'), (str, type(None))),
+    'dataset': str, 'init_from': (str, type(None)),
     **dict.fromkeys(('batch_size', 'gradient_accumulation_steps'), (int, float))}
 
 def find(source: str) -> str | None:
@@ -97,9 +97,10 @@ def load(path: str, moments: bool = False) -> dict:
         raise ValueError(f"{path} has no {' and no '.join(missing)}; expected a checkpoint of train.py or "
                          "nanoGPT; type --out_dir or --init_from with another")
     checkpoint = {key: value for key, value in checkpoint.items() if value is not None}
-    for name, value in misfits(checkpoint):
-        raise ValueError(f"the {name} of {path} is {reprlib.repr(value)}; expected a checkpoint of train.py "
-                         "or nanoGPT; type --out_dir or --init_from with another")
+    odd = next(misfits(checkpoint), None)
+    if odd:
+        raise ValueError(f"the {odd[0]} of {path} is {reprlib.repr(odd[1])}; expected a checkpoint of "
+                         "train.py or nanoGPT; type --out_dir or --init_from with another")
     if checkpoint.get('version', VERSION) > VERSION:
         raise ValueError(f"{path} is of format {checkpoint['version']}, this program reads up to {VERSION}; "
                          "use a newer fitGPT")
@@ -110,7 +111,7 @@ def misfits(checkpoint: dict):
     for key, value in checkpoint.items():
         if key in KINDS and not isinstance(value, KINDS[key]):
             yield key, value
-        elif (key == 'iter_num' and value < 0
+        elif (key == 'iter_num' and value < 0 or key == 'tokenizer' and not is_state(value)
               or key == 'best_val_loss' and isinstance(value, torch.Tensor) and value.numel() != 1):
             yield key, value
         elif key == 'config':
@@ -189,14 +190,14 @@ def load_model(source: str, dropout: float = 0.0, merge: bool = True,
     return pretrained.load(source, dropout)
 
 def resume(out_dir: str, config: dict, say) -> tuple[GPT, dict]:
-    """ what `latest` returns, for a run with the options `config`: with other data, patience starts anew;
-    raises ValueError if they add an adapter """
+    """ what `latest` returns, for a run with the options `config`, of which shape and init_from become those
+    it began with; with other data, patience starts anew; raises ValueError if they add an adapter """
     model, loaded = latest(out_dir, config['dropout'], say, moments=not config['eval_only'])
     if config['lora_rank'] and 'lora' not in loaded:
         raise ValueError(f"the run in {out_dir} has no adapter, and lora_rank is {config['lora_rank']}; type "
                          f"--lora_rank=0, or --init_from={quote(out_dir)} --out_dir=ANOTHER")
     before = loaded.get('config', {})
-    config.update({key: before[key] for key in DEFAULTS if key in before}) # the shape stays as it was given
+    config.update({key: before[key] for key in ('init_from', *DEFAULTS) if key in before})
     if not is_same_data(before, config):
         loaded['n_worse'] = 0
     return model, loaded
@@ -365,7 +366,7 @@ def tell_changes(before: dict, config: dict) -> str:
                if key not in not_options and before.get(key, config[key]) != config[key]]
     told = f", with {', '.join(changed)}" if changed else ''
     if not (is_same_data(before, config) or config['eval_only']):
-        earlier = 'other windows of ' * (before['dataset'] == config['dataset'])
+        earlier = 'other windows of ' if before['dataset'] == config['dataset'] else ''
         told += f"; the best so far was judged by {earlier}{before['dataset']}: to count anew, type {anew}"
     return told
 

@@ -10,12 +10,13 @@ import ast
 import difflib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
-import signal
 import re
 import shlex
+import signal
 import sys
 import time
 import tokenize
@@ -57,8 +58,8 @@ def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[st
     for key, value in settings.items():
         check_range(key, value, least=int(key in at_least_1))
     options.update(settings)
-    for title, was, now in (('as before: ', defaults, start), ('', start, settings)):
-        say_once(title, [f"{k} = {now[k]!r}" for k in keys if was[k] != now[k] and now[k] == settings[k]])
+    say_once('as before: ', [f"{k} = {start[k]!r}" for k in keys if defaults[k] != start[k] == settings[k]])
+    say_once('', [f"{k} = {settings[k]!r}" for k in keys if start[k] != settings[k]])
     return settings
 
 def say_once(title: str, parts: list[str]) -> None:
@@ -248,10 +249,9 @@ def describe(script: str) -> str:
     """ the --help text: what the script does, then one line per option, under its group's heading """
     text, options = read_options(script)
     out = [text, f"\nusage: python {sys.argv[0]} [config/file.py] [--key=value ...]"]
-    for before, (group, name, default, comment) in zip([('',), *options], options):
-        if group != before[0]:
-            out.append(f"\n{group}")
-        out.append(f"  --{name}={default!r}".ljust(43) + ' ' + comment)
+    for group, members in itertools.groupby(options, key=lambda option: option[0]):
+        out += [f"\n{group}"] if group else []
+        out += [f"  --{name}={default!r}".ljust(43) + ' ' + comment for _, name, default, comment in members]
     return '\n'.join(out)
 
 def reference(scripts: list[str]) -> str:
@@ -265,11 +265,12 @@ def reference(scripts: list[str]) -> str:
         text, options = read_options(os.path.join(ROOT, script))
         out += [f"## {script}", '', text.split('\n\n')[0].replace('\n', ' '), '',
                 '| option | type | default | meaning |', '|---|---|---|---|']
-        for before, (group, name, default, comment) in zip([('',), *options], options):
-            if group != before[0]:
-                out.append(f"| **{group.partition(';')[0]}** | | | |")
-            out.append(f"| `{name}` | {'auto or one named' if default == 'auto' else kinds[type(default)]} | "
-                       f"`{default!r}` | {comment} |".replace('<|endoftext|>', '`<\\|endoftext\\|>`'))
+        for group, members in itertools.groupby(options, key=lambda option: option[0]):
+            out += [f"| **{group.partition(';')[0]}** | | | |"] if group else []
+            for _, name, default, comment in members:
+                kind = 'auto or one named' if default == 'auto' else kinds[type(default)]
+                out.append(f"| `{name}` | {kind} | `{default!r}` | {comment} |".replace(
+                    '<|endoftext|>', '`<\\|endoftext\\|>`'))
         out.append('')
     return '\n'.join(out)
 

@@ -25,6 +25,7 @@ from configurator import script
 from tokenizer import are_characters
 
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
+ANY_TEXT = {'custom', 'instruct'} # folders of data/ that make a dataset of any text
 
 class Split:
     """ the tokens of one split of a dataset (`name` is train or val), cut into windows of block_size """
@@ -216,20 +217,25 @@ def open_split(folders: dict[str, float], *args, seed: int = 0) -> Split:
     splits = [Split(folder, *args, seed) for folder in folders]
     return splits[0] if len(splits) == 1 else Mix(splits, list(folders.values()), seed)
 
+def how_to_make(name: str) -> str:
+    """ what to type where the dataset `name` is missing """
+    made, scripts = ({os.path.basename(os.path.dirname(found)) for found in
+                      glob.glob(os.path.join(DATA, '*', file))} for file in ('train.bin', 'prepare.py'))
+    if name in scripts:
+        of = ', with --input=PATH' if name in ANY_TEXT else ''
+        return f"run python {script(f'data/{name}/prepare.py')} first{of}"
+    known = sorted(made | scripts - ANY_TEXT)
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"did you mean --dataset={near[0]}?"
+    return (f"type --dataset=NAME with one of {', '.join(known)}, or make it by python "
+            f"{script('data/custom/prepare.py')} --input=PATH --name={name}")
+
 def open_tokens(path: str, block_size: int) -> np.ndarray:
     """ the file as a memory-mapped uint16 array; raises OSError or ValueError if it is not a usable split """
     folder = shorten(os.path.dirname(path))
     if not os.path.isfile(path):
-        made, scripts = ({os.path.basename(os.path.dirname(found)) for found in
-                          glob.glob(os.path.join(DATA, '*', file))} for file in ('train.bin', 'prepare.py'))
-        name, known = os.path.basename(folder), sorted(made | scripts - {'custom', 'instruct'})
-        near = difflib.get_close_matches(name, known, n=1)
-        of = ', with --input=PATH' * (name in ('custom', 'instruct')) # these make a dataset of any text
-        how = (f"run python {script(f'data/{name}/prepare.py')} first{of}" if name in scripts
-               else f"did you mean --dataset={near[0]}?" if near
-               else f"type --dataset=NAME with one of {', '.join(known)}, or make it by "
-               f"python {script('data/custom/prepare.py')} --input=PATH --name={name}")
-        raise FileNotFoundError(f"there is no {shorten(path)}; {how}")
+        raise FileNotFoundError(f"there is no {shorten(path)}; {how_to_make(os.path.basename(folder))}")
     size = os.path.getsize(path)
     its = os.path.join(folder, 'prepare.py')
     again = f"run python {its} again" if os.path.exists(its) else "prepare it again"

@@ -77,12 +77,14 @@ class Documents:
 
     def plain(self, blocks, place):
         """ yield the same blocks, with a warning if they begin with a JSON row rather than with text """
-        for block in itertools.islice(blocks, 1):
-            if self.text_field in first_object(block):
-                print(f"warning: {place} begins with a JSON object that has {self.text_field!r}, but is read "
-                      "as plain text, braces and all; for its rows save it under a name that ends in .jsonl, "
-                      "or in .json for one list, and type --input=FILE.jsonl", file=sys.stderr)
-            yield block
+        first = next(blocks, None)
+        if first is None:
+            return
+        if self.text_field in first_object(first):
+            print(f"warning: {place} begins with a JSON object that has {self.text_field!r}, but is read "
+                  "as plain text, braces and all; for its rows save it under a name that ends in .jsonl, "
+                  "or in .json for one list, and type --input=FILE.jsonl", file=sys.stderr)
+        yield first
         yield from blocks
 
     def text_of(self, row):
@@ -91,7 +93,7 @@ class Documents:
         text = fields.get(self.text_field)
         if self.text_field not in fields:
             asked = {'instruction', 'output'} <= fields.keys() or 'messages' in fields
-            also = ', or run data/instruct/prepare.py, which takes questions and answers' * asked
+            also = ', or run data/instruct/prepare.py, which takes questions and answers' if asked else ''
             raise ValueError(f"{place} has no field {self.text_field!r}; its fields are {', '.join(fields)}; "
                              f"type --text_field=NAME with one of these{also}")
         if not isinstance(text, str):
@@ -135,7 +137,7 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
     paths.sort()
     if not paths:
         raise ValueError(f"there is no text in {path}; expected files that end in {', '.join(suffixes)}")
-    print(f"{len(paths)} file{'s' * (len(paths) > 1)} in {path}")
+    print(f"{len(paths)} file{'s' if len(paths) > 1 else ''} in {path}")
     return paths
 
 def stop(error):

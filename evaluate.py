@@ -27,17 +27,18 @@ device = 'auto' # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto' # auto, float32, bfloat16, float16; the logits are always in float32
 
 from configurator import configure, quote
-configure(globals(), at_least_1=('batch_size',))
+config = configure(globals(), at_least_1=('batch_size',))
 
 for key, choices in (('task', ('perplexity', 'lambada', 'hellaswag')), ('split', ('val', 'train'))):
-    if globals()[key] not in choices:
-        raise ValueError(f"{key} is {globals()[key]!r}; type --{key}=NAME with one of {', '.join(choices)}")
+    if config[key] not in choices:
+        raise ValueError(f"{key} is {config[key]!r}; type --{key}=NAME with one of {', '.join(choices)}")
 if task != 'perplexity' and not file:
     raise ValueError(f"{task} has no file; type --file=PATH of its .jsonl, as it was published")
 
 # -----------------------------------------------------------------------------
 # set-up
 
+import itertools
 import json as json_module
 import os
 import re
@@ -113,8 +114,9 @@ def read_dataset(name, one):
     if read_shared_state(folders) != one.tokenizer.state or any(its.max() >= n for its, _ in texts):
         raise ValueError(f"{name} is not in the {n:,} tokens that {one.name} reads; type another --dataset, "
                          "or --file=PATH of a text")
-    masked = ', less the tokens that its mask leaves out' * any(mask is not None for mask in masks)
-    return texts, ', '.join(map(shorten, paths)) + masked
+    masked = any(mask is not None for mask in masks)
+    return texts, (', '.join(map(shorten, paths))
+                   + (', less the tokens that its mask leaves out' if masked else ''))
 
 def encode_file(one):
     ids = np.array(one.tokenizer.encode(content)[:limit or None])
@@ -204,7 +206,7 @@ def score(one, texts):
     total = sum(np.count_nonzero(counts[1:]) for _, counts in texts)
     bar = tqdm(total=total, desc=one.name, unit='tok', delay=1, leave=False)
     with autocast(device, dtype, cache=True), bar:
-        while batch := [row for _, row in zip(range(batch_size), rows)]:
+        while batch := list(itertools.islice(rows, batch_size)):
             text, x, y = zip(*batch)
             x, y = pad_sequence(x, True).to(device), pad_sequence(y, True, -1) # (B, T), padded at the end
             scored = y >= 0

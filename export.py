@@ -58,7 +58,7 @@ import pretrained
 from device import DTYPES
 from instruct import render
 from lora import SUMS
-from tokenizer import PACKAGE, BPETokenizer, count_ids, from_state, gpt2_files
+from tokenizer import PACKAGE, BPETokenizer, count_ids, gpt2_files
 
 def is_exported(file):
     """ whether `file` is a checkpoint without an optimizer, as --weights_only=True writes """
@@ -221,9 +221,8 @@ else:
         put(lambda file: write_weights(file, model, loaded))
     else:
         state, template = checkpoints.find_tokenizer(loaded, model.config.vocab_size), loaded.get('template')
-        from_state(state) # raises ValueError if it is not a vocabulary
         put(lambda folder: write_hugging_face(folder, model, state, template))
-    asked = ' --instruction=TEXT' * (loaded.get('template') is not None)
+    asked = '' if loaded.get('template') is None else ' --instruction=TEXT'
     print(f"next: python {script('sample.py')} --init_from={quote(to)}{asked}")
     if not weights_only:
         print("in transformers:\n"

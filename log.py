@@ -55,17 +55,18 @@ class Best:
         lost = min(before.lost, self.best_val_loss)
         return Best(before.best_val_loss, before.best_iter, self.n_worse, self.evaluated, lost)
 
-    def describe(self, out_dir: str, iter_num: int, patience: int, ended: bool, asked: bool = False) -> str:
+    def describe(self, out_dir: str, iter_num: int, max_iters: int, ended: bool, asked: bool = False) -> str:
         """ a summary for the end of a run, or of a part of it, and what to type next; `asked` says that the
         model was trained on instructions """
-        waited = ended and 0 < patience <= self.n_worse
-        launch = 'python' if os.environ.get('WORLD_SIZE', '1') == '1' else 'torchrun ...'
-        goes_on = (f"\nto go on: {launch} {script('train.py')} --init_from=resume --out_dir={quote(out_dir)}"
-                   f"{' --patience=0' * waited}") if waited or not ended else ''
+        waited = ended and iter_num < max_iters # as long as patience allows
         learned = max(self.evaluated, self.best_iter) > 0 or not iter_num # ckpt.pt may hold what it learned
         path = quote(out_dir if learned else os.path.join(out_dir, 'last.pt'))
-        following = (f"next: python {script('sample.py')} --out_dir={path}{' --instruction=TEXT' * asked}"
-                     f"{goes_on}")
+        following = f"next: python {script('sample.py')} --out_dir={path}"
+        following += ' --instruction=TEXT' if asked else ''
+        if waited or not ended:
+            launch = 'python' if os.environ.get('WORLD_SIZE', '1') == '1' else 'torchrun ...'
+            following += (f"\nto go on: {launch} {script('train.py')} --init_from=resume "
+                          f"--out_dir={quote(out_dir)}{' --patience=0' if waited else ''}")
         best, latest = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'last.pt'))
         if self.best_val_loss == math.inf:
             return f"no evaluation has a checkpoint yet; the latest is {latest}\n{following}"

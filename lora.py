@@ -147,5 +147,5 @@ def known_by(model, loaded: dict) -> dict:
 def is_base(model, loaded: dict, checkpoint: dict) -> bool:
     """ whether this model is the base of what is in a checkpoint, as far as that is recorded """
     now = known_by(model, loaded)
-    key = SUMS['base_adapter' in now and 'base_adapter' in checkpoint]
-    return checkpoint.get(key, now[key]) == now[key]
+    known = [key for key in ('base_adapter', 'base_fingerprint') if key in now and key in checkpoint]
+    return not known or checkpoint[known[0]] == now[known[0]]

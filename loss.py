@@ -17,7 +17,7 @@ def rows_at_once(N: int, V: int, itemsize: int) -> tuple[int, int]:
     few = min(rows, max(rows // 8, 2**22 // V, 1))
     return rows, math.ceil(rows / math.ceil(rows / few))
 
-COPIES = 'cpu' # the device on which adding tensors of two dtypes makes a temporary copy of one
+MIXED_ADD_COPIES_ON = 'cpu' # the device where adding tensors of two dtypes makes a temporary copy of one
 
 def add_product(total, a, b, room) -> None:
     """ total (V, C), in float32, += a (V, N) @ b (N, C); in half precision a few rows of total at a time,
@@ -29,7 +29,7 @@ def add_product(total, a, b, room) -> None:
     if room is None:
         total.addmm_(a, b)
         return
-    copies, (V, C) = total.device.type == COPIES, total.shape
+    copies, (V, C) = total.device.type == MIXED_ADD_COPIES_ON, total.shape
     some = min(V, room.numel() // C if copies else 2**13)
     product = torch.empty(some, C, dtype=b.dtype, device=b.device)
     for part, rows in zip(total.split(some), a.split(some)):

@@ -146,8 +146,7 @@ class Block(nn.Module):
     def forward(self, x, cache=None):
         learns = x.requires_grad or any(p.requires_grad for p in self.parameters())
         compiles = torch.compiler.is_compiling()
-        lean = self.selective or compiles and isinstance(self.mlp.c_fc, Linear)
-        if not (lean and learns and torch.is_grad_enabled()):
+        if not ((self.selective or compiles) and learns and torch.is_grad_enabled()):
             return self.layers(x, cache)
         # compiled code gives each random draw its own seed
         keep = partial(is_kept, self.attn.dropout > 0 and not compiles) if self.selective else is_cast
@@ -161,7 +160,7 @@ class Block(nn.Module):
         first, second = contexts()
         return first, SecondPass(self.mlp.c_proj, x, second)
 
-FORGOTTEN = 'mps' # torch's checkpoint does not restore the random state of this device
+NO_RNG_RESTORED_ON = 'mps' # the device whose random state torch's checkpoint does not restore
 
 class SecondPass:
     """ the context in which a block runs over x again for backward; under autocast without its last product
@@ -173,7 +172,7 @@ class SecondPass:
 
     def __init__(self, last, x, context):
         self.last, self.x, self.context = last, x, context
-        self.rng = torch.mps.get_rng_state() if x.device.type == FORGOTTEN else None
+        self.rng = torch.mps.get_rng_state() if x.device.type == NO_RNG_RESTORED_ON else None
 
     def __enter__(self):
         device = self.x.device.type

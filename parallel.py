@@ -53,33 +53,42 @@ def start_processes(backend: str, device: str) -> tuple[int, int, str]:
     sys.excepthook = hook # torch has wrapped it in one that loses what ours prints
     return dist.get_rank(), dist.get_world_size(), device
 
-def stop_processes(world_size: int) -> None:
+def stop_processes() -> None:
     """ leave the process group in order; gloo's threads abort a process whose Python exits before they do """
-    if world_size > 1:
+    if dist.is_initialized():
         gc.collect() # free whatever else holds the group
         dist.destroy_process_group()
 
-def all_sum(values: list[float], world_size: int, device: str, op=dist.ReduceOp.SUM) -> list[float]:
+def all_sum(values: list[float], op=dist.ReduceOp.SUM) -> list[float]:
     """ each value, summed over all processes, or reduced by another `op` """
-    if world_size == 1:
+    if not dist.is_initialized():
         return values
-    total = torch.tensor(values, dtype=torch.float32 if device == 'mps' else torch.float64, device=device)
+    device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
+    total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total, op)
     return total.tolist()
 
-def least(value: float, world_size: int, device: str) -> float:
+def least(value: float) -> float:
     """ the minimum of all processes' values """
-    return all_sum([value], world_size, device, dist.ReduceOp.MIN)[0]
+    return all_sum([value], dist.ReduceOp.MIN)[0]
 
-def in_first(work, world_size: int, device: str) -> None:
+def in_any(flag: bool) -> bool:
+    """ whether this is so in at least one process """
+    return all_sum([float(flag)])[0] > 0
+
+def are_same(value: int) -> bool:
+    """ whether all processes have this value """
+    return least(value) == -least(-value)
+
+def in_first(work) -> None:
     """ call work() in the first process; if it raises an error, each process does """
     error = None
-    if world_size == 1 or dist.get_rank() == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             work()
         except (OSError, ValueError, ImportError) as its:
             error = its
-    failed = all_sum([float(error is not None)], world_size, device)[0]
+    failed = in_any(error is not None)
     if error:
         raise error
     if failed:
@@ -90,7 +99,7 @@ def share(sequences: int, world_size: int, config: dict) -> int:
     except for an evaluation, which shares in another way """
     if sequences % world_size and not config['eval_only']:
         low = sequences // world_size * world_size
-        advice = f"make it {f'{low} or ' * (low > 0)}{low + world_size}"
+        advice = f"make it {low} or {low + world_size}" if low else f"make it {world_size}"
         if config['init_from'] == 'resume': # then an iteration keeps its size
             *less, most = [n for n in range(1, sequences + 1) if sequences % n == 0]
             advice = f"start it with {', '.join(map(str, less)) or 'no more'} or {most} of them"
@@ -109,22 +118,17 @@ def check_shard(world_size: int, config: dict) -> None:
         raise ValueError("shard is for several processes and adamw, without LoRA; start train.py by "
                          "torchrun, or type --shard=False")
 
-def are_same(value: int, world_size: int, device: str) -> bool:
-    """ whether this value is the mean of all processes' values """
-    return all_sum([value], world_size, device)[0] == value * world_size
-
-def check_same(iter_num: int, world_size: int, device: str, out_dir: str) -> None:
+def check_same(iter_num: int, out_dir: str) -> None:
     """ raise ValueError if the processes do not all start at this iteration """
-    if not are_same(iter_num, world_size, device):
+    if not are_same(iter_num):
         raise ValueError(f"the processes found different checkpoints in {out_dir}, this one iteration "
                          f"{iter_num}; type --out_dir with a folder that all nodes share")
 
-def same_data(mark: str, world_size: int, device: str, dataset: str) -> str:
-    """ return `mark`, which identifies the data; raises ValueError if other processes have another mark """
-    if not are_same(zlib.crc32(mark.encode()), world_size, device):
+def check_data(mark: str, dataset: str) -> None:
+    """ raise ValueError if `mark`, a fingerprint of the data, is not the same in all processes """
+    if not are_same(zlib.crc32(mark.encode())):
         raise ValueError(f"the processes read different data in {dataset}; copy one node's to all, or type "
                          "--dataset with a folder that they share")
-    return mark
 
 def launch_id() -> str | None:
     """ an id of torchrun's job and this command, the same after torchrun or a scheduler starts it again; None

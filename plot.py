@@ -30,7 +30,7 @@ def read_log(out_dir: str) -> dict:
 
 def name_of(out_dir: str) -> str:
     name = os.path.basename(os.path.abspath(out_dir)).replace('$', r'\$') # $ starts a formula
-    return ' ' * name.startswith('_') + name # a legend leaves out what begins with _
+    return f' {name}' if name.startswith('_') else name # a legend leaves out what begins with _
 
 def plot_run(out_dir: str) -> str:
     """ draw the run in `out_dir` and return the picture's path """

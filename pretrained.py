@@ -77,29 +77,30 @@ def split_revision(source: str) -> tuple[str, str | None]:
 def read_tokenizer(source: str, revision: str = 'main') -> dict:
     """ the state of a model's tokenizer, GPT-2's if it has none; raises ValueError for an unknown one """
     from transformers.utils import cached_file
-    added = {}
+    files = {}
     for name in ('vocab.json', 'tokenizer.json', 'added_tokens.json'):
         path = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         if path:
             with open(path, encoding='utf-8') as file:
-                vocab = json.load(file)
-            if name == 'added_tokens.json':
-                added.update(vocab)
-                continue
-            if name == 'tokenizer.json':
-                chars = read_chars(vocab['model'])
-                if chars:
-                    return {'name': 'char', 'chars': chars}
-                added.update((token['content'], token['id']) for token in vocab.get('added_tokens', []))
-                vocab = vocab['model']['vocab']
-            gpt2 = {'Hello': 15496, 'er': 263, '\u0120the': 262, '\u0120world': 995} # \u0120 is a space
-            if any(vocab.get(token) != i for token, i in gpt2.items()):
-                raise ValueError(f"its {name} is not GPT-2's vocabulary, nor one of characters as export.py "
-                                 "writes it; no other is prepared and sampled here")
+                files[name] = json.load(file)
+    added = files.pop('added_tokens.json', {})
+    whole = files.get('tokenizer.json')
+    if whole is not None:
+        chars = read_chars(whole['model'])
+        if chars:
+            return {'name': 'char', 'chars': chars}
+        added = {**{token['content']: token['id'] for token in whole.get('added_tokens', [])}, **added}
+        files['tokenizer.json'] = whole['model']['vocab']
+    gpt2 = {'Hello': 15496, 'er': 263, '\u0120the': 262, '\u0120world': 995} # \u0120 is a space
+    for name, vocab in files.items():
+        if any(vocab.get(token) != i for token, i in gpt2.items()):
+            raise ValueError(f"its {name} is not GPT-2's vocabulary, nor one of characters as export.py "
+                             "writes it; no other is prepared and sampled here")
     more = [token for token, i in added.items() if i >= BPETokenizer.n_vocab]
     if more and os.environ.get('RANK', '0') == '0':
-        print(f"warning: its tokenizer adds {', '.join(more[:5])}{' ...' * (len(more) > 5)} to GPT-2's "
-              "tokens; here they are ordinary text", file=sys.stderr)
+        names = ', '.join(more[:5]) + (' ...' if len(more) > 5 else '')
+        print(f"warning: its tokenizer adds {names} to GPT-2's tokens; here they are ordinary text",
+              file=sys.stderr)
     return {'name': 'gpt2'}
 
 def read_chars(words: dict) -> list[str] | None:

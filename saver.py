@@ -97,7 +97,9 @@ class Saver:
 
     def clear(self, anew: bool) -> None:
         """ remove what a killed save left and, for a run that begins `anew`, earlier checkpoints """
-        patterns = ['*.pt.tmp'] + ['last.pt', 'ckpt.pt', 'iter_*.pt'] * anew
+        patterns = ['*.pt.tmp']
+        if anew:
+            patterns += ['last.pt', 'ckpt.pt', 'iter_*.pt']
         for pattern in patterns:
             for path in glob.glob(os.path.join(glob.escape(self.out_dir), pattern)):
                 os.remove(path)

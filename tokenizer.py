@@ -1,8 +1,8 @@
 """
 Text to token ids and back: GPT-2's byte-pair encoding, or characters.
 
->>> encode, decode = CharTokenizer(['a', 'b', 'c']).encode, CharTokenizer(['a', 'b', 'c']).decode
->>> encode('cab'), decode([2, 0, 1])
+>>> tokenizer = CharTokenizer(['a', 'b', 'c'])
+>>> tokenizer.encode('cab'), tokenizer.decode([2, 0, 1])
 ([2, 0, 1], 'cab')
 
 A tokenizer travels in a checkpoint as a plain dict, its `state`: {'name': 'gpt2'}, or {'name': 'char',
@@ -85,14 +85,13 @@ def are_characters(chars) -> bool:
     return (isinstance(chars, list) and all(isinstance(char, str) and len(char) == 1 for char in chars)
             and len(set(chars)) == len(chars) > 0)
 
+def is_state(state: dict) -> bool:
+    """ whether this describes one of the two tokenizers """
+    return state.get('name') == 'gpt2' or state.get('name') == 'char' and are_characters(state.get('chars'))
+
 def from_state(state: dict) -> BPETokenizer | CharTokenizer:
-    """ the tokenizer that a checkpoint or a dataset describes; raises ValueError if it is of neither kind """
-    if state.get('name') == 'gpt2':
-        return BPETokenizer()
-    if state.get('name') == 'char' and are_characters(state.get('chars')):
-        return CharTokenizer(state['chars'])
-    raise ValueError(f"there is no tokenizer {state.get('name')!r} with its vocabulary; expected 'gpt2', or "
-                     "'char' with its chars, each of them once")
+    """ the tokenizer that a checkpoint or a dataset describes """
+    return BPETokenizer() if state['name'] == 'gpt2' else CharTokenizer(state['chars'])
 
 def count_ids(state: dict) -> int:
     """ how many ids a tokenizer has, without building it """

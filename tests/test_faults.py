@@ -110,7 +110,7 @@ def test_the_best_that_could_not_be_saved_is_not_the_best(tmp_path):
     assert is_best and (now.best_val_loss, now.best_iter, now.n_worse) == (3.0, 0, 0)
     assert now.after(20, 2.5)[1] and not missed.after(20, 2.5)[1]
     for at, better in ((now, True), (now.after(20, 3.5)[0], True), (now.after(20, 2.5)[0], True), (now.after(20, 1.5)[0], False)):
-        told = at.describe('out', 20, 0, ended=True)
+        told = at.describe('out', 20, 20, ended=True)
         assert ('a better model, of val loss 2.0000, could not be saved' in told) == better and 'no evaluation was better' not in told
 
 @pytest.mark.parametrize('evaluated, iter_num, file, says', [
@@ -121,18 +121,18 @@ def test_a_run_that_stops_names_the_file_that_holds_what_it_learned(evaluated, i
     best = Best()
     for at in evaluated:
         best, _ = best.after(at, 3.0 + at)
-    told = best.describe('my out', iter_num, 0, ended=False)
+    told = best.describe('my out', iter_num, 99, ended=False)
     assert says in told and ('evaluat' in told) == bool(says)
     assert f"next: python sample.py --out_dir={quote('my out' + file.replace('/', os.sep))}\nto go on: python train.py --init_from=resume --out_dir={quote('my out')}" in told
-    nanogpt_s = Best.of({'iter_num': 5, 'best_val_loss': torch.tensor(1.0)}).describe('out', 7, 0, ended=False)
+    nanogpt_s = Best.of({'iter_num': 5, 'best_val_loss': torch.tensor(1.0)}).describe('out', 7, 99, ended=False)
     assert nanogpt_s.endswith('--out_dir=out\nto go on: python train.py --init_from=resume --out_dir=out') and 'alone' not in nanogpt_s
 
 def test_patience_is_said_to_end_a_run_only_where_it_did():
     from log import Best
     best = Best(1.0, 80, 3, 100)
-    assert 'so it ended' in best.describe('out', 100, 3, ended=True) and '--patience=0' in best.describe('out', 100, 3, ended=True)
-    for patience, ended in ((3, False), (4, True)):
-        told = best.describe('out', 100, patience, ended)
+    assert 'so it ended' in best.describe('out', 100, 200, ended=True) and '--patience=0' in best.describe('out', 100, 200, ended=True)
+    for max_iters, ended in ((200, False), (100, True)):
+        told = best.describe('out', 100, max_iters, ended)
         assert 'so it ended' not in told and '--patience' not in told
 
 def test_another_program_s_config_json_is_no_earlier_run(tmp_path):

@@ -198,7 +198,7 @@ def test_the_chunked_loss_and_its_gradients_equal_torch_s_cross_entropy():
 @pytest.mark.parametrize('copies', ['cpu', None]) # as on a CPU, and as on other devices
 @pytest.mark.parametrize('N, V, C', [(1, 65, 384), (40, 65, 384), (200, 50257, 96)]) # in 65, 3 x 2 parts
 def test_the_chunked_loss_in_half_precision_is_torch_s_but_for_rounding(N, V, C, copies, monkeypatch):
-    monkeypatch.setattr(losses, 'COPIES', copies)
+    monkeypatch.setattr(losses, 'MIXED_ADD_COPIES_ON', copies)
     torch.manual_seed(0)
     x, w = ((torch.randn(n, C) * std).bfloat16().float().requires_grad_() for n, std in ((N, 1), (V, 0.02)))
     targets = torch.randint(V, (N,))
@@ -341,7 +341,7 @@ def test_a_selective_block_drops_the_same_where_attention_has_drawn_in_a_kernel_
 
 def test_a_block_that_is_run_again_drops_the_same_where_torch_does_not_repeat_a_device_s_draws(monkeypatch):
     """ as on MPS """
-    monkeypatch.setattr(model_module, 'FORGOTTEN', 'cpu')
+    monkeypatch.setattr(model_module, 'NO_RNG_RESTORED_ON', 'cpu')
     monkeypatch.setattr(torch.mps, 'get_rng_state', torch.get_rng_state)
     monkeypatch.setattr(torch.mps, 'set_rng_state', torch.set_rng_state)
     torch.manual_seed(0)

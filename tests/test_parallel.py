@@ -159,7 +159,7 @@ REPLICATE = """
                 print('gradients:', storages() == buckets, sum(buckets.values()) / 4 / sum(p.numel() for p in params))
         opt.step()
         opt.zero_grad(set_to_none=False)
-    parallel.stop_processes(world_size)
+    parallel.stop_processes()
 """
 
 def test_micro_batches_of_several_processes_add_up_in_one_copy_of_the_gradients(clone, run):
@@ -199,7 +199,7 @@ TRACK = """
         if rank == 0:
             print('peak:', plan, most, memory.peak(plan, shape, 2, accumulates=False))
         del gpt, opt, tracker
-    parallel.stop_processes(world_size)
+    parallel.stop_processes()
 """
 
 def test_the_predicted_peak_of_a_sharded_run_is_within_a_tenth_of_a_real_iteration_s(clone, run):

@@ -61,8 +61,9 @@ def main():
             raise ValueError(f"{n} tokens are too few to keep {val_fraction} of them to validate on; add "
                              "text")
         split_off(place, '.bin', 2 * (n - n_val))
-    print(f"{documents.count:,} document{'s' * (documents.count > 1)}, {documents.characters:,} characters, "
-          f"{n:,} tokens of a vocabulary of {len(chars) if chars else BPETokenizer.n_vocab:,}")
+    print(f"{documents.count:,} document{'s' if documents.count > 1 else ''}, "
+          f"{documents.characters:,} characters, {n:,} tokens of a vocabulary of "
+          f"{len(chars) if chars else BPETokenizer.n_vocab:,}")
     print(f"{shorten(folder)}: {n - n_val:,} tokens to train on, {n_val:,} to validate on")
     config = f"config/{'train_shakespeare_char_cpu' if chars else 'finetune/gpt2_small'}.py"
     tell_run(config, name, n - n_val, n_val)

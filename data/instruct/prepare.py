@@ -23,8 +23,6 @@ sys.path.insert(0, os.path.join(_folder, '..', '..')) # for the project's module
 from configurator import configure
 configure(globals())
 
-import itertools
-
 import numpy as np
 from tqdm import tqdm
 
@@ -50,6 +48,10 @@ def read_template():
     render(text, 'a question')
     return text
 
+def rows_of(path):
+    """ the function of documents.py that reads the items of this file """
+    return json_rows if path.lower().endswith('.jsonl') or not is_list(path) else json_items
+
 def write_items(place, text):
     """ write all items, in the template `text`, to the train files; return their lengths, how many tokens
     count, and how many items have a blank answer """
@@ -58,10 +60,7 @@ def write_items(place, text):
     with (open(os.path.join(place, 'train.bin'), 'wb') as tokens,
           open(os.path.join(place, 'train_mask.bin'), 'wb') as masks,
           tqdm(total=sum(map(os.path.getsize, paths)), unit='B', unit_scale=True, delay=1) as progress):
-        kinds = (json_rows if path.lower().endswith('.jsonl') or not is_list(path) else json_items
-                 for path in paths)
-        items = itertools.chain.from_iterable(rows(path, progress.update, ITEM)
-                                              for rows, path in zip(kinds, paths))
+        items = (item for path in paths for item in rows_of(path)(path, progress.update, ITEM))
         for where, item in items:
             try:
                 turns = read_turns(item)
