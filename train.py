@@ -1,8 +1,8 @@
 """
 Trains GPT-2: from scratch, from pretrained weights, or from where an earlier run stopped.
 
-On one GPU, or on a CPU:
-$ python train.py config/finetune/gpt2_small.py --dataset=novel
+On one GPU, or on a CPU, after python data/quickstart/prepare.py:
+$ python train.py config/quickstart.py
 On the 4 GPUs of a machine:
 $ torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
 """

@@ -36,8 +36,8 @@ class AtOnce:
 
 def measure(name, plan, B, n_micro_steps, monkeypatch, rank=0, freeze='', dropout=0.0, device='cuda',
             targets=','.join(lora.TARGETS), lora_dropout=0.0, half=True, muon=False):
-    """ the peak of an iteration, not the first, as a device would hold it, on fake tensors; name is one of GPT2_SHAPES,
-    or a GPTConfig whose positions are all in use """
+    """ the peak of an iteration, not the first, in its last micro-batch, as a device would hold it, on fake tensors;
+    name is one of GPT2_SHAPES, or a GPTConfig whose positions are all in use """
     config = name if isinstance(name, GPTConfig) else GPTConfig(**GPT2_SHAPES[name], dropout=dropout)
     monkeypatch.setattr(torch.nn.init, 'normal_', lambda tensor, **options: tensor)
     if device == 'cuda':
@@ -65,13 +65,13 @@ def measure(name, plan, B, n_micro_steps, monkeypatch, rank=0, freeze='', dropou
         for p in params: # the moments come with the first step
             p.grad = torch.zeros_like(p)
         optimizer.step()
-        optimizer.zero_grad()
+        if n_micro_steps == 1 or offload_to: # else these are the gradients of earlier micro-batches
+            optimizer.zero_grad()
         peak.most = peak.alive
-        for _ in range(n_micro_steps):
-            with torch.autocast('cpu', torch.bfloat16, enabled=half, cache_enabled=False):
-                loss = gpt(idx, idx, scale=1.0)[1]
-            loss.backward()
-            del loss
+        with torch.autocast('cpu', torch.bfloat16, enabled=half, cache_enabled=False):
+            loss = gpt(idx, idx, scale=1.0)[1]
+        loss.backward()
+        del loss
         if offload_to:
             assert all(p.grad is None for p in gpt.parameters())
             optimizer.collect()
