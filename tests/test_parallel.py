@@ -215,3 +215,16 @@ def test_the_number_of_a_gpu_is_refused_under_torchrun(monkeypatch):
     monkeypatch.setenv('RANK', '0')
     with pytest.raises(ValueError, match="'cuda:1', but torchrun's processes each take another GPU; type --device=cuda"):
         parallel.start_processes('auto', 'cuda:1')
+
+AGREE = """
+    import parallel
+    rank, world_size, device = parallel.start_processes('gloo', 'cpu')
+    told = parallel.are_same(100 * rank), parallel.are_same(7), parallel.in_any(rank == 1), parallel.in_any(False), parallel.least(5 - rank)
+    print('told: ' + repr(told) + chr(10), end='')
+    parallel.stop_processes()
+"""
+
+def test_all_processes_come_to_the_same_verdict(clone, run):
+    """ also the one whose value is the mean of all """
+    (clone / 'agree.py').write_text(textwrap.dedent(AGREE))
+    assert re.findall(r'told: (.*)', run('agree.py', processes=3).out) == 3 * ['(False, True, True, False, 3.0)']
