@@ -160,3 +160,13 @@ def test_a_truncated_checkpoint_is_told(tmp_path):
         (tmp_path / 'ckpt.pt').write_bytes(whole[:length])
         with pytest.raises(ValueError, match='cut short'):
             checkpoints.load(str(tmp_path / 'ckpt.pt'))
+
+def test_a_copy_in_place_of_a_link_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError('no links')
+    synced = []
+    monkeypatch.setattr(os, 'link', refuse)
+    monkeypatch.setattr(os, 'fsync', lambda number: synced.append(os.fstat(number).st_size))
+    (tmp_path / 'last.pt').write_bytes(b'x' * 100)
+    saver.link(str(tmp_path / 'last.pt'), str(tmp_path / 'ckpt.pt'))
+    assert synced == [100] and (tmp_path / 'ckpt.pt').read_bytes() == b'x' * 100

@@ -266,3 +266,32 @@ def test_datasets_are_named_with_weights_or_without():
     for wrong in ('a:0', 'a:-1,b', 'a,,b', 'a:1e999', 'a:.'):
         with pytest.raises(ValueError, match='type --dataset=NAME'):
             find_datasets(wrong)
+
+def test_a_mixture_s_order_is_drawn_from_the_seed(tmp_path):
+    for name in ('a', 'b'):
+        (tmp_path / name).mkdir()
+        make_split(tmp_path / name, 500, 10)
+    def owners(seed):
+        mix = open_split({str(tmp_path / 'a'): 1.0, str(tmp_path / 'b'): 1.0}, 'train', 10, 2000, seed=seed)
+        return (mix.training_windows(0, 100)[:, 0] >= mix.bases[1]).tolist()
+    assert owners(3) == owners(3) != owners(4)
+
+def test_the_mark_of_a_dataset_tells_changes_at_both_ends(tmp_path):
+    marks = set()
+    for changed in (None, 0, -1):
+        ids = np.zeros(2**21 + 100, '<u2')
+        ids[changed] = 0 if changed is None else 1
+        ids.tofile(tmp_path / 'train.bin')
+        marks.add(Split(str(tmp_path), 'train', 8, 50).mark())
+    assert len(marks) == 3
+
+def test_an_id_that_the_vocabulary_lacks_is_told_when_it_is_opened_or_read(tmp_path):
+    np.array([1, 2, 65, 3], '<u2').tofile(tmp_path / 'train.bin')
+    with pytest.raises(ValueError, match='token id 65'):
+        Split(str(tmp_path), 'train', 2, vocab_size=65)
+    np.zeros(100, '<u2').tofile(tmp_path / 'train.bin')
+    split = Split(str(tmp_path), 'train', 4, vocab_size=65)
+    with open(tmp_path / 'train.bin', 'r+b') as file: # as if they lay beyond those that opening checks
+        file.write(np.full(100, 70, '<u2').tobytes())
+    with pytest.raises(ValueError, match='token id 70'):
+        split.batch(split.training_windows(0, 4))

@@ -116,3 +116,9 @@ def test_compile_is_left_out_on_a_cpu_unless_asked_for(model):
     assert not device.compile_model([model], False, None)
     with pytest.raises(ValueError, match='--compile=auto, True or False'):
         device.pick_compile('yes', 'cpu')
+
+def test_processes_of_a_machine_share_its_free_ram(monkeypatch):
+    monkeypatch.setattr(device, 'group_memory', lambda: float('inf'))
+    monkeypatch.setattr(device.psutil, 'virtual_memory', lambda: types.SimpleNamespace(available=8 * 2**30))
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
+    assert device.free_memory('cpu') == 2 * 2**30

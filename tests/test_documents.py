@@ -179,3 +179,8 @@ def test_what_is_nowhere_is_told_so(monkeypatch):
 def test_rows_of_jsonl_are_read_one_at_a_time(tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"n": 1}\nbroken')
     assert next(json_rows(str(tmp_path / 'a.jsonl')))[1] == {'n': 1} # the second line is not looked at yet
+
+def test_a_field_ends_with_its_last_character_wherever_blocks_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, 'BLOCK', 4)
+    (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n{"text": "abcde"}\n{"text": "abcd"}\n')
+    assert texts(str(tmp_path / 'a.jsonl')) == ['a', 'abcde', 'abcd']

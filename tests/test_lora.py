@@ -123,3 +123,20 @@ def test_the_gradients_beside_a_frozen_head_are_those_of_cross_entropy():
 def test_a_part_that_is_not_there_and_nothing_left_are_errors(names):
     with pytest.raises(ValueError, match='freeze'):
         lora.freeze_parts(small(), names)
+
+def restricted(seed):
+    config = dict(lora_rank=2, lora_alpha=4.0, lora_dropout=0.0, lora_targets='attn.c_attn', freeze='', dropout=0.0,
+                  seed=seed, optimizer='adamw')
+    model = small()
+    lora.restrict(model, config)
+    return model, config
+
+def test_an_adapter_begins_as_its_seed_says():
+    first, again, other = (restricted(seed)[0].transformer.h[0].attn.c_attn.lora_A for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+def test_an_adapter_that_goes_on_takes_the_dropout_that_is_typed_now():
+    model, config = restricted(1)
+    assert not model.draws
+    lora.restrict(model, config | {'lora_dropout': 0.5})
+    assert model.draws and all(linear.lora_dropout == 0.5 for linear in lora.layers(model))

@@ -369,3 +369,30 @@ def test_recomputing_compiled_blocks_changes_nothing(dropout, compiler):
     expected = grads_in('device', gpt, idx, half=True)
     for plan in ('selective', 'recompute'):
         assert all(map(torch.equal, expected, grads_in(plan, gpt, idx, half=True))), plan
+
+def test_dropout_is_applied_where_gpt_2_has_it_and_only_in_training():
+    torch.manual_seed(0)
+    gpt, called = GPT(GPTConfig(8, 20, 2, 2, 16, dropout=0.5)), set()
+    drops = [module for module in gpt.modules() if isinstance(module, torch.nn.Dropout)]
+    for drop in drops:
+        drop.register_forward_hook(lambda module, *_: called.add(module))
+    idx = torch.arange(16).view(2, 8)
+    gpt(idx, idx)
+    assert len(drops) == 5 and called == set(drops)
+    assert gpt.eval()(idx, idx)[1] == gpt(idx, idx)[1]
+
+def test_flops_are_those_of_palm_s_formula_less_what_frozen_parts_save():
+    gpt = GPT(GPTConfig(8, 20, 2, 2, 16))
+    n, frozen = gpt.num_params() - 8 * 16, sum(p.numel() for p in gpt.transformer.h[0].parameters())
+    assert gpt.flops_per_token(8) == 6 * n + 12 * 2 * 16 * 8
+    gpt.transformer.h[0].requires_grad_(False)
+    assert gpt.flops_per_token(8) == 6 * n - 2 * frozen + 12 * 2 * 16 * 8
+
+def test_the_chunked_loss_passes_on_the_gradient_it_is_given():
+    torch.manual_seed(0)
+    gpt, idx, grads = GPT(GPTConfig(8, 20, 1, 2, 16)), torch.arange(16).view(2, 8), []
+    for factor in (1, 3):
+        gpt.zero_grad()
+        (factor * gpt(idx, idx)[1]).backward()
+        grads.append([p.grad.clone() for p in gpt.parameters()])
+    assert all((3 * one - three).norm() <= 1e-5 * three.norm() for one, three in zip(*grads))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from model import GPT, GPT2_SHAPES, GPTConfig
-from optim import get_lr, load_optimizer, make_optimizer, set_lr
+from optim import get_lr, load_optimizer, make_optimizer, set_lr, weights
 
 def make(name, model, lr=1e-2):
     return make_optimizer(name, model, lr, 0.02, 0.1, (0.9, 0.95))
@@ -106,3 +106,12 @@ def test_another_optimizer_s_state_is_refused():
         load_optimizer(adamw, muon.state_dict())
     with pytest.raises(ValueError, match='of another optimizer'):
         load_optimizer(adamw, {**adamw.state_dict(), 'state': {0: 3}})
+
+def test_offload_saves_the_weights_in_float32_whatever_the_device_has():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(8, 20, 2, 2, 16))
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    optimizer = make_optimizer('adamw', model, 1e-3, 0.0, 0.1, (0.9, 0.95), offload_to=('cpu', torch.bfloat16))
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    saved = weights(model, optimizer)
+    assert saved.keys() == before.keys() and all(torch.equal(saved[name], before[name]) for name in before)

@@ -1,5 +1,6 @@
 """ the pass over one token that CUDA records: what holds of it anywhere """
 import contextlib
+import math
 
 import pytest
 import torch
@@ -107,3 +108,10 @@ def test_one_sequence_in_bfloat16_on_a_cpu_goes_on_with_torch_s_own_products(B, 
     monkeypatch.setattr(GPT, 'forward', watch)
     gpt.generate(torch.zeros(B, 3, dtype=torch.int64), 4)
     assert used == [(3, before), *[(1, before and not itself)] * 3] and torch._C._get_mkldnn_enabled() == before
+
+def test_temperature_and_top_p_are_the_hand_worked_ones():
+    torch.manual_seed(0)
+    share = (sample_token(torch.tensor([[2.0, 0.0]]).repeat(2000, 1), temperature=0.5) == 0).float().mean().item()
+    assert share == pytest.approx(1 / (1 + math.exp(-4)), abs=0.02)
+    assert len(sample_token(torch.zeros(640, 4), top_p=0.5).unique()) == 2 # twice a quarter is enough
+    assert sample_token(torch.arange(8.0).repeat(640, 1), top_k=3).unique().tolist() == [5, 6, 7]
