@@ -24,6 +24,7 @@ import os
 
 with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'), encoding='utf-8') as file:
     exec(file.read().partition('from configurator')[0]) # train.py's options and their defaults
+gradient_accumulation_steps = 1 # instead of train.py's 40, which would take hours on a CPU
 
 from configurator import configure
 config = configure(globals(), at_least_1=('iters', 'batch_size', 'gradient_accumulation_steps', 'block_size',
@@ -54,6 +55,7 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import lora
 import memory
@@ -92,7 +94,7 @@ def seconds(job, n, before):
     """ the median seconds per call of `job` over n calls, after `before` warm-up calls """
     times = []
     trace = contextlib.nullcontext()
-    for i in range(before + n):
+    for i in tqdm(range(before + n), unit='iteration', leave=False, delay=2):
         if profile and i == before:
             trace = torch.profiler.profile()
             trace.__enter__()

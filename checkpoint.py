@@ -130,7 +130,7 @@ def take_weights(checkpoint: dict) -> dict:
 def model_of(checkpoint: dict, path: str, dropout: float = 0.0) -> GPT:
     """ build the model in a checkpoint, taking the weights out of it """
     try:
-        weights = {name.removeprefix('_orig_mod.'): tensor
+        weights = {name.removeprefix('module.').removeprefix('_orig_mod.'): tensor
                    for name, tensor in take_weights(checkpoint).items()
                    if not name.endswith('.attn.bias')} # the causal mask, which old nanoGPT stored
         return GPT.from_weights(GPTConfig(**{**checkpoint['model_args'], 'dropout': dropout}), weights)

@@ -25,6 +25,19 @@ import traceback
 ROOT = os.path.dirname(os.path.abspath(__file__))
 # options of a single call of train.py, not of the run that it starts or resumes
 OF_A_CALL = 'init_from', 'out_dir', 'overwrite', 'eval_only', 'dry_run'
+ELSEWHERE = { # options of other programs that finetune, and what does that here; the first that a script has
+    **dict.fromkeys(('resume', 'resume_from_checkpoint'), ['init_from=resume --out_dir=ITS_FOLDER']),
+    **dict.fromkeys(('model', 'model_name', 'model_name_or_path', 'restore_from'), ['init_from=NAME']),
+    **dict.fromkeys(('per_device_train_batch_size', 'train_batch_size', 'bs'), ['batch_size=N']),
+    **dict.fromkeys(('seq_len', 'max_seq_length', 'context_length'), ['block_size=N']),
+    **dict.fromkeys(('max_length', 'length'), ['max_new_tokens=N', 'block_size=N']),
+    **dict.fromkeys(('save_steps', 'save_every', 'eval_steps'), ['eval_interval=N']),
+    **dict.fromkeys(('logging_steps', 'print_every'), ['log_interval=N']),
+    **dict.fromkeys(('output', 'out', 'output_dir'), ['to=PATH', 'out_dir=FOLDER', 'name=NAME']),
+    'lr': ['learning_rate=X'], 'steps': ['max_iters=N'], 'early_stopping_patience': ['patience=N'],
+    'gradient_checkpointing': ['plan=recompute'], 'fp16': ['dtype=float16'], 'bf16': ['dtype=bfloat16'],
+    'use_lora': ['lora_rank=16'], 'target_modules': ['lora_targets=NAMES'], 'report_to': ['wandb_log=True'],
+    'prompt': ['start=TEXT'], 'file': ['input=PATH']}
 PATHS = 'init_from', 'out_dir', 'base', 'dataset', 'file', 'to' # options that name files
 
 def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[str, ...] = (),
@@ -109,6 +122,8 @@ def read_argument(arg: str, current: dict, defaults: dict) -> dict:
         is_model = arg.endswith('.pt') or os.path.exists(os.path.join(arg, 'last.pt'))
         key = ('init_from' if is_model and 'init_from' in defaults else # prepare.py has no out_dir
                'input' if os.path.exists(arg) and 'out_dir' not in defaults else '')
+        if any(os.path.exists(path + '.py') for path in (arg, os.path.join(ROOT, arg))):
+            raise ValueError(f"{arg!r} is no config file; did you mean {arg}.py?")
         raise ValueError(f"{arg!r} is neither a config file (*.py) nor an option; options are typed "
                          + (f"--{key}={quote(arg)}" if key in defaults else "--key=value"))
     names = run_file(arg, current) # so that a config can compute with what is set so far
@@ -144,8 +159,10 @@ def run_file(path: str, names: dict) -> dict:
         with open(path, encoding='utf-8-sig') as file: # Windows' editors may begin it with a mark
             source = file.read()
     except OSError as error:
-        near = difflib.get_close_matches(path, config_files(), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ''
+        files = [name for name in config_files() if 'finetune' in name or 'finetune' not in path]
+        near = ([name for name in files if os.path.basename(name) == os.path.basename(path)]
+                or difflib.get_close_matches(path, files, n=3, cutoff=0.5))
+        hint = f"; did you mean {' or '.join(near)}?" if near else ''
         raise ValueError(f"cannot read the config file {path} ({error.strerror}){hint}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not text in UTF-8; a config file is a few lines of Python") from None
@@ -165,13 +182,16 @@ def run_file(path: str, names: dict) -> dict:
 def config_files() -> list[str]:
     """ the config files that come with the project, as a user types them """
     return [os.path.relpath(os.path.join(folder, name), ROOT)
-            for folder, _, files in os.walk(os.path.join(ROOT, 'config')) for name in files]
+            for folder, _, files in os.walk(os.path.join(ROOT, 'config')) for name in files
+            if name.endswith('.py')]
 
 def check_key(key: str, defaults: dict, where: str) -> None:
     """ raise ValueError, suggesting the closest name, if there is no such option """
     if key not in defaults:
+        known = [hint for hint in ELSEWHERE.get(key, []) if hint.partition('=')[0] in defaults]
         near = difflib.get_close_matches(key, defaults, n=1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists every option"
+        hint = (f"type --{known[0]}" if known else f"did you mean {near[0]}?" if near
+                else "--help lists every option")
         if where.endswith('.py'):
             hint = f"a variable of the file's own begins with _, as _{key}; {hint}"
         raise ValueError(f"unknown option {key!r} {where}; {hint}")

@@ -21,7 +21,7 @@ import zlib
 
 import numpy as np
 
-from configurator import script
+from configurator import quote, script
 from tokenizer import are_characters
 
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
@@ -217,8 +217,13 @@ def open_split(folders: dict[str, float], *args, seed: int = 0) -> Split:
     splits = [Split(folder, *args, seed) for folder in folders]
     return splits[0] if len(splits) == 1 else Mix(splits, list(folders.values()), seed)
 
-def how_to_make(name: str) -> str:
-    """ what to type where the dataset `name` is missing """
+def how_to_make(folder: str) -> str:
+    """ what to type where a dataset's folder, or the train.bin in it, is missing """
+    typed = folder.removeprefix(DATA + os.sep)
+    name = os.path.splitext(os.path.basename(typed))[0]
+    if os.path.isfile(typed):
+        return (f"{typed} is a text, of which python {script('data/custom/prepare.py')} "
+                f"--input={quote(typed)} --name={quote(name)} makes a dataset")
     made, scripts = ({os.path.basename(os.path.dirname(found)) for found in
                       glob.glob(os.path.join(DATA, '*', file))} for file in ('train.bin', 'prepare.py'))
     if name in scripts:
@@ -226,7 +231,7 @@ def how_to_make(name: str) -> str:
         return f"run python {script(f'data/{name}/prepare.py')} first{of}"
     known = sorted(made | scripts - ANY_TEXT)
     near = difflib.get_close_matches(name, known, n=1)
-    if near:
+    if near and typed == os.path.basename(typed): # not a path
         return f"did you mean --dataset={near[0]}?"
     return (f"type --dataset=NAME with one of {', '.join(known)}, or make it by python "
             f"{script('data/custom/prepare.py')} --input=PATH --name={name}")
@@ -235,7 +240,7 @@ def open_tokens(path: str, block_size: int) -> np.ndarray:
     """ the file as a memory-mapped uint16 array; raises OSError or ValueError if it is not a usable split """
     folder = shorten(os.path.dirname(path))
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no {shorten(path)}; {how_to_make(os.path.basename(folder))}")
+        raise FileNotFoundError(f"there is no {shorten(path)}; {how_to_make(os.path.dirname(path))}")
     size = os.path.getsize(path)
     its = os.path.join(folder, 'prepare.py')
     again = f"run python {its} again" if os.path.exists(its) else "prepare it again"

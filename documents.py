@@ -26,7 +26,8 @@ BLOCK = 2**20 # bytes or characters at a time
 csv.field_size_limit(2**31 - 1) # Python's own limit is 128 KiB
 
 class Documents:
-    """ the documents of an input, except blank ones; `count` and `characters` tell what was read so far
+    """ the documents of an input, except blank ones; `count`, `characters` and `has_eot` (whether they hold
+    <|endoftext|>) tell what was read so far
 
     `name` is the path of a file or folder, - for a pipe, or the id of a hub dataset, whose train split is
     read. Rows have their text in the field text_field.
@@ -34,10 +35,10 @@ class Documents:
 
     def __init__(self, name: str, text_field: str = 'text', subset: str = ''):
         self.name, self.text_field, self.subset = name, text_field, subset
-        self.count = self.characters = 0
+        self.count, self.characters, self.has_eot = 0, 0, False
         self.paths = []
         if os.path.exists(name) and name != '-':
-            self.paths = find_files(name, ('.txt', '.md', '.jsonl', '.csv'))
+            self.paths = find_files(name, ('.txt', '.md', '.jsonl', '.csv', '.tsv'))
         elif name != '-':
             check_hub_id(name)
 
@@ -58,6 +59,7 @@ class Documents:
         """ yield the same blocks, counting their characters """
         for block in blocks:
             self.characters += len(block)
+            self.has_eot = self.has_eot or '<|endoftext|>' in block
             yield block
 
     def read(self, progress):
@@ -67,7 +69,7 @@ class Documents:
         elif not self.paths:
             yield from map(self.text_of, hub_rows(self.name, self.subset, progress))
         for path in self.paths:
-            rows = {'.jsonl': json_rows, '.json': json_items, '.csv': csv_rows}.get(
+            rows = {'.jsonl': json_rows, '.json': json_items, '.csv': csv_rows, '.tsv': csv_rows}.get(
                 os.path.splitext(path)[1].lower())
             if rows:
                 yield from map(self.text_of, rows(path, progress))
@@ -145,7 +147,7 @@ def stop(error):
 
 def check_hub_id(name: str) -> None:
     """ raise FileNotFoundError for a name that is not a path and cannot be read from the hub """
-    is_file = name.endswith(('.txt', '.md', '.jsonl', '.json', '.csv'))
+    is_file = name.endswith(('.txt', '.md', '.jsonl', '.json', '.csv', '.tsv'))
     is_id = not is_file and re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', name)
     if not is_id or importlib.util.find_spec('datasets') is None:
         hub = ", or run pip install datasets if it is a dataset of the Hugging Face hub" if is_id else ""

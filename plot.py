@@ -86,7 +86,7 @@ def picture(draw, path: str) -> str:
     return path
 
 if __name__ == '__main__':
-    out_dirs = sys.argv[1:]
+    out_dirs = [arg.removeprefix('--out_dir=') for arg in sys.argv[1:]]
     if '--help' in out_dirs or '-h' in out_dirs:
         print(__doc__.strip())
         sys.exit(0)

@@ -26,6 +26,10 @@ GIVEN = {'train.py': ' '.join(('--dataset=chars', *TINY)), 'bench.py': SMALL, 's
          'data/instruct/prepare.py': '--input={root}/asked.jsonl --name=new'} # before a case's own options, which win
 CASES = [ # script, options, part of what is said
     ('train.py', '--batchsize=4', 'did you mean batch_size?'),
+    ('train.py', '--lr=1e-3', 'type --learning_rate=X'), ('sample.py', '--max_length=9', 'type --max_new_tokens=N'),
+    ('train.py', '--max_length=9', 'type --block_size=N'), ('train.py', 'config/eval_gpt2', 'did you mean config/eval_gpt2.py?'),
+    ('train.py', 'config/finetune_shakespeare.py', 'or config/finetune/gpt2_small.py or'),
+    ('train.py', '--dataset={root}/text.txt', '--input={root}/text.txt --name=text makes a dataset'),
     ('train.py', '--batch_size', 'has no value'),
     ('train.py', '-batch_size=4', 'neither a config file'),
     ('train.py', '--batch_size=many', 'takes a whole number'),

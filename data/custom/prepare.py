@@ -7,7 +7,7 @@ $ python data/custom/prepare.py --input=novel.txt --name=novel
 $ python train.py config/finetune/gpt2_small.py --dataset=novel
 """
 # options
-input = '' # a file, a folder (its *.txt, *.md, *.jsonl, *.csv), a dataset id of the hub, or - for a pipe
+input = '' # a file, a folder (its .txt, .md, .jsonl, .csv, .tsv), a dataset id of the hub, or - for a pipe
 name = 'custom' # the dataset is written to data/NAME
 text_field = 'text' # the field of a row that holds the text
 subset = '' # which subset of a hub dataset, if it has several
@@ -64,6 +64,9 @@ def main():
     print(f"{documents.count:,} document{'s' if documents.count > 1 else ''}, "
           f"{documents.characters:,} characters, {n:,} tokens of a vocabulary of "
           f"{len(chars) if chars else BPETokenizer.n_vocab:,}")
+    if documents.has_eot and tokenizer == 'gpt2' and not allow_special:
+        print("warning: <|endoftext|> in the text was read as text; --allow_special=True reads it as the "
+              "token that ends a document")
     print(f"{shorten(folder)}: {n - n_val:,} tokens to train on, {n_val:,} to validate on")
     config = f"config/{'train_shakespeare_char_cpu' if chars else 'finetune/gpt2_small'}.py"
     tell_run(config, name, n - n_val, n_val)
