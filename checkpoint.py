@@ -171,6 +171,12 @@ def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> G
         lora.merge(model)
     return model
 
+def tokenizer_beside(path: str) -> dict:
+    """ {'tokenizer': its state} if a meta.pkl lies beside a checkpoint, as nanoGPT's lack one; else {} """
+    folder = os.path.dirname(os.path.abspath(path))
+    there = os.path.exists(os.path.join(folder, 'meta.pkl'))
+    return {'tokenizer': read_tokenizer_state(folder)} if there else {}
+
 def load_model(source: str, dropout: float = 0.0, merge: bool = True,
                moments: bool = False) -> tuple[GPT, dict]:
     """ the model that `source` names, and the rest of its checkpoint, with the optimizer only if `moments`;
@@ -182,6 +188,8 @@ def load_model(source: str, dropout: float = 0.0, merge: bool = True,
     path = find(source)
     if path:
         checkpoint = load(path, moments)
+        if 'tokenizer' not in checkpoint:
+            checkpoint |= tokenizer_beside(path)
         if 'base' in checkpoint:
             checkpoint['base'] = find_base(checkpoint['base'], path)
         model = (adapted_model(checkpoint, path, dropout, merge) if 'lora' in checkpoint else
@@ -282,7 +290,7 @@ def find_tokenizer(loaded: dict, vocab_size: int) -> dict:
     state = loaded.get('tokenizer') or read_tokenizer_state(find_dataset(trained_on))
     if 'tokenizer' not in loaded and state['name'] == 'gpt2' and vocab_size < BPETokenizer.n_vocab:
         raise FileNotFoundError(f"the checkpoint has {vocab_size} ids and does not say which characters they "
-                                f"are; put the meta.pkl of its dataset at data/{trained_on}/meta.pkl")
+                                "are; put the meta.pkl of its dataset beside it")
     check_match(state, vocab_size, state, 'its dataset')
     return state
 

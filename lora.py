@@ -80,9 +80,11 @@ def add(model, rank: int, alpha: float, dropout: float, targets: str) -> None:
     model.draws = model.draws or dropout > 0
     names = [name.strip() for name in targets.split(',')]
     unknown = [name for name in names if name not in TARGETS]
-    if unknown or not 0 <= dropout < 1:
-        raise ValueError(f"lora_targets is {targets!r}, lora_dropout {dropout}; type --lora_targets with "
-                         f"some of {','.join(TARGETS)}, and --lora_dropout=P with 0 <= P < 1")
+    if unknown:
+        raise ValueError(f"lora_targets has no {unknown[0]!r}; type --lora_targets with some of "
+                         f"{','.join(TARGETS)}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"lora_dropout is {dropout}; type --lora_dropout=P with 0 <= P < 1")
     for block in model.transformer.h:
         for name in names:
             linear = block.get_submodule(name)

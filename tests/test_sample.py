@@ -1,6 +1,7 @@
 """
 sample.py as a user runs it.
 """
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,10 +113,12 @@ def test_streaming_never_splits_a_character(run, hf_dir, tmp_path):
                  f'--max_new_tokens={3 * len(ids)}', '--num_samples=1', '--device=cpu', '--dtype=float32')
     assert samples(result) == ['🙂' * 4]
 
-@pytest.mark.parametrize('prefix', ['', '_orig_mod.'])
-def test_a_nanogpt_checkpoint_samples_with_its_dataset_s_characters(run, chars, tmp_path, prefix):
+@pytest.mark.parametrize('prefix, dataset', [('', 'chars'), ('_orig_mod.', 'chars'), ('module.', 'elsewhere')])
+def test_a_nanogpt_checkpoint_samples_with_its_dataset_s_characters(run, clone, chars, tmp_path, prefix, dataset):
     model, _ = chars
-    torch.save({'model': {prefix + k: v for k, v in model.state_dict().items()}, 'config': {'dataset': 'chars'},
+    if dataset == 'elsewhere':
+        shutil.copy(clone / 'data' / 'chars' / 'meta.pkl', tmp_path)
+    torch.save({'model': {prefix + k: v for k, v in model.state_dict().items()}, 'config': {'dataset': dataset},
                 'model_args': model.config.__dict__, 'iter_num': 1, 'best_val_loss': torch.tensor(1.0)}, tmp_path / 'n.pt')
     args = ('--start=def', '--temperature=0', '--max_new_tokens=13', '--num_samples=1', '--device=cpu', '--dtype=float32')
     assert samples(run('sample.py', f"--out_dir={tmp_path / 'n.pt'}", *args)) == [greedy(model, 'def', 13)]
