@@ -1,5 +1,8 @@
 """ bench.py as a user runs it, on models that take no time """
 import json
+import runpy
+import sys
+import time
 
 import pytest
 
@@ -49,3 +52,14 @@ def test_a_profile_is_a_trace_with_our_products(run, clone):
 def test_one_line_says_what_is_wrong_with(run, option):
     result = run('bench.py', *SMALL, *option.split(), status=2)
     assert result.err.splitlines()[-1].startswith('error: ') and 'Traceback' not in result.err
+
+def test_warm_up_is_not_timed_and_a_ratio_is_ours_to_theirs(clone, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['bench.py', '--work=batch', '--iters=1', '--skip=0', '--batch_size=1', '--block_size=8', '--device=cpu'])
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    bench = runpy.run_path(str(clone / 'bench.py'), run_name='__main__')
+    assert bench['seconds'](lambda i: time.sleep(0.2 * (i < 3)), 2, 3) < 0.1
+    speeds = {'ours': {'tokens_per_sec': 30, 'memory_mb': 1}, 'theirs': {'tokens_per_sec': 10, 'memory_mb': 2}}
+    monkeypatch.setitem(bench['compare'].__globals__, 'spawn', lambda name: speeds[name])
+    capsys.readouterr()
+    bench['compare']('work', ['ours'], ['theirs'])
+    assert capsys.readouterr().out == '| work | 30.0 | 10.0 | 3.00 | 1 | 2 |\n'

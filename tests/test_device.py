@@ -1,3 +1,4 @@
+import sys
 import types
 
 import numpy as np
@@ -122,3 +123,14 @@ def test_processes_of_a_machine_share_its_free_ram(monkeypatch):
     monkeypatch.setattr(device.psutil, 'virtual_memory', lambda: types.SimpleNamespace(available=8 * 2**30))
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
     assert device.free_memory('cpu') == 2 * 2**30
+
+def test_a_gpu_that_is_only_named_after_a_known_one_has_no_peak(monkeypatch):
+    for name, known in (('NVIDIA GeForce RTX 4090', True), ('NVIDIA GeForce RTX 3080 Ti', False), ('NVIDIA GeForce RTX 4090 Laptop GPU', False)):
+        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda at: name)
+        assert (device.peak_flops('cuda', 'bfloat16') is not None) == known
+
+@pytest.mark.skipif(sys.platform != 'linux', reason="units differ between systems")
+def test_resident_memory_is_in_mebibytes():
+    with open('/proc/self/status') as file:
+        peak = next(int(line.split()[1]) for line in file if line.startswith('VmHWM')) # in KiB
+    assert device.memory_mb('cpu') == pytest.approx(peak / 2**10, rel=0.05)

@@ -339,3 +339,14 @@ def test_a_resume_with_fewer_iterations_than_were_made_ends(clone, train, tmp_pa
     at = load(tmp_path / 'out' / 'last.pt')['iter_num']
     done = train('--max_iters=5', '--decay_lr=False', '--init_from=resume')
     assert f'step {at}:' in done.out and f'finished at iteration {at}' in done.out
+
+def test_gradients_that_stay_no_number_end_a_run_in_float16_too(inject):
+    done = inject([], range(1000), '--dtype=float16', '--max_iters=60', status=2)
+    assert 'five iterations in a row were not finite, up to 20;' in done.err # after 16 halvings of 65536
+
+def test_sigusr1_saves_once(clone, tmp_path):
+    with started(clone, tmp_path / 'out', *ENDLESS, '--eval_interval=1000000') as run:
+        wait_for(run, 'iter 10:')
+        run.send_signal(signal.SIGUSR1)
+        wait_for(run, 'saved')
+        assert 'iter' in wait_for(run, 'saved', 'tok/s') and 'saved' not in wait_for(run, 'saved', 'tok/s')

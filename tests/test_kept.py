@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import checkpoint as checkpoints
 import lora
-from checkpoint import config_of, load_model
+from checkpoint import config_of, load, load_model
 from model import GPTConfig
 
 def test_the_base_of_an_adapter_is_not_written_over(train, run, tmp_path):
@@ -104,3 +105,52 @@ def test_a_loaded_model_s_shape_is_told_where_another_was_typed(train, tmp_path)
     assert f'{told}: n_layer stays 1, not 3' in train('--n_layer=3', '--n_embd=8', '--init_from=resume', '--max_iters=9').out
     later = train(f"--init_from={tmp_path / 'out'}", '--bias=True', '--dry_run=True', out_dir='later')
     assert f'{told}: n_layer stays 1, not 2; n_embd stays 8, not 16; bias stays False, not True\n' in later.out
+
+def test_a_best_that_could_not_be_saved_is_not_told_to_be_the_best(train, tmp_path):
+    (tmp_path / 'spy.py').write_text(
+        "import saver\n_save = saver.save\ndef _full(c, path):\n    if c['iter_num'] == 6:\n        raise OSError('full')\n"
+        "    _save(c, path)\nsaver.save = _full\n")
+    done = train(tmp_path / 'spy.py')
+    assert 'best val loss' in done.out and ', at iteration 4: ' in done.out and 'could not be saved' in done.out
+    assert load(done.out_dir / 'ckpt.pt')['iter_num'] == 4
+
+def test_a_run_that_is_resumed_keeps_its_checkpoints_whatever_is_typed(train):
+    train('--keep_checkpoints=True')
+    result = train('--init_from=resume', '--overwrite=True', '--max_iters=8', '--keep_checkpoints=True')
+    assert (result.out_dir / 'iter_000000.pt').exists() and result.column('iter') == [str(i) for i in range(9)]
+
+def test_processes_that_would_resume_at_different_iterations_are_told(train, tmp_path):
+    train('--max_iters=2')
+    (tmp_path / 'spy.py').write_text( # as where each node has a folder of its own
+        "import checkpoint, os\n_resume = checkpoint.resume\ndef _own(*args):\n    model, loaded = _resume(*args)\n"
+        "    return model, {**loaded, 'iter_num': 2 - int(os.environ['RANK'])}\ncheckpoint.resume = _own\n")
+    done = train(tmp_path / 'spy.py', '--init_from=resume', '--max_iters=4', processes=2, status=None)
+    assert done.status and 'the processes found different checkpoints' in done.err
+
+def test_the_template_of_a_model_goes_on_to_what_is_finetuned_from_it(train):
+    path = train('--max_iters=1').out_dir / 'ckpt.pt'
+    held = load(path)
+    path.unlink()
+    torch.save({**held, 'template': 'ask: {instruction}'}, path)
+    assert load(train(f'--init_from={path}', '--max_iters=1', out_dir='b').out_dir / 'last.pt')['template'] == 'ask: {instruction}'
+
+def test_an_export_does_not_take_the_place_of_a_run_s_checkpoint(train, run):
+    a, b = (train('--max_iters=1', out_dir=name).out_dir for name in 'ab')
+    before = (b / 'last.pt').read_bytes()
+    done = run('export.py', f'--out_dir={a}', '--weights_only=True', f"--to={b / 'last.pt'}", '--overwrite=True', status=2)
+    assert 'is a file that no export wrote' in done.err and (b / 'last.pt').read_bytes() == before
+
+def test_an_export_is_not_written_over_itself(train, run, tmp_path):
+    small = tmp_path / 'small.pt'
+    run('export.py', f"--out_dir={train('--max_iters=1').out_dir}", '--weights_only=True', f'--to={small}')
+    before = small.read_bytes()
+    again = run('export.py', f'--init_from={small}', '--weights_only=True', '--dtype=float16', f'--to={small}', '--overwrite=True', status=2)
+    assert 'is what is exported' in again.err and small.read_bytes() == before
+
+def test_an_exported_checkpoint_keeps_its_template(train, run, tmp_path):
+    path = train('--max_iters=1').out_dir / 'ckpt.pt'
+    held = load(path)
+    path.unlink()
+    torch.save({**held, 'template': 'ask: {instruction}'}, path)
+    run('export.py', f'--init_from={path}', '--weights_only=True', f"--to={tmp_path / 'small.pt'}")
+    assert load(tmp_path / 'small.pt')['template'] == 'ask: {instruction}'

@@ -5,7 +5,10 @@ import os
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
+import log
+import plot
 from configurator import quote
 from log import Best, Clock, epoch_times, start_wandb
 
@@ -68,3 +71,37 @@ def test_mfu_is_the_share_of_the_peak():
     clock = Clock(tokens=100, flops=1e9, peak=1e12, last=10)
     row, text = clock.lap(0, 0.0, 0.5) # 1e9 FLOPs in half a second, of 1e12 a second
     assert row['mfu'] == pytest.approx(0.002) and 'mfu 0.20%' in text
+
+def test_a_lap_is_told_in_ms_tokens_and_share_of_the_peak():
+    cells, _ = Clock(2048, 1e6, 1e7, 100).lap(3, 0.1, 0.5)
+    assert cells == {'time_ms': 500.0, 'tokens_per_sec': 4096.0, 'mfu': pytest.approx(0.2)}
+
+def test_a_long_run_s_report_ends_with_its_last_evaluation(train):
+    out_dir = train('--max_iters=1').out_dir
+    lines = (out_dir / 'log.csv').read_text().splitlines()
+    rest = lines[1].partition(',')[2]
+    (out_dir / 'log.csv').write_text('\n'.join([lines[0], *(f'{i},{rest}' for i in range(45)), '']))
+    log.write_report(str(out_dir))
+    told = [int(line.split()[1]) for line in (out_dir / 'report.md').read_text().splitlines() if line[:2] == '| ' and line[2].isdigit()]
+    assert told[-1] == 44 and 10 <= len(told) <= 21
+
+def test_a_row_that_was_cut_short_goes_when_a_run_is_resumed(train):
+    out_dir = train('--max_iters=4').out_dir
+    with open(out_dir / 'log.csv', 'a') as file:
+        file.write('1') # of iteration 10
+    assert train('--init_from=resume', '--max_iters=6').column('iter') == list('0123456')
+
+def test_what_the_disk_did_not_take_is_tried_again_at_the_end_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(log, 'waiting', {str(tmp_path / 'log.csv'): 'row 9\n'})
+    (tmp_path / 'log.csv').write_text('row 8\n')
+    log.finish_log(False)
+    assert (tmp_path / 'log.csv').read_text() == 'row 8\nrow 9\n' and not log.waiting
+
+def test_a_picture_tells_the_lowest_loss_and_leaves_out_a_row_that_was_cut(tmp_path, monkeypatch):
+    labels, draw = [], Axes.plot
+    monkeypatch.setattr(Axes, 'plot', lambda self, *args, **options: (labels.append(options.get('label')), draw(self, *args, **options))[1])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'log.csv').write_text('iter,loss,train_loss,val_loss\n0,4,4,4.5\n10,2,2,2.5\n20,1,1,3.5\n30,1,1,1')
+    plot.plot_run(str(tmp_path))
+    plot.plot_runs([str(tmp_path)])
+    assert 'val split, best 2.5000 at iteration 10' in labels and any(str(label).endswith(', best 2.5000') for label in labels)

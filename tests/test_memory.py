@@ -325,3 +325,12 @@ def test_a_dry_run_tells_the_epoch_of_an_earlier_run_of_the_same_model_and_data(
     for other in ('--block_size=8', '--dropout=0.2', '--optimizer=muon', '--memory_gb=8'): # the last is a GPU
         assert epoch(other)[0] == 'unknown', other
     assert epoch(f'--out_dir={tmp_path}/none')[0] == 'unknown'
+
+def test_what_is_told_of_a_plan_is_of_that_run():
+    shape = memory.Shape(124_000_000, 12, 12, 768, 50257, 1024)
+    row = next(line for line in memory.table(shape, 1, 1, 80 * memory.GiB, {}).splitlines() if line.startswith('device'))
+    assert float(row.split()[2]) == pytest.approx(memory.peak('device', shape, 1, accumulates=False) / memory.GiB, abs=0.006)
+    assert memory.choose('auto', shape, 8, 8, 80 * memory.GiB, learns=False) == ('device', 8)
+    xl = memory.Shape(1_557_611_200, 48, 25, 1600, 50257, 1024) # 5.8 GiB of weights
+    assert memory.choose('auto', xl, 8, 8, 5 * memory.GiB, learns=False)[0] == 'offload'
+    assert 'on cuda: a share of weights' in memory.describe('device', replace(shape, shards=2), 1, True, memory.GiB)
