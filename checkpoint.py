@@ -24,7 +24,7 @@ from configurator import OF_A_CALL, quote
 from dataset import find_dataset, find_datasets, read_tokenizer_state
 from model import GPT, GPT2_SHAPES, GPTConfig
 from saver import VERSION, checkpoints_in
-from tokenizer import BPETokenizer, check_match, is_state
+from tokenizer import BPETokenizer, check_match, count_ids, is_state
 
 DEFAULTS = GPT2_SHAPES['gpt2'] | {'bias': False} # train.py's, of the options that a loaded model decides
 OTHERS = " and the run's other options" # which a new run does not take over
@@ -171,11 +171,13 @@ def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> G
         lora.merge(model)
     return model
 
-def tokenizer_beside(path: str) -> dict:
-    """ {'tokenizer': its state} if a meta.pkl lies beside a checkpoint, as nanoGPT's lack one; else {} """
-    folder = os.path.dirname(os.path.abspath(path))
-    there = os.path.exists(os.path.join(folder, 'meta.pkl'))
-    return {'tokenizer': read_tokenizer_state(folder)} if there else {}
+def tokenizer_beside(path: str, vocab_size: int) -> dict:
+    """ {'tokenizer': its state} if a meta.pkl of so many characters lies beside a checkpoint; else {} """
+    with contextlib.suppress(ValueError, OSError): # another program's
+        state = read_tokenizer_state(os.path.dirname(os.path.abspath(path)))
+        if state['name'] == 'char' and count_ids(state) == vocab_size:
+            return {'tokenizer': state}
+    return {}
 
 def load_model(source: str, dropout: float = 0.0, merge: bool = True,
                moments: bool = False) -> tuple[GPT, dict]:
@@ -183,13 +185,12 @@ def load_model(source: str, dropout: float = 0.0, merge: bool = True,
     a LoRA adapter is merged into the weights, or kept beside them
 
     source is a checkpoint, its folder, or anything that pretrained.load takes. The rest has no 'tokenizer'
-    if nanoGPT wrote the checkpoint.
+    if nanoGPT wrote the checkpoint and no meta.pkl lies beside it.
     """
     path = find(source)
     if path:
         checkpoint = load(path, moments)
-        if 'tokenizer' not in checkpoint:
-            checkpoint |= tokenizer_beside(path)
+        checkpoint = {**tokenizer_beside(path, checkpoint['model_args'].get('vocab_size')), **checkpoint}
         if 'base' in checkpoint:
             checkpoint['base'] = find_base(checkpoint['base'], path)
         model = (adapted_model(checkpoint, path, dropout, merge) if 'lora' in checkpoint else

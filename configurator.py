@@ -33,7 +33,7 @@ ELSEWHERE = { # options of other programs that finetune, and what does that here
     **dict.fromkeys(('max_length', 'length'), ['max_new_tokens=N', 'block_size=N']),
     **dict.fromkeys(('save_steps', 'save_every', 'eval_steps'), ['eval_interval=N']),
     **dict.fromkeys(('logging_steps', 'print_every'), ['log_interval=N']),
-    **dict.fromkeys(('output', 'out', 'output_dir'), ['to=PATH', 'out_dir=FOLDER', 'name=NAME']),
+    **dict.fromkeys(('output', 'out'), ['to=PATH', 'name=NAME']),
     'lr': ['learning_rate=X'], 'steps': ['max_iters=N'], 'early_stopping_patience': ['patience=N'],
     'gradient_checkpointing': ['plan=recompute'], 'fp16': ['dtype=float16'], 'bf16': ['dtype=bfloat16'],
     'use_lora': ['lora_rank=16'], 'target_modules': ['lora_targets=NAMES'], 'report_to': ['wandb_log=True'],
@@ -161,8 +161,8 @@ def run_file(path: str, names: dict) -> dict:
     except OSError as error:
         files = [name for name in config_files() if 'finetune' in name or 'finetune' not in path]
         near = ([name for name in files if os.path.basename(name) == os.path.basename(path)]
-                or difflib.get_close_matches(path, files, n=3, cutoff=0.5))
-        hint = f"; did you mean {' or '.join(near)}?" if near else ''
+                or difflib.get_close_matches(path, files, n=4, cutoff=0.5))
+        hint = f"; did you mean {', '.join(sorted(near))}?" if near else ''
         raise ValueError(f"cannot read the config file {path} ({error.strerror}){hint}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not text in UTF-8; a config file is a few lines of Python") from None
@@ -190,9 +190,11 @@ def check_key(key: str, defaults: dict, where: str) -> None:
     if key not in defaults:
         known = [hint for hint in ELSEWHERE.get(key, []) if hint.partition('=')[0] in defaults]
         near = difflib.get_close_matches(key, defaults, n=1)
-        hint = (f"type --{known[0]}" if known else f"did you mean {near[0]}?" if near
+        in_file = where.endswith('.py')
+        hint = (f"here it is {known[0].partition('=')[0]}" if known and in_file
+                else f"type --{known[0]}" if known else f"did you mean {near[0]}?" if near
                 else "--help lists every option")
-        if where.endswith('.py'):
+        if in_file:
             hint = f"a variable of the file's own begins with _, as _{key}; {hint}"
         raise ValueError(f"unknown option {key!r} {where}; {hint}")
 

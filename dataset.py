@@ -220,21 +220,23 @@ def open_split(folders: dict[str, float], *args, seed: int = 0) -> Split:
 def how_to_make(folder: str) -> str:
     """ what to type where a dataset's folder, or the train.bin in it, is missing """
     typed = folder.removeprefix(DATA + os.sep)
-    name = os.path.splitext(os.path.basename(typed))[0]
+    name = os.path.basename(typed)
     if os.path.isfile(typed):
         return (f"{typed} is a text, of which python {script('data/custom/prepare.py')} "
-                f"--input={quote(typed)} --name={quote(name)} makes a dataset")
+                f"--input={quote(typed)} --name={quote(os.path.splitext(name)[0])} makes a dataset")
     made, scripts = ({os.path.basename(os.path.dirname(found)) for found in
                       glob.glob(os.path.join(DATA, '*', file))} for file in ('train.bin', 'prepare.py'))
     if name in scripts:
         of = ', with --input=PATH' if name in ANY_TEXT else ''
         return f"run python {script(f'data/{name}/prepare.py')} first{of}"
+    if name in made: # but it lacks its other half
+        return "prepare it again"
     known = sorted(made | scripts - ANY_TEXT)
     near = difflib.get_close_matches(name, known, n=1)
-    if near and typed == os.path.basename(typed): # not a path
+    if near and typed == name: # not a path
         return f"did you mean --dataset={near[0]}?"
     return (f"type --dataset=NAME with one of {', '.join(known)}, or make it by python "
-            f"{script('data/custom/prepare.py')} --input=PATH --name={name}")
+            f"{script('data/custom/prepare.py')} --input=PATH --name={quote(name)}")
 
 def open_tokens(path: str, block_size: int) -> np.ndarray:
     """ the file as a memory-mapped uint16 array; raises OSError or ValueError if it is not a usable split """

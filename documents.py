@@ -242,26 +242,30 @@ def first_object(text: str) -> dict:
     return value if isinstance(value, dict) else {}
 
 def csv_rows(path: str, progress=lambda n: None):
-    """ yield (place, dict of fields) for each row of a .csv file below its header
+    """ yield (place, dict of fields) for each row of a .csv or .tsv file below its header
 
-    The separator is the most frequent in the header: comma, semicolon (Excel's in much of Europe) or tab.
+    The separator is a tab in .tsv, in .csv the most frequent in the header: comma, semicolon (Excel's in much
+    of Europe) or tab.
     """
     lines = (line.replace('\r\n', '\n') for line in read_lines(path, progress)) # also within "quotes"
     first = next(lines, '')
+    tabs = path.lower().endswith('.tsv')
     bare = re.sub(r'(^|[,;\t])"(?:[^"]|"")*"?', r'\1', first) # quoted separators do not count
-    reader = csv.reader(itertools.chain([first], lines), delimiter=max(',;\t', key=bare.count), strict=True)
+    separator = '\t' if tabs else max(',;\t', key=bare.count)
+    reader = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
     name, header, begin = shorten(path), None, 1 # begin is the first line of a row
     try:
         for fields in reader:
             place, begin = f'{name}, line {begin}', reader.line_num + 1
             if header and fields and len(fields) != len(header):
                 raise ValueError(f"{place} has {len(fields)} fields, but the header has {len(header)}; put "
-                                 'text that holds commas or line ends in "quotes"')
+                                 f'text that holds {"tabs" if tabs else "commas"} or line ends in "quotes"')
             if header and fields:
                 yield place, dict(zip(header, fields))
             header = header or fields
     except csv.Error as error:
-        raise ValueError(f"{name}, line {begin} is not CSV ({error}); mend that row") from None
+        raise ValueError(f"{name}, line {begin} is not {'TSV' if tabs else 'CSV'} ({error}); mend that row, "
+                         'where a quotation mark is written "" in a field in "quotes"') from None
 
 def hub_rows(name: str, subset: str, progress=lambda n: None):
     """ yield (place, dict) for each row of a hub dataset's train split, fetched as it is read """

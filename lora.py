@@ -81,7 +81,7 @@ def add(model, rank: int, alpha: float, dropout: float, targets: str) -> None:
     names = [name.strip() for name in targets.split(',')]
     unknown = [name for name in names if name not in TARGETS]
     if unknown:
-        raise ValueError(f"lora_targets has no {unknown[0]!r}; type --lora_targets with some of "
+        raise ValueError(f"there is no {unknown[0]!r} to adapt; type --lora_targets with some of "
                          f"{','.join(TARGETS)}")
     if not 0 <= dropout < 1:
         raise ValueError(f"lora_dropout is {dropout}; type --lora_dropout=P with 0 <= P < 1")

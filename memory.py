@@ -37,7 +37,7 @@ class Shape:
     frozen: int = 0 # how many of params are not trained
     lora: bool = False # the frozen ones are half-precision matrices, with LoRA's beside them
     head: bool = True # the tied matrix is trained
-    muon: int = 0 # elements that have one moment, Muon's, not AdamW's two
+    muon: int | None = None # elements that have one moment, Muon's, not AdamW's two; None without Muon
     shards: int = 1 # number of processes that share weights, gradients and moments
     buckets: int = 0 # number of processes if gradients lie in DDP's buckets, which stay allocated; else 0
     adapts: bool = False # LoRA could be used instead
@@ -56,7 +56,7 @@ def shape_of(model, block_size: int, dropout: float, half: bool, lora: bool = Fa
     idle = 0 if any(learns[:2]) else [*learns[2:], True].index(True)
     return Shape(n_params, c.n_layer, c.n_head, c.n_embd, c.vocab_size, block_size, dropout, half,
                  n_params - model.num_params(trained=True), lora, model.lm_head.weight.requires_grad,
-                 single if muon else 0, processes if shard else 1,
+                 single if muon else None, processes if shard else 1,
                  processes if processes > 1 and not shard else 0, adapts and not lora, idle,
                  device.split(':')[0], *inputs_of(model.transformer.h[idle:], c.n_embd))
 
@@ -102,7 +102,7 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     if plan == 'offload': # a gradient leaves as soon as it is made
         state, gathered, made = item * (matrices + E) + 4 * (s.params - matrices - E), 0, 0
     else:
-        state = 12 * trained + (item if s.lora else 4) * s.frozen - 4 * s.muon
+        state = 12 * trained + (item if s.lora else 4) * s.frozen - 4 * (s.muon or 0)
         gathered, made = grads if accumulates or s.buckets else 0, grads
     # gradients of a block's matrices; in offload those of two more may be on their way
     made_now = 3 * item if plan == 'offload' else 4 * (not s.lora)
@@ -182,8 +182,8 @@ def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
     for plan in plans:
         B, needed = largest(plan, shape, sequences, most, budget), ram(plan, shape)
         if B and needed and needed + RAM_SPARE > ram_free:
-            raise ValueError(f"plan {plan} takes {needed / GiB:.1f} GiB of RAM, with {RAM_SPARE / GiB} to "
-                             f"spare, and {ram_free / GiB:.1f} are free; "
+            raise ValueError(f"plan {plan} needs {(needed + RAM_SPARE) / GiB:.1f} GiB of RAM, and "
+                             f"{ram_free / GiB:.1f} are free; "
                              f"{tell_leaner(PLANS[2], shape, budget)}take a smaller model, or, with swap for "
                              f"it, type --plan={plan}")
         if B:
@@ -198,14 +198,15 @@ def no_fit(leanest: str, shape: Shape, budget: float) -> str:
 def leaner_runs(plan: str, shape: Shape, budget: float):
     """ options that would make a run fit which does not, the one that changes least first """
     shared = replace(shape, shards=shape.buckets, buckets=0)
-    if shape.buckets and not (shape.lora or shape.muon) and peak('recompute', shared, 1) <= budget:
+    by_adamw = not shape.lora and shape.muon is None
+    if shape.buckets and by_adamw and peak('recompute', shared, 1) <= budget:
         yield '--shard=True'
     lengths = (shape.block_size >> n for n in range(1, 6))
     fitting = (n for n in lengths if n and peak(plan, replace(shape, block_size=n), 1) <= budget)
     if length := next(fitting, 0):
         yield f'--block_size={length}'
     if shape.adapts and peak('recompute', with_lora(shape, 16), 1) <= budget:
-        yield (ADAPTER + (' --optimizer=adamw' if shape.muon else '')
+        yield (ADAPTER + (' --optimizer=adamw' if shape.muon is not None else '')
                + (' --shard=False' if shape.shards > 1 else ''))
 
 def tell_leaner(plan: str, shape: Shape, budget: float) -> str:
@@ -214,7 +215,7 @@ def tell_leaner(plan: str, shape: Shape, budget: float) -> str:
 def with_lora(s: Shape, rank: int) -> Shape:
     """ the Shape of the same run with LoRA: two matrices beside each of a block's four """
     adapter = 16 * rank * s.n_embd * s.n_layer
-    return replace(s, params=s.params + adapter, frozen=s.params, lora=True, head=False, muon=0, idle=0,
+    return replace(s, params=s.params + adapter, frozen=s.params, lora=True, head=False, muon=None, idle=0,
                    adapts=False, inputs=6 + 4 * rank / s.n_embd, shards=1,
                    buckets=s.shards if s.shards > 1 else s.buckets)
 

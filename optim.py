@@ -75,7 +75,8 @@ class Pair:
     def state_dict(self):
         return {'pair': [optimizer.state_dict() for optimizer in self.both]}
 
-NO_RAM = "RAM ran out for the optimizer, which offload keeps there; free some, and type --init_from=resume"
+NO_RAM = ("RAM ran out for the optimizer, which offload keeps there; free some, and type "
+          "--init_from=resume, or this again where nothing is saved yet")
 
 class OffloadedAdamW(torch.optim.AdamW):
     """ AdamW in RAM, for a model that keeps its matrices on a device in half precision
@@ -282,6 +283,8 @@ def load_optimizer(optimizer, state: dict) -> None:
         same = [[len(g['params']) for g in groups] for groups in now] == [
             [len(g['params']) for g in saved['param_groups']] for saved in states]
         kept = [{i: dict(its) for i, its in saved['state'].items()} for saved in states]
+        same = same and all(0 <= i < sum(len(g['params']) for g in groups)
+                            for its, groups in zip(kept, now) for i in its)
     except (AttributeError, KeyError, TypeError, ValueError): # not an optimizer's state
         same = False
     if not same:

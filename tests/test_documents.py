@@ -186,7 +186,7 @@ def test_a_field_ends_with_its_last_character_wherever_blocks_end(tmp_path, monk
     assert texts(str(tmp_path / 'a.jsonl')) == ['a', 'abcde', 'abcd']
 
 def test_a_tsv_is_rows_and_the_end_of_text_that_a_text_spells_out_is_seen(tmp_path):
-    (tmp_path / 'a.tsv').write_text('id\ttext\n1\tone, two\n2\tthree\n')
+    (tmp_path / 'a.tsv').write_text('text, by whom; when\ttext\n1\tone, two\n2\tthree\n')
     read = Documents(str(tmp_path))
     assert [''.join(blocks) for _, blocks in read] == ['one, two', 'three'] and not read.has_eot
     (tmp_path / 'b.txt').write_text('a\n<|endoftext|>\nb')

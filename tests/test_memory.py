@@ -196,7 +196,7 @@ def test_the_fastest_plan_that_fits_is_chosen_with_the_largest_micro_batch():
     assert memory.choose('auto', xl, 8, 8, 6 * memory.GiB) == ('offload', 4)
     assert memory.choose('recompute', xl, 8, 8, 5 * memory.GiB) == ('recompute', 1) # as was asked
     # 16 bytes a parameter, and 0.75 GiB to cross the bus
-    with pytest.raises(ValueError, match=r'takes 24.0 GiB of RAM, with 0.5 to spare, and 16.0 are free; take a smaller'):
+    with pytest.raises(ValueError, match=r'needs 24.5 GiB of RAM, and 16.0 are free; take a smaller'):
         memory.choose('auto', xl, 8, 8, 6 * memory.GiB, ram_free=16 * memory.GiB)
     with pytest.raises(ValueError, match='are free; type --lora_rank=16 --learning_rate=3e-4, take a smaller'): # which needs no RAM
         memory.choose('auto', replace(xl, adapts=True), 8, 8, 6 * memory.GiB, ram_free=16 * memory.GiB)

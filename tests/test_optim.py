@@ -106,6 +106,9 @@ def test_another_optimizer_s_state_is_refused():
         load_optimizer(adamw, muon.state_dict())
     with pytest.raises(ValueError, match='of another optimizer'):
         load_optimizer(adamw, {**adamw.state_dict(), 'state': {0: 3}})
+    for i in (99, 'a'):
+        with pytest.raises(ValueError, match='of another optimizer'):
+            load_optimizer(adamw, {**adamw.state_dict(), 'state': {i: {'step': torch.tensor(1.0)}}})
 
 def test_offload_saves_the_weights_in_float32_whatever_the_device_has():
     torch.manual_seed(0)

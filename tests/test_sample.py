@@ -1,6 +1,7 @@
 """
 sample.py as a user runs it.
 """
+import pickle
 import shutil
 import signal
 import subprocess
@@ -118,6 +119,8 @@ def test_a_nanogpt_checkpoint_samples_with_its_dataset_s_characters(run, clone, 
     model, _ = chars
     if dataset == 'elsewhere':
         shutil.copy(clone / 'data' / 'chars' / 'meta.pkl', tmp_path)
+    else: # another program's
+        (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'author': 'me'}))
     torch.save({'model': {prefix + k: v for k, v in model.state_dict().items()}, 'config': {'dataset': dataset},
                 'model_args': model.config.__dict__, 'iter_num': 1, 'best_val_loss': torch.tensor(1.0)}, tmp_path / 'n.pt')
     args = ('--start=def', '--temperature=0', '--max_new_tokens=13', '--num_samples=1', '--device=cpu', '--dtype=float32')
