@@ -102,6 +102,13 @@ def test_a_small_disk_that_fills_up_loses_no_line_of_the_log(tmp_path):
     finally:
         os.system(f'umount {disk}')
 
+def test_weights_that_are_no_numbers_replace_no_checkpoint(tmp_path, capsys):
+    saver = Saver(str(tmp_path), False)
+    assert saver({'iter_num': 1, 'model': {'w': torch.ones(2)}}, is_best=True)
+    assert not saver({'iter_num': 2, 'model': {'w': torch.tensor([1.0, float('nan')])}}, is_best=True)
+    assert 'the weights are not finite' in capsys.readouterr().err and saver.saved == 1
+    assert all(torch.load(tmp_path / name)['iter_num'] == 1 for name in ('last.pt', 'ckpt.pt'))
+
 def test_a_full_disk_under_the_terminal_s_output_ends_no_run(clone, tmp_path):
     """ as under `> train.log` or `| tee`; /dev/full takes nothing """
     with open('/dev/full', 'w') as full:

@@ -2,6 +2,8 @@
 That an option does what it says: from the command line to the number it is for.
 """
 import json
+import math
+import shutil
 
 import numpy as np
 import pytest
@@ -39,6 +41,16 @@ def test_grad_clip_bounds_the_update(train, same):
     """ AdamW's epsilon is far above so small a gradient """
     clipped, free = losses(train(*STILL, '--grad_clip=1e-12')), losses(train(*STILL, '--grad_clip=0', out_dir='free'))
     assert max(clipped) - min(clipped) < 1e-3 < max(free) - min(free)
+
+def test_the_loss_of_a_masked_dataset_is_the_mean_over_what_counts(train, clone):
+    folder = clone / 'data' / 'halved'
+    shutil.copytree(clone / 'data' / 'chars', folder)
+    for name in ('train', 'val'):
+        n = (folder / f'{name}.bin').stat().st_size // 2
+        (np.arange(n) % 2).astype(np.uint8).tofile(folder / f'{name}_mask.bin')
+    run = train('--dataset=halved', '--max_iters=1')
+    # the first model's loss is near that of a guess; half of it if all targets were counted
+    assert losses(run)[0] == pytest.approx(math.log(len(CHARS)), rel=0.05) == numbers(run, 'val_loss')[0]
 
 def test_dropout_reaches_a_model_that_is_finetuned(train, tmp_path):
     train('--max_iters=1', out_dir='base')
