@@ -20,6 +20,7 @@ import re
 import sys
 
 from dataset import bad_utf8, read_text, shorten
+from instruct import is_item
 
 TEXT_ROW = '{"text": "..."}' # an example row, for messages
 BLOCK = 2**20 # bytes or characters at a time
@@ -94,10 +95,9 @@ class Documents:
         place, fields = row
         text = fields.get(self.text_field)
         if self.text_field not in fields:
-            asked = {'instruction', 'output'} <= fields.keys() or 'messages' in fields
-            also = ', or run data/instruct/prepare.py, which takes questions and answers' if asked else ''
+            also = ', or run data/instruct/prepare.py, which takes questions and answers'
             raise ValueError(f"{place} has no field {self.text_field!r}; its fields are {', '.join(fields)}; "
-                             f"type --text_field=NAME with one of these{also}")
+                             f"type --text_field=NAME with one of these{also if is_item(fields) else ''}")
         if not isinstance(text, str):
             raise ValueError(f"{place} has {text!r} as its {self.text_field}; expected text")
         return place, (replace_surrogates(text[i:i + BLOCK]) for i in range(0, len(text), BLOCK))
@@ -274,7 +274,7 @@ def hub_rows(name: str, subset: str, progress=lambda n: None):
         rows = datasets.load_dataset(name, subset or None, split='train', streaming=True)
         for number, row in enumerate(rows):
             yield f'{name}, row {number}', row
-            progress(sum(len(value.encode()) for value in row.values() if isinstance(value, str)))
+            progress(len(str(row))) # its bytes, nearly
     except Exception as error: # whatever the network, the hub and the files cause
         raise OSError(f"cannot read the dataset {name} ({type(error).__name__}: {error}); check its name, "
                       "--subset and the network") from None

@@ -20,6 +20,19 @@ TEMPLATE = """Below is an instruction that describes a task. Write a response th
 ### Response:
 """
 
+# what datasets call the parts of an item; where one has several of these fields, the first counts
+NAMES = {'system': ('system', 'system_prompt'),
+         'instruction': ('instruction', 'prompt', 'question', 'query'),
+         'input': ('input', 'context'),
+         'output': ('output', 'completion', 'response', 'answer')}
+TALKS = 'messages', 'conversations'
+ROLES = {'human': 'user', 'gpt': 'assistant'} # ShareGPT's names
+
+def is_item(fields) -> bool:
+    """ whether a row with these fields is one that read_turns is for """
+    return any(name in fields for name in TALKS) or all(
+        any(name in fields for name in NAMES[part]) for part in ('instruction', 'output'))
+
 def render(template: str, instruction: str, input: str = '') -> str:
     """ the prompt, which the answer follows directly; without input, paragraphs with {input} are left out
 
@@ -34,21 +47,24 @@ def render(template: str, instruction: str, input: str = '') -> str:
     return re.sub(r'\{instruction\}|\{input\}', lambda found: values[found[0]], template)
 
 def read_turns(item: dict) -> list[tuple[str, str, str]]:
-    """ [(instruction, input, answer)] from Alpaca's fields, or from each assistant turn in messages
+    """ [(instruction, input, answer)] from the fields in NAMES, or from each assistant turn of a talk
 
     The system and user messages before an assistant turn, joined by a blank line, are its instruction; those
     after the last turn are dropped. Raises ValueError for other items; the caller prefixes the item's place.
     """
-    if 'messages' not in item:
-        turn = item.get('instruction'), item.get('input') or '', item.get('output')
-        if not all(isinstance(field, str) for field in turn):
+    talk = next((name for name in TALKS if name in item), None)
+    if talk is None:
+        system, instruction, input, output = (
+            next((item[name] for name in names if item.get(name) is not None), default)
+            for names, default in zip(NAMES.values(), ('', None, '', None)))
+        if not all(isinstance(part, str) for part in (system, instruction, input, output)):
             raise ValueError(f"has the fields {', '.join(item)}; expected text in instruction and output, "
                              "and perhaps in input, or else messages")
-        if not turn[0].strip():
+        if not instruction.strip():
             raise ValueError("has a blank instruction; expected a text to answer; write one, or take the "
                              "item out")
-        return [turn]
-    messages, turns, said = item['messages'], [], []
+        return [(f'{system}\n\n{instruction}' if system.strip() else instruction, input, output)]
+    messages, turns, said = item[talk], [], []
     for role, content in map(read_message, messages if isinstance(messages, list) else [messages]):
         if role != 'assistant':
             said.append(content)
@@ -58,12 +74,15 @@ def read_turns(item: dict) -> list[tuple[str, str, str]]:
         else:
             raise ValueError("has an assistant turn that follows nothing; expected one of user before it")
     if not turns:
-        raise ValueError("has no assistant turn in its messages; expected an answer to learn from")
+        raise ValueError(f"has no assistant turn in its {talk}; expected an answer to learn from")
     return turns
 
 def read_message(message) -> tuple[str, str]:
-    """ the role and content of a message; raises ValueError unless both are text """
-    role, content = (message.get(key) if isinstance(message, dict) else None for key in ('role', 'content'))
+    """ the role and content of a message, or ShareGPT's from and value; raises ValueError unless both are
+    text """
+    keys = ('from', 'value') if isinstance(message, dict) and 'from' in message else ('role', 'content')
+    role, content = (message.get(key) if isinstance(message, dict) else None for key in keys)
+    role = ROLES.get(str(role), role)
     if role not in ('system', 'user', 'assistant') or not isinstance(content, str):
         raise ValueError(f"has the message {str(message)[:80]!r}; expected text as its content, and system, "
                          "user or assistant as its role")

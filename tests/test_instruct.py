@@ -1,6 +1,7 @@
 """
 instruct.py, and data/instruct/prepare.py as a user runs it.
 """
+import csv
 import json
 import os
 
@@ -38,6 +39,22 @@ def test_turns_of_a_conversation_are_told_apart():
     assert read_turns(item) == [('Be brief.\n\nHi.', '', 'Hello.'), ('One.\n\nTwo.', '', 'Three.')]
     assert read_turns({'instruction': 'a', 'input': None, 'output': ''}) == [('a', '', '')]
 
+@pytest.mark.parametrize('item, turn', [
+    ({'prompt': 'Capital?', 'completion': ' Paris.'}, ('Capital?', '', ' Paris.')), # OpenAI's and TRL's
+    ({'instruction': 'Capital?', 'context': 'France', 'response': 'Paris.', 'category': 'qa'}, ('Capital?', 'France', 'Paris.')), # Dolly
+    ({'question': 'Capital?', 'answer': 'Paris.'}, ('Capital?', '', 'Paris.')),
+    ({'system_prompt': 'Be brief.', 'question': 'Capital?', 'response': 'Paris.'}, ('Be brief.\n\nCapital?', '', 'Paris.')),
+    ({'system_prompt': ' ', 'query': 'Capital?', 'response': 'Paris.'}, ('Capital?', '', 'Paris.')),
+    ({'prompt': 'all of it', 'instruction': 'Capital?', 'answer': 'no', 'output': 'Paris.'}, ('Capital?', '', 'Paris.')),
+    ({'instruction': None, 'prompt': 'Capital?', 'output': 'Paris.', 'messages_id': 3}, ('Capital?', '', 'Paris.'))])
+def test_an_item_may_have_the_names_of_other_datasets(item, turn):
+    assert read_turns(item) == [turn]
+
+def test_a_conversation_of_sharegpt_is_one_of_messages():
+    told = [('system', 'Be brief.'), ('human', 'Hi.'), ('gpt', 'Hello.'), ('human', 'Bye.'), ('gpt', 'So long.')]
+    item = {'id': 'x', 'conversations': [{'from': who, 'value': text} for who, text in told]}
+    assert read_turns(item) == [('Be brief.\n\nHi.', '', 'Hello.'), ('Bye.', '', 'So long.')]
+
 def message(role, content):
     return {'role': role, 'content': content}
 
@@ -45,7 +62,10 @@ BROKEN = [{}, {'instruction': 'a'}, {'instruction': 1, 'output': 'b'}, {'instruc
           {'instruction': 'a', 'input': 3, 'output': 'b'}, {'messages': []}, {'messages': 'hi'}, {'messages': None},
           {'messages': [message('user', 'a')]}, {'messages': [message('assistant', 'a')]}, {'messages': [{'role': 'user'}]},
           {'messages': [message('user', 'a'), message('assistant', 'b'), message('assistant', 'c')]},
-          {'messages': [message('tool', 'a'), message('assistant', 'b')]}, {'messages': [message('user', ['a'])]}]
+          {'messages': [message('tool', 'a'), message('assistant', 'b')]}, {'messages': [message('user', ['a'])]},
+          {'messages': [message(['user'], 'a')]}, {'conversations': [{'from': 'observation', 'value': 'a'}]},
+          {'conversations': [{'from': 'human', 'content': 'a'}]}, {'prompt': [message('user', 'a')], 'completion': 'b'},
+          {'prompt': 'a', 'answer': ['b']}, {'system': 3, 'question': 'a', 'answer': 'b'}]
 
 @pytest.mark.parametrize('item', BROKEN, ids=str)
 def test_an_item_that_is_not_whole_is_refused(item):
@@ -114,6 +134,24 @@ def test_a_list_in_json_is_the_same_as_its_lines(run, clone, tmp_path):
         for other in ('folder', 'rows'):
             assert (clone / 'data' / other / name).read_bytes() == (clone / 'data' / 'lines' / name).read_bytes()
         assert (clone / 'data' / 'lines' / name).read_bytes() == (clone / 'data' / 'listed' / name).read_bytes()
+
+def test_a_table_or_a_dataset_of_the_hub_is_the_same_as_its_lines(run, clone, tmp_path):
+    items = [{'instruction': f'Say "{i}",\nthen stop.', 'input': 'now' * (i % 2), 'output': f'{i}\tTwo.'} for i in range(4)]
+    prepare(run, tmp_path, '--name=lines', items=items)
+    for name, excel in (('table.csv', csv.excel), ('table.tsv', csv.excel_tab)):
+        with open(tmp_path / name, 'w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, ['instruction', 'input', 'output'], dialect=excel)
+            writer.writeheader()
+            writer.writerows(items)
+        run('data/instruct/prepare.py', f'--input={tmp_path / name}', f'--name={name[-3:]}')
+    (tmp_path / 'datasets.py').write_text(
+        'def load_dataset(name, subset, split, streaming):\n'
+        '    assert (name, subset, split, streaming) == ("owner/name", "small", "train", True)\n'
+        f'    return {items!r}\n')
+    run('data/instruct/prepare.py', '--input=owner/name', '--subset=small', '--name=fetched', env={'PYTHONPATH': str(tmp_path)})
+    for part in ('train.bin', 'val.bin', 'train_mask.bin', 'val_mask.bin', 'template.txt'):
+        made = [(clone / 'data' / name / part).read_bytes() for name in ('lines', 'csv', 'tsv', 'fetched')]
+        assert made[0] and made == made[:1] * 4
 
 def test_a_template_may_be_given_as_text_or_as_a_file(run, clone, tmp_path):
     (tmp_path / 'template.txt').write_bytes('Frage: {instruction}\r\n\r\n{input}\r\n\r\nAntwort: '.encode())

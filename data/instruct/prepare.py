@@ -1,14 +1,15 @@
 """
-Makes a dataset of instructions and answers, of which only the answers are learned. Each line of .jsonl, or
-item of a list in .json, has either instruction, output and optionally input (Alpaca's fields), or messages
-with role and content.
+Makes a dataset of instructions and answers, of which only the answers are learned. Each line of .jsonl, item
+of a list in .json, or row of .csv or of a Hugging Face dataset has either instruction, output and optionally
+input (Alpaca's fields), or messages with role and content; the readme has other names that are taken.
 
 $ python data/instruct/prepare.py --input=questions.jsonl --name=questions
 $ python train.py config/finetune/gpt2_small.py --dataset=questions
 """
 # options
-input = '' # a .jsonl file, a folder of them, or a .json file that is one list
+input = '' # a file, a folder (its .jsonl, .csv, .tsv), or a dataset id of the hub
 name = 'instruct' # the dataset is written to data/NAME
+subset = '' # which subset of a hub dataset, if it has several
 template = '' # text with {instruction}, {input}, and \n for a line end, or FILE:PATH; '' for the readme's
 val_fraction = 0.1 # share of the items, from the end, to validate on
 
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from advice import tell_run
 from dataset import read_text, shorten
-from documents import find_files, is_list, json_items, json_rows
+from documents import check_hub_id, csv_rows, find_files, hub_rows, is_list, json_items, json_rows
 from instruct import TEMPLATE, encode, read_turns, render
 from publish import claim, publish, split_off
 from tokenizer import BPETokenizer
@@ -48,20 +49,30 @@ def read_template():
     render(text, 'a question')
     return text
 
-def rows_of(path):
-    """ the function of documents.py that reads the items of this file """
-    return json_rows if path.lower().endswith('.jsonl') or not is_list(path) else json_items
+def read_items(paths, progress):
+    """ yield (place, item) of all files or, if there are none, of the hub dataset `input` """
+    if not paths:
+        yield from hub_rows(input, subset, progress)
+    for path in paths:
+        if path.lower().endswith(('.csv', '.tsv')):
+            yield from csv_rows(path, progress)
+        else:
+            is_lines = path.lower().endswith('.jsonl') or not is_list(path)
+            yield from (json_rows if is_lines else json_items)(path, progress, ITEM)
 
 def write_items(place, text):
     """ write all items, in the template `text`, to the train files; return their lengths, how many tokens
     count, and how many items have a blank answer """
     lengths, n_counted, n_blank, tokenizer = [], 0, 0, BPETokenizer()
-    paths = find_files(os.path.expanduser(input), ('.jsonl',))
+    source = os.path.expanduser(input)
+    paths = find_files(source, ('.jsonl', '.csv', '.tsv')) if os.path.exists(source) else []
+    if not paths:
+        check_hub_id(input)
+    size = sum(map(os.path.getsize, paths)) or None # unknown for the hub
     with (open(os.path.join(place, 'train.bin'), 'wb') as tokens,
           open(os.path.join(place, 'train_mask.bin'), 'wb') as masks,
-          tqdm(total=sum(map(os.path.getsize, paths)), unit='B', unit_scale=True, delay=1) as progress):
-        items = (item for path in paths for item in rows_of(path)(path, progress.update, ITEM))
-        for where, item in items:
+          tqdm(total=size, unit='B', unit_scale=True, delay=1) as progress):
+        for where, item in read_items(paths, progress.update):
             try:
                 turns = read_turns(item)
                 ids, mask = encode(turns, text, tokenizer)
@@ -76,8 +87,7 @@ def write_items(place, text):
 
 signal.signal(signal.SIGTERM, signal.default_int_handler) # end as on Ctrl-C, leaving nothing behind
 if not input:
-    raise ValueError("there is no input; type --input=PATH of a .jsonl file, of a folder of them, or of a "
-                     "list in .json")
+    raise ValueError("there is no input; type --input=PATH of a .jsonl, .json or .csv file, or of a folder")
 folder, text = claim(name, 'instruct', val_fraction), read_template()
 with publish(folder) as place:
     lengths, n_counted, n_blank = write_items(place, text)
