@@ -4,6 +4,7 @@ What a run does with a dataset just prepared, the command to type, and better op
 import os
 
 from configurator import ROOT, quote, read_options, run_file, script
+from dataset import Split, find_dataset
 
 LITTLE, SOME, MUCH = 10**5, 10**6, 10**8 # tokens to train on
 
@@ -34,9 +35,9 @@ def suiting(options, n_train):
     return {**adapter, 'batch_size': sequences, 'gradient_accumulation_steps': steps, 'num_epochs': epochs,
             'eval_interval': interval, **end}
 
-def count_epochs(options, n_train):
+def count_epochs(options, name):
     """ how many epochs and iterations a run makes, in words, by train.py's arithmetic """
-    windows = -(-(n_train - 1) // options['block_size'])
+    windows = Split(find_dataset(name), 'train', options['block_size'], 2**16).windows
     sequences = options['batch_size'] * options['gradient_accumulation_steps']
     iters = options['max_iters']
     if options['num_epochs']:
@@ -50,7 +51,7 @@ def tell_run(config, name, n_train, n_val):
     fitting = fit_block(options, n_train, n_val)
     options |= fitting
     with_block = f" with --block_size={options['block_size']}" if fitting else ''
-    print(f"a default run of {config}{with_block} makes {count_epochs(options, n_train)}")
+    print(f"a default run of {config}{with_block} makes {count_epochs(options, name)}")
     if fitting:
         print(f"warning: {n_train:,} tokens to train on and {n_val:,} to validate on make sequences short, "
               "and the loss of so few says little; add text, or type another --val_fraction")
@@ -58,7 +59,7 @@ def tell_run(config, name, n_train, n_val):
     fitting |= suits
     if suits:
         little = "warning: that is little, and a model soon knows it by heart; " if n_train < LITTLE else ''
-        makes = [f"makes at most {count_epochs(options | fitting, n_train)}"] if 'num_epochs' in suits else []
+        makes = [f"makes at most {count_epochs(options | fitting, name)}"] if 'num_epochs' in suits else []
         if 'patience' in suits:
             makes.append(f"ends after {suits['patience']} evaluations without a better one")
         print(f"{little}the command below {', and '.join(makes)}")

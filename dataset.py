@@ -3,13 +3,16 @@ Token files, and the order in which training reads them.
 
 A dataset is a folder with train.bin and val.bin (raw little-endian uint16 token ids, nothing else) and, for
 character data, meta.pkl (a dict with vocab_size, stoi and itos). This is nanoGPT's format. train_mask.bin
-and val_mask.bin, if present, hold one byte per token: 0 for a token that is read but is not a target.
+and val_mask.bin, if present, hold one byte per token: 0 for a token that is read but is not a target, 2 for
+a target that ends an item, 1 for the other targets.
 
 A window is block_size tokens to read and, as targets, the token after each. An epoch cuts the split into
 windows, starting at a random offset and wrapping around the end of the file, and shuffles them: every token
-is a target once per epoch. Offset and order are drawn from (seed, epoch), and iteration i takes windows
+is a target once per epoch. Where a mask marks items, a window begins with one instead, as a prompt does, and
+holds whole ones. Offset and order are drawn from (seed, epoch), and iteration i takes windows
 [i*S, (i+1)*S) of the endless series of epochs, so (seed, i) determines what an iteration trains on.
 """
+import bisect
 import difflib
 import functools
 import glob
@@ -25,6 +28,7 @@ from configurator import quote, script
 from tokenizer import are_characters
 
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
+ENDS_ITEM = 2 # the mask's byte for a target that ends an item
 ANY_TEXT = {'custom', 'instruct'} # folders of data/ that make a dataset of any text
 
 class Split:
@@ -39,7 +43,10 @@ class Split:
         self.n_tokens = len(self.tokens)
         self.epoch_order = functools.lru_cache(maxsize=2)(epoch_order) # a cache per split
         self.targets = self.n_tokens - 1 # all tokens but the first, which has none before it
+        self.items = None if self.mask is None else pack_items(self.mask, block_size)
         self.windows = -(-self.targets // block_size) # per epoch; the last may be short
+        if self.items is not None:
+            self.windows = len(self.items)
         self.check_ids(self.tokens[:2**28]) # takes less than a second; `batch` checks the rest
 
     def check_ids(self, ids) -> None:
@@ -88,7 +95,9 @@ class Split:
         return f"{epochs:.1f} epochs" if epochs >= 0.05 else "less than 0.1 epochs"
 
     def cut(self, index: np.ndarray, offset: int = 0) -> np.ndarray:
-        """ the windows `index` as (n, 2) starts and lengths; only the last can be shorter than block_size """
+        """ the windows `index` as (n, 2) starts and lengths; items may leave room, else only the last can """
+        if self.items is not None:
+            return self.items[index]
         start = index * self.block_size
         length = np.minimum(self.block_size, self.targets - start)
         return np.stack([(start + offset) % self.targets, length], axis=1)
@@ -185,6 +194,22 @@ class Mix(Split):
 
     def count(self, windows):
         return sum(split.count(its) for split, _, its in self.by_split(windows))
+
+def pack_items(mask: np.ndarray, block_size: int) -> np.ndarray | None:
+    """ windows (n, 2), starts and lengths, of as many whole items as fit, in their order; None if the mask
+    separates no items. A longer item fills windows, and what is left of it is in one with the items after it.
+    """
+    ends = [*(np.flatnonzero(mask[:-1] == ENDS_ITEM) + 1).tolist(), len(mask)]
+    if len(ends) == 1:
+        return None
+    windows, start = [], 0
+    while start < len(mask) - 1:
+        most = start + block_size + 1 # a window's last token is only a target
+        end = ends[bisect.bisect(ends, most) - 1] # of the last item that fits; beyond, or earlier, if none
+        fits = start < end <= most
+        windows.append((start, end - 1 - start if fits else block_size))
+        start = end if fits else start + block_size
+    return np.array(windows)
 
 def epoch_order(seed: int, epoch: int, targets: int, windows: int) -> tuple[int, np.ndarray]:
     """ where an epoch's first window starts, and the order of its windows """

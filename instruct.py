@@ -9,6 +9,8 @@ and to the models trained on it, which expect the same wording in a prompt.
 """
 import re
 
+from dataset import ENDS_ITEM
+
 TEMPLATE = """Below is an instruction that describes a task. Write a response that completes it.
 
 ### Instruction:
@@ -89,7 +91,8 @@ def read_message(message) -> tuple[str, str]:
     return role, content
 
 def encode(turns: list[tuple[str, str, str]], template: str, tokenizer) -> tuple[list[int], list[int]]:
-    """ the ids of an item, each answer ended by end-of-text, and a mask: 1 for answers, 0 for prompts
+    """ the ids of an item, each answer ended by end-of-text, and a mask: 1 for answers, 2 for the end of the
+    last, 0 for prompts
 
     Prompt and answer are encoded separately, so that a later prompt has exactly the ids seen in training.
     Raises ValueError for an input that the template has no {input} for; the caller prefixes the item's place.
@@ -104,4 +107,4 @@ def encode(turns: list[tuple[str, str, str]], template: str, tokenizer) -> tuple
         reply = [*tokenizer.encode(answer), tokenizer.eot]
         ids += prompt + reply
         mask += [0] * len(prompt) + [1] * len(reply)
-    return ids, mask
+    return ids, mask[:-1] + [ENDS_ITEM]

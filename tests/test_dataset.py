@@ -212,6 +212,37 @@ def test_the_counted_targets_are_those_of_the_batch(tmp_path_factory, n, block_s
     windows = data.training_windows(1, 5)
     assert data.count(windows) == (data.batch(windows)[1] >= 0).sum()
 
+def make_items(folder, lengths, n_prompt=1):
+    """ items of these lengths, whose first n_prompt tokens, or all but the last, are not targets """
+    mask = [byte for n in lengths for byte in [0] * min(n_prompt, n - 1) + [1] * (n - 1 - min(n_prompt, n - 1)) + [2]]
+    np.array(mask, dtype=np.uint8).tofile(folder / 'train_mask.bin')
+    return len(mask)
+
+def test_windows_hold_whole_items_as_many_as_fit(tmp_path):
+    data = make_split(tmp_path, make_items(tmp_path, [3, 4, 2, 12, 3]), 6)
+    # 3 and 4 fill the first, since its last token is only a target; 12 are too many for one
+    assert data.cut(np.arange(data.windows)).tolist() == [[0, 6], [7, 1], [9, 6], [15, 5], [21, 2]]
+    assert sorted(data.training_windows(3, 5).tolist()) == sorted(data.items.tolist()) # an epoch, in an order of its own
+    assert data.training_windows(3, 5).tolist() != data.training_windows(4, 5).tolist()
+    x, y = data.batch(np.array([[7, 1], [15, 5]]))
+    assert x[0, 0] == 7 and y.tolist() == [[8, -1, -1, -1, -1, -1], [16, 17, 18, 19, 20, -1]]
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(2, 30), min_size=2, max_size=40), block_size=st.integers(1, 20), n_prompt=st.integers(1, 5))
+def test_every_answer_is_a_target_once_an_epoch_after_as_much_of_its_item_as_fits(tmp_path_factory, lengths, block_size, n_prompt):
+    folder, seen = tmp_path_factory.mktemp('d'), []
+    n = make_items(folder, lengths, n_prompt)
+    data = make_split(folder, n, min(block_size, n - 1))
+    starts = np.cumsum([0, *lengths])
+    for start, length in data.training_windows(7, data.windows).tolist():
+        (x,), (y,) = data.batch(np.array([[start, length]]))
+        seen += y[y >= 0].tolist()
+        for target in y[y >= 0]:
+            its = starts[np.searchsorted(starts, target, side='right') - 1] # where the target's item begins
+            size = starts[np.searchsorted(starts, target, side='right')] - its
+            assert start <= its or size > block_size + 1
+    assert sorted(seen) == np.flatnonzero(data.mask).tolist() and data.count(data.items) == len(seen)
+
 def test_a_mask_of_another_length_is_an_error(tmp_path):
     make_mask(tmp_path, 6, hidden=lambda i: False)
     with pytest.raises(ValueError, match='6 bytes for 7 tokens'):

@@ -75,7 +75,9 @@ def test_an_item_that_is_not_whole_is_refused(item):
 def test_only_answers_and_their_ends_count():
     ids, mask = encode([('What is 2 + 2?', '', 'Four.')], 'Q: {instruction}\nA: ', BPE)
     assert ids == [48, 25, 1867, 318, 362, 1343, 362, 30, 198, 32, 25, 220, 15137, 13, 50256]
-    assert mask == [0] * 12 + [1, 1, 1] # Four, ., end-of-text
+    assert mask == [0] * 12 + [1, 1, 2] # Four, ., end-of-text
+    two = encode([('a', '', 'b'), ('c', '', 'd')], '{instruction}', BPE)[1]
+    assert two == [0, 1, 1, 0, 1, 2] # an item is all of a conversation
 
 ITEMS = [{'instruction': 'Add one to {input}.', 'input': '1', 'output': 'Two.'},
          {'instruction': 'Say hi.', 'output': ' Hi <|endoftext|>!'},
@@ -102,12 +104,12 @@ def test_the_script_writes_what_a_hand_would(run, clone, tmp_path):
     end = '<|endoftext|>'
     assert BPE.decode(train[0]) == with_input + 'Two.' + end + asked % 'Say hi.' + ' Hi <|endoftext|>!' + end
     assert BPE.decode(val[0]) == asked % 'é?' + 'É!' + end + asked % 'Bye.' + end
-    assert BPE.decode(train[0][train[1] == 1]) == 'Two.' + end + ' Hi <|endoftext|>!' + end
-    assert BPE.decode(val[0][val[1] == 1]) == 'É!' + end + end
+    assert BPE.decode(train[0][train[1] > 0]) == 'Two.' + end + ' Hi <|endoftext|>!' + end
+    assert BPE.decode(val[0][val[1] > 0]) == 'É!' + end + end
     assert (train[0] == 50256).sum() == (val[0] == 50256).sum() == 2 # a user's text is never a special token
     assert (folder / 'template.txt').read_bytes() == TEMPLATE.encode()
     assert sorted(p.name for p in folder.iterdir()) == ['template.txt', 'train.bin', 'train_mask.bin', 'val.bin', 'val_mask.bin']
-    n, share = len(train[0]) + len(val[0]), (train[1].sum() + val[1].sum()) / (len(train[1]) + len(val[1]))
+    n, share = len(train[0]) + len(val[0]), (np.count_nonzero(train[1]) + np.count_nonzero(val[1])) / (len(train[1]) + len(val[1]))
     assert f'3 items, {n} tokens, of which {share:.1%} are answers' in done.out and 'are longer than' not in done.out
 
 PIPED = """

@@ -81,7 +81,7 @@ def write_items(place, text):
             tokens.write(np.array(ids, '<u2').tobytes())
             masks.write(bytes(mask))
             lengths.append(len(ids))
-            n_counted += sum(mask)
+            n_counted += len(mask) - mask.count(0)
             n_blank += not all(answer.strip() for *_, answer in turns)
     return lengths, n_counted, n_blank
 
