@@ -318,7 +318,13 @@ def report(kind, error, trace) -> None:
         time.sleep(3) # if other processes fail too, torchrun ends this one before it prints
     text = str(error)
     if full:
-        text = f"out of memory ({text}); take a smaller model, or a smaller --batch_size or --block_size"
+        known = [name for _, name, _, _ in read_options(sys.argv[0])[1]]
+        less = [name for name in ('num_samples', 'max_new_tokens', 'batch_size', 'block_size')
+                if name in known]
+        ways = [f"type a smaller --{' or --'.join(less)}"] if less else []
+        if 'device' in known and kind is not MemoryError and 'CPUAllocator' not in text:
+            ways.append("type --device=cpu")
+        text = f"out of memory ({text}); {', or '.join([*ways, 'take a smaller model'])}"
     elif isinstance(error, OSError) and error.filename is not None: # the system's own words
         text = f"cannot use {error.filename} ({error.strerror}); type another path, or mend that one"
     if kind is ModuleNotFoundError:

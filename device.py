@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import time
@@ -17,7 +18,8 @@ import time
 import psutil
 import torch
 
-DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
+OTHER_BUILDS = 'pip install "torch>=2.9,<2.14" --index-url https://download.pytorch.org/whl/cu126'
 
 CONTEXT = int(0.6 * 2**30) # bytes that CUDA and its libraries take of a card; 0.5 to 0.8 GiB on most
 FILL = 0.95 # the share of a card's memory that tensors can fill; its allocator loses some to gaps
@@ -29,19 +31,41 @@ PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e
               'T4': 65e12}
 
 def pick_device(device: str = 'auto') -> str:
-    """ the fastest device available, or the one named; raises ValueError if that is not available """
+    """ the fastest device available, or the one named; raises ValueError if that is not available, or if this
+    build of torch has no kernels for it """
     allow_cudnn_attention(False)
     there = [f'cuda:{i}' for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     there += ['mps'] if torch.backends.mps.is_available() else []
     there += ['cpu']
     if device == 'auto':
-        return there[0].split(':')[0]
-    if device not in there and not (device == 'cuda' and 'cuda:0' in there):
+        device = there[0].split(':')[0]
+        if device == 'cpu' and shutil.which('nvidia-smi') and is_first():
+            why = ("is without a GPU or too old for this build of torch; see what nvidia-smi prints, run"
+                   if torch.version.cuda else "is of no use to a build of torch without CUDA; run")
+            print(f"warning: the NVIDIA driver here {why} {OTHER_BUILDS}, or type --device=cpu to go without "
+                  "this line", file=sys.stderr)
+    elif device not in there and not (device == 'cuda' and 'cuda:0' in there):
         raise ValueError(f"there is no device {device!r} here; type --device=NAME with one of: auto, "
                          f"{', '.join(there)}")
+    if device.startswith('cuda') and not has_kernels(torch.cuda.get_device_capability(device)):
+        raise ValueError(f"this build of torch has no kernels for {torch.cuda.get_device_name(device)}, only "
+                         f"for {', '.join(torch.cuda.get_arch_list())}; run {OTHER_BUILDS} for older GPUs, "
+                         "or type --device=cpu")
     if device.startswith('cuda:'): # else calls that name no GPU, such as pinning, take memory on the first
         torch.cuda.set_device(device)
     return device
+
+def has_kernels(capability: tuple[int, int]) -> bool:
+    """ whether this build of torch runs on GPUs of this compute capability: it has code for an earlier one of
+    the same generation, or code that the driver translates """
+    built = re.findall(r'(sm|compute)_(\d+)(\d)', ' '.join(torch.cuda.get_arch_list()))
+    return not built or any( # none: not CUDA but ROCm
+        (int(major), int(minor)) <= capability and (kind == 'compute' or int(major) == capability[0])
+        for kind, major, minor in built)
+
+def is_first() -> bool:
+    """ whether this is the process of its machine that tells what all of them find """
+    return os.environ.get('LOCAL_RANK', '0') == '0'
 
 def allow_cudnn_attention(allowed: bool) -> None:
     """ let torch choose cuDNN's attention on CUDA, or not: it is fast for training, but prepares for each new
@@ -62,6 +86,10 @@ def pick_dtype(dtype: str, device: str) -> str:
         if dtype not in DTYPES:
             raise ValueError(f"there is no dtype {dtype!r}; type --dtype=NAME with one of: auto, "
                              f"{', '.join(DTYPES)}")
+        if (dtype == 'bfloat16' and device.startswith('cuda') and is_first()
+                and not torch.cuda.is_bf16_supported(including_emulation=False)):
+            print("warning: this GPU only emulates bfloat16, slowly, and attention takes more memory than is "
+                  "planned; type --dtype=float16", file=sys.stderr)
         return dtype
     if device.startswith('cuda'):
         return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
@@ -115,7 +143,7 @@ def compile_model(modules, wanted: bool, trial) -> bool:
             raise
         told = str(error).strip() or type(error).__name__
         reason = re.sub(r'^backend=.* raised:\s*', '', told).splitlines()[0][:150] # the rest says no more
-        if os.environ.get('LOCAL_RANK', '0') == '0':
+        if is_first():
             print(f"warning: torch.compile does not work here ({reason}); going on without it",
                   file=sys.stderr)
         torch.compiler.set_stance('force_eager')
@@ -190,7 +218,8 @@ def free_memory(device: str) -> int:
     if device.startswith('cuda'):
         return torch.cuda.mem_get_info(device)[0]
     if device == 'mps':
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return min(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory(),
+                   psutil.virtual_memory().available) # the GPU's memory is everybody's RAM
     try:
         free = min(psutil.virtual_memory().available, group_memory())
     except OSError: # an unusual /proc; what a small laptop has

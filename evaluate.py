@@ -54,7 +54,8 @@ from tqdm import tqdm
 import checkpoint as checkpoints
 import lora
 from dataset import find_datasets, open_mask, open_tokens, read_shared_state, read_text, shorten
-from device import autocast, pick_device, pick_dtype
+from device import DTYPES, autocast, pick_device, pick_dtype
+from model import Linear
 from tokenizer import from_state
 
 device = pick_device(device)
@@ -202,10 +203,12 @@ def score(one, texts):
     """ (4, len(texts)) sums over scored tokens: nats, number, how many are not the likeliest, and bytes """
     sums, coder = torch.zeros(4, len(texts), dtype=torch.float64), one.tokenizer
     sizes = torch.tensor([len(coder.token_bytes(i)) * (i != coder.eot) for i in range(coder.n_vocab)])
+    for linear in (m for m in one.model.transformer.h.modules() if isinstance(m, Linear)):
+        linear.to(DTYPES[dtype]) # in which it is multiplied anyway
     rows, model = windows(texts, one.T, one.stride), one.model.to(device)
     total = sum(np.count_nonzero(counts[1:]) for _, counts in texts)
     bar = tqdm(total=total, desc=one.name, unit='tok', delay=1, leave=False)
-    with autocast(device, dtype, cache=True), bar:
+    with autocast(device, dtype), bar:
         while batch := list(itertools.islice(rows, batch_size)):
             text, x, y = zip(*batch)
             x, y = pad_sequence(x, True).to(device), pad_sequence(y, True, -1) # (B, T), padded at the end

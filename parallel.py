@@ -33,8 +33,8 @@ def start_processes(backend: str, device: str) -> tuple[int, int, str]:
             raise ValueError(f"{wanted} processes share {gpus} GPUs; type --nproc_per_node={gpus}")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    if backend == 'auto':
-        backend = 'nccl' if device.startswith('cuda') else 'gloo'
+    if backend == 'auto': # Windows has no NCCL
+        backend = 'nccl' if device.startswith('cuda') and dist.is_nccl_available() else 'gloo'
     hook = sys.excepthook
     try:
         store, rank, world_size = next(dist.rendezvous('env://'))
@@ -71,6 +71,10 @@ def all_sum(values: list[float], op=dist.ReduceOp.SUM) -> list[float]:
 def least(value: float) -> float:
     """ the minimum of all processes' values """
     return all_sum([value], dist.ReduceOp.MIN)[0]
+
+def agree(choice: str, choices: list[str]) -> str:
+    """ the first of `choices` that some process has chosen, for GPUs or CPUs of several kinds """
+    return choices[int(least(choices.index(choice)))]
 
 def in_any(flag: bool) -> bool:
     """ whether this is so in at least one process """

@@ -62,6 +62,7 @@ def plot_runs(out_dirs: list[str]) -> str:
 
 def picture(draw, path: str) -> str:
     """ let `draw` plot onto axes of loss by iteration, and save the figure to `path` """
+    os.environ['MPLBACKEND'] = 'agg' # a notebook's own would be refused in another environment
     from matplotlib.backends.backend_agg import FigureCanvasAgg # pyplot would keep it, and need a screen
     from matplotlib.figure import Figure
     # a picture is drawn at every evaluation: fixed margins and print_png draw it once, tight_layout and

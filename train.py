@@ -101,9 +101,9 @@ from tokenizer import check_match, count_ids, from_state
 
 check_options(config)
 device = pick_device(device)
-dtype = pick_dtype(dtype, device)
 compile = pick_compile(compile, device)
 rank, world_size, device = parallel.start_processes(backend, device)
+dtype = parallel.agree(pick_dtype(dtype, device), list(DTYPES))
 master = rank == 0
 train_fast(device, dropout)
 steady_output() # flush each line, even to a file, and survive a full disk under it

@@ -29,6 +29,55 @@ def test_a_gpu_without_bfloat16_computes_in_float16(monkeypatch, emulated, expec
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: including_emulation or emulated)
     assert device.pick_dtype('auto', 'cuda') == expected
 
+BUILT = ['sm_75', 'sm_80', 'sm_86', 'sm_90', 'sm_100', 'sm_120'] # as of torch 2.11 for CUDA 13
+
+@pytest.mark.parametrize('built, capability, runs', [
+    (BUILT, (6, 0), False), (BUILT, (7, 0), False), (BUILT, (7, 5), True), (BUILT, (8, 0), True), (BUILT, (8, 9), True),
+    (BUILT, (11, 0), False), (BUILT, (12, 1), True), ([*BUILT, 'compute_120'], (13, 0), True), (BUILT, (13, 0), False),
+    (['sm_90a'], (9, 0), True), (['gfx90a'], (9, 0), True), ([], (6, 0), True)])
+def test_a_gpu_that_this_build_of_torch_has_no_kernels_for_is_refused(monkeypatch, built, capability, runs):
+    for name, value in (('is_available', True), ('device_count', 1), ('get_arch_list', built), ('get_device_name', 'Tesla P100'),
+                        ('get_device_capability', capability)):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    assert device.has_kernels(capability) == runs
+    if runs:
+        assert device.pick_device('auto') == device.pick_device('cuda') == 'cuda'
+    for name in ('auto', 'cuda') if not runs else ():
+        with pytest.raises(ValueError, match=r'no kernels for Tesla P100, only for sm_75, .*; run pip install .*/cu126 for older'):
+            device.pick_device(name)
+    assert device.pick_device('cpu') == 'cpu'
+
+@pytest.mark.parametrize('cuda, why', [('13.0', 'too old for this build'), (None, 'a build of torch without CUDA')])
+def test_a_driver_that_torch_cannot_use_is_told_once_a_machine(monkeypatch, capsys, cuda, why):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.version, 'cuda', cuda)
+    monkeypatch.setattr(device.shutil, 'which', lambda name: f'/usr/bin/{name}')
+    assert device.pick_device('auto') in ('cpu', 'mps')
+    if device.pick_device('auto') == 'cpu':
+        told = capsys.readouterr().err
+        assert told.count('warning: the NVIDIA driver here') == 2 and why in told and '/whl/cu' in told
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    device.pick_device('auto')
+    device.pick_device('cpu')
+    monkeypatch.setattr(device.shutil, 'which', lambda name: None)
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    device.pick_device('auto')
+    assert not capsys.readouterr().err
+
+@pytest.mark.parametrize('name, dtype, emulated, warned', [('cuda', 'bfloat16', True, True), ('cuda', 'bfloat16', False, False),
+                                                           ('cuda', 'float16', True, False), ('cpu', 'bfloat16', True, False)])
+def test_bfloat16_on_a_gpu_that_only_emulates_it_is_warned_of(monkeypatch, capsys, name, dtype, emulated, warned):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: including_emulation or not emulated)
+    assert device.pick_dtype(dtype, name) == dtype
+    assert ('type --dtype=float16' in capsys.readouterr().err) == warned
+
+def test_a_mac_s_gpu_takes_no_more_than_the_ram_that_is_free(monkeypatch):
+    monkeypatch.setattr(torch.mps, 'recommended_max_memory', lambda: 5 * 2**30)
+    monkeypatch.setattr(torch.mps, 'driver_allocated_memory', lambda: 2**30)
+    for free, expected in ((8, 4), (3, 3)):
+        monkeypatch.setattr(device.psutil, 'virtual_memory', lambda: types.SimpleNamespace(available=free * 2**30))
+        assert device.free_memory('mps') == expected * 2**30
+
 @pytest.mark.parametrize('name, pinned', [('cuda:1', True), ('mps', False), ('cpu', False)])
 def test_only_what_is_pinned_is_copied_while_its_memory_may_go(monkeypatch, name, pinned):
     at_work = []

@@ -151,6 +151,26 @@ def test_models_of_different_tokens_are_compared_by_bits_per_byte(results, chars
     assert (ours['tokens'], ours['context']) == (299, 16) and (base['context'], base['stride']) == (32, 16)
     assert difference == {'model': 'difference', 'bits/byte': pytest.approx(ours['bits/byte'] - base['bits/byte'])}
 
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_weights_in_half_precision_change_no_digit_of_what_autocast_computes(results, chars, tmp_path, dtype):
+    model, path = chars
+    (tmp_path / 'text.txt').write_text(TEXT[:15], encoding='utf-8')
+    ids = CharTokenizer(CHARS).encode(TEXT[:15])
+    with torch.no_grad(), torch.autocast('cpu', getattr(torch, dtype)):
+        hidden = model.hidden(torch.tensor([ids[:-1]]))
+    nats = F.cross_entropy(model.lm_head(hidden.float())[0], torch.tensor(ids[1:]), reduction='none').double().mean().item()
+    figures, = results(f'--out_dir={path}', f"--file={tmp_path / 'text.txt'}", '--device=cpu', '--base=none', f'--dtype={dtype}')
+    exact, = results(f'--out_dir={path}', f"--file={tmp_path / 'text.txt'}", *CPU)
+    assert figures['nats/token'] == pytest.approx(nats, abs=1e-9) != exact['nats/token']
+
+def test_a_script_that_runs_out_of_memory_names_options_of_its_own(run, chars, tmp_path):
+    for where, ways in (('CUDA out of memory', ', or type --device=cpu'), ("DefaultCPUAllocator: can't allocate memory", '')):
+        (tmp_path / 'full.py').write_text(
+            f'import torch, model\ndef _full(*args, **options):\n    raise torch.OutOfMemoryError("{where}")\nmodel.GPT.hidden = _full\n')
+        for script, smaller in (('sample.py', '--num_samples or --max_new_tokens'), ('evaluate.py', '--batch_size or --block_size')):
+            error = run(script, tmp_path / 'full.py', f'--out_dir={chars[1]}', '--device=cpu', status=2).err.splitlines()[-1]
+            assert error == f'error: out of memory ({where}); type a smaller {smaller}{ways}, or take a smaller model'
+
 def test_a_mask_leaves_its_tokens_out_and_end_of_text_has_no_bytes(evaluate, theirs, bpe, tmp_path):
     ids = BPE.encode(STORY[:200]) + [BPE.eot] + BPE.encode(STORY[:200])
     mask = np.random.default_rng(0).integers(0, 2, len(ids)).astype(np.uint8)

@@ -97,6 +97,11 @@ def test_what_the_disk_did_not_take_is_tried_again_at_the_end_of_a_run(tmp_path,
     log.finish_log(False)
     assert (tmp_path / 'log.csv').read_text() == 'row 8\nrow 9\n' and not log.waiting
 
+def test_a_picture_is_drawn_in_a_notebook_whose_matplotlib_has_parts_that_ours_lacks(run, tmp_path):
+    (tmp_path / 'log.csv').write_text('iter,loss,train_loss,val_loss\n0,4,4,4.5\n10,2,2,2.5\n')
+    run('plot.py', tmp_path, env={'MPLBACKEND': 'module://matplotlib_missing.backend_inline'})
+    assert (tmp_path / 'loss.png').read_bytes()[:4] == b'\x89PNG'
+
 def test_a_picture_tells_the_lowest_loss_and_leaves_out_a_row_that_was_cut(tmp_path, monkeypatch):
     labels, draw = [], Axes.plot
     monkeypatch.setattr(Axes, 'plot', lambda self, *args, **options: (labels.append(options.get('label')), draw(self, *args, **options))[1])

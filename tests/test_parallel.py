@@ -67,6 +67,11 @@ def test_a_split_in_half_precision_is_the_same_run_but_for_its_rounding(train, o
     print(f"{' '.join(options[len(LONG) + 1:])}: at most {apart:.1e} apart")
     assert apart <= 1e-3
 
+@pytest.mark.parametrize('kinds, chosen', [(('bfloat16', 'float16'), 'float16'), (('float32', 'bfloat16'), 'float32')])
+def test_processes_on_different_hardware_compute_in_what_all_of_them_have(train, tmp_path, kinds, chosen):
+    (tmp_path / 'kinds.py').write_text(f"import os, device\ndevice.pick_dtype = lambda *_: {kinds}[int(os.environ['RANK'])]\n")
+    assert f'on 2 x cpu in {chosen}\n' in train(tmp_path / 'kinds.py', '--max_iters=1', processes=2).out
+
 def test_a_number_of_processes_that_does_not_divide_an_iteration_is_told_what_does(train):
     train()
     options = '--init_from=resume', '--max_iters=8'
