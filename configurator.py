@@ -71,14 +71,15 @@ def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[st
     for key, value in settings.items():
         check_range(key, value, least=int(key in at_least_1))
     options.update(settings)
-    say_once('as before: ', [f"{k} = {start[k]!r}" for k in keys if defaults[k] != start[k] == settings[k]])
-    say_once('', [f"{k} = {settings[k]!r}" for k in keys if start[k] != settings[k]])
+    kept = '; '.join(f"{k} = {start[k]!r}" for k in keys if defaults[k] != start[k] == settings[k])
+    say_once(kept and f"as before: {kept}")
+    say_once('; '.join(f"{k} = {settings[k]!r}" for k in keys if start[k] != settings[k]))
     return settings
 
-def say_once(title: str, parts: list[str]) -> None:
-    """ print `title` and `parts`, if there are any, in the first process of a run only """
-    if parts and os.environ.get('RANK', '0') == '0':
-        print(title + '; '.join(parts), file=sys.stderr)
+def say_once(text: str) -> None:
+    """ print `text`, unless it is empty, in the first process of a run only """
+    if text and os.environ.get('RANK', '0') == '0':
+        print(text, file=sys.stderr)
 
 def options_of_run(out_dir: str, defaults: dict, typed: dict, sources: dict) -> dict:
     """ the options given to the run in out_dir, from its config.json, except those `typed` now; {} if the
@@ -96,7 +97,7 @@ def options_of_run(out_dir: str, defaults: dict, typed: dict, sources: dict) -> 
         was = match_type('dataset', before.get('dataset', ''), '')
     except (OSError, KeyError, TypeError):
         if os.path.isdir(out_dir): # else train.py says that there is no run
-            say_once(f"no options of the run in {path}: ", ["what is not typed is the default"])
+            say_once(f"no options of the run in {path}: what is not typed is the default")
         return {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"cannot use {path} ({error}); mend it, or delete it and type the run's options "

@@ -7,7 +7,6 @@ import glob
 import json
 import os
 import re
-import sys
 
 import torch
 
@@ -26,7 +25,7 @@ def load(source: str, dropout: float = 0.0) -> tuple[GPT, dict]:
     if prefix:
         return load_tensorflow(prefix, dropout), {'tokenizer': {'name': 'gpt2'}}
     name, revision = find_hugging_face(source)
-    say_once('', [f"loading {source} ..."])
+    say_once(f"loading {source} ...")
     os.environ.setdefault('DISABLE_SAFETENSORS_CONVERSION', '1') # else transformers asks a service for it
     with readable(source):
         GPT.pretrained_config(name, revision=revision) # first: without a network each file is slow to fail
@@ -97,10 +96,9 @@ def read_tokenizer(source: str, revision: str = 'main') -> dict:
             raise ValueError(f"its {name} is not GPT-2's vocabulary, nor one of characters as export.py "
                              "writes it; no other is prepared and sampled here")
     more = [token for token, i in added.items() if i >= BPETokenizer.n_vocab]
-    if more and os.environ.get('RANK', '0') == '0':
+    if more:
         names = ', '.join(more[:5]) + (' ...' if len(more) > 5 else '')
-        print(f"warning: its tokenizer adds {names} to GPT-2's tokens; here they are ordinary text",
-              file=sys.stderr)
+        say_once(f"warning: its tokenizer adds {names} to GPT-2's tokens; here they are ordinary text")
     return {'name': 'gpt2'}
 
 def read_chars(words: dict) -> list[str] | None:
@@ -141,7 +139,7 @@ def load_tensorflow(prefix: str, dropout: float) -> GPT:
     except ImportError:
         raise ImportError(f"{prefix} is a TensorFlow checkpoint, and the tensorflow package, which reads it, "
                           "is not installed; type pip install tensorflow") from None
-    say_once('', [f"loading {prefix} ..."])
+    say_once(f"loading {prefix} ...")
     try:
         reader = tensorflow.train.load_checkpoint(prefix)
         shapes = reader.get_variable_to_shape_map()
@@ -165,8 +163,7 @@ def read_shape(prefix: str, shapes: dict, dropout: float) -> GPTConfig:
             n_head = json.load(file)['n_head']
     else:
         n_head = max(1, n_embd // 64)
-        print(f"there is no {path}, so n_head is taken to be n_embd / 64 = {n_head}, as in OpenAI's GPT-2",
-              file=sys.stderr)
+        say_once(f"there is no {path}, so n_head is taken to be n_embd / 64 = {n_head}, as in OpenAI's GPT-2")
     return GPTConfig(shapes['model/wpe'][0], n_vocab, n_layer, n_head, n_embd, dropout, bias=True)
 
 def tensorflow_name(name: str) -> str:
