@@ -8,6 +8,7 @@ one option. The default in the script decides an option's type, and the comment 
 """
 import ast
 import difflib
+import glob
 import inspect
 import io
 import itertools
@@ -160,7 +161,8 @@ def run_file(path: str, names: dict) -> dict:
         with open(path, encoding='utf-8-sig') as file: # Windows' editors may begin it with a mark
             source = file.read()
     except OSError as error:
-        files = [name for name in config_files() if 'finetune' in name or 'finetune' not in path]
+        ours = glob.glob(os.path.join('config', '**', '*.py'), root_dir=ROOT, recursive=True)
+        files = [name for name in ours if 'finetune' in name or 'finetune' not in path]
         near = ([name for name in files if os.path.basename(name) == os.path.basename(path)]
                 or difflib.get_close_matches(path, files, n=4, cutoff=0.5))
         hint = f"; did you mean {', '.join(sorted(near))}?" if near else ''
@@ -179,12 +181,6 @@ def run_file(path: str, names: dict) -> dict:
                          + hint) from None
     # Python does not tell Names what a function assigns to a `global`
     return {k: v for k, v in names.items() if k in names.assigned or before.get(k, names) is not v}
-
-def config_files() -> list[str]:
-    """ the config files that come with the project, as a user types them """
-    return [os.path.relpath(os.path.join(folder, name), ROOT)
-            for folder, _, files in os.walk(os.path.join(ROOT, 'config')) for name in files
-            if name.endswith('.py')]
 
 def check_key(key: str, defaults: dict, where: str) -> None:
     """ raise ValueError, suggesting the closest name, if there is no such option """
