@@ -12,6 +12,7 @@ import socket
 import tempfile
 
 import numpy as np
+import psutil
 
 from dataset import DATA, read_text, shorten
 
@@ -56,15 +57,10 @@ def publish(folder: str):
 
 def clear(folder: str) -> None:
     """ remove the unfinished datasets of processes on this machine that are gone """
-    if os.name == 'nt': # there os.kill(pid, 0) is no question, but a Ctrl-C
-        return
     for place in glob.glob(os.path.join(glob.escape(folder), f'unfinished-{socket.gethostname()}-*')):
-        try:
-            os.kill(int(place.split('-')[-2]), 0) # is it alive?
-        except ProcessLookupError:
-            shutil.rmtree(place, ignore_errors=True)
-        except (OSError, ValueError): # another user's process, or another kind of name
-            pass
+        with contextlib.suppress(OSError, ValueError): # an unusual /proc, or another kind of name
+            if not psutil.pid_exists(int(place.split('-')[-2])):
+                shutil.rmtree(place, ignore_errors=True)
 
 def write_dataset(folder: str, text: str, tokenizer, val_fraction: float = 0.1) -> None:
     """ write a text held in memory as a dataset; the last val_fraction of its characters is the val split """
