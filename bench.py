@@ -43,7 +43,6 @@ if way not in ('fitgpt', {'train': 'nanogpt', 'cards': 'nanogpt', 'sample': 'tra
 # -----------------------------------------------------------------------------
 # set-up
 
-import contextlib
 import json as json_module
 import math
 import statistics
@@ -93,18 +92,17 @@ def wait():
 def seconds(job, n, before):
     """ the median seconds per call of `job` over n calls, after `before` warm-up calls """
     times = []
-    trace = contextlib.nullcontext()
     for i in tqdm(range(before + n), unit='iteration', leave=False, delay=2):
         if profile and i == before:
             trace = torch.profiler.profile()
-            trace.__enter__()
+            trace.start()
         wait()
         begin = time.perf_counter()
         job(i)
         wait()
         times.append(time.perf_counter() - begin)
     if profile:
-        trace.__exit__(None, None, None)
+        trace.stop()
         trace.export_chrome_trace('trace.json')
         print('wrote trace.json', file=sys.stderr)
     return statistics.median(times[before:])
