@@ -407,8 +407,7 @@ while True:
     n_bad = 0 if finite or overflow else n_bad + 1
     if finite:
         with_room(scaler.step, opt, again=False) # the first step allocates AdamW's moments
-    if finite or scaler.is_enabled(): # the scaler backs off after a non-finite gradient
-        scaler.update()
+    scaler.update() # in float16, back off after a non-finite gradient
     if not finite:
         say(f"iter {iter_num}: loss {loss}, gradient norm {grad_norm}; no update")
     if n_bad >= 5:
