@@ -88,16 +88,15 @@ def encode_job(job: list[str | None], tokenizer, allow_special: bool) -> bytes:
     """ the ids of a job, as bytes for the file """
     if allow_special or not any(END in piece for piece in job if piece): # one call does it all
         text = ''.join(END if piece is None else piece for piece in job)
-        return tokenizer.encode_array(text, allow_special=True).astype('<u2').tobytes()
+        return tokenizer.encode_array(text).astype('<u2').tobytes()
     ids = ([tokenizer.eot] if piece is None else tokenizer.encode(piece) for piece in job)
     return np.fromiter(itertools.chain.from_iterable(ids), '<u2').tobytes()
 
-def encode_in_processes(jobs, *settings):
-    """ yield encode_job's result for each job, in order; settings are tokenizer, allow_special, workers """
-    *settings, workers = settings
+def encode_in_processes(jobs, tokenizer, allow_special: bool, workers: int):
+    """ yield encode_job's result for each job, in order """
     waiting = collections.deque()
     context = multiprocessing.get_context('spawn') # the same on every platform, and safe with threads
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, settings)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (tokenizer, allow_special))
     try:
         for job in jobs:
             waiting.append(submit(pool, job))

@@ -24,13 +24,12 @@ class BPETokenizer:
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """ the ids of `text`; <|endoftext|> in it is ordinary text unless allow_special """
         if allow_special:
-            return self.encoding.encode(text, allowed_special={'<|endoftext|>'}, disallowed_special=())
+            return self.encoding.encode(text, allowed_special={'<|endoftext|>'})
         return self.encoding.encode_ordinary(text)
 
-    def encode_array(self, text: str, allow_special: bool = False):
-        """ the same ids as a numpy array, which is faster to make than a list """
-        allowed = {'<|endoftext|>'} if allow_special else set()
-        return self.encoding.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
+    def encode_array(self, text: str):
+        """ the ids with allow_special as a numpy array, which is faster to make than a list """
+        return self.encoding.encode_to_numpy(text, allowed_special={'<|endoftext|>'})
 
     def pieces(self, blocks):
         """ recut the blocks of one text into pieces of similar length whose joined ids are the whole text's
