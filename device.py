@@ -260,16 +260,12 @@ def memory_to_fill(device: str, memory_gb: float, elsewhere: bool = False) -> fl
         return FILL * size
     free = free_memory(device)
     if memory_gb:
-        limit_memory(device, size)
         free = min(free, size)
+        if device.startswith('cuda'):
+            fraction = size / torch.cuda.get_device_properties(device).total_memory
+            index = torch.device(device).index # None for the current one; 'cuda' alone is refused
+            torch.cuda.set_per_process_memory_fraction(min(fraction, 1.0), index)
     return (FILL_RAM if device == 'cpu' else FILL) * free
-
-def limit_memory(device: str, size: float) -> None:
-    """ limit this process to `size` bytes of a GPU, as if it were a smaller one """
-    if device.startswith('cuda'):
-        fraction = size / torch.cuda.get_device_properties(device).total_memory
-        index = torch.device(device).index # None for the current one; 'cuda' alone is refused
-        torch.cuda.set_per_process_memory_fraction(min(max(fraction, 0.0), 1.0), index)
 
 def is_out_of_memory(error: Exception) -> bool:
     """ whether the device, or the RAM of a CPU, had no room for a tensor """
