@@ -10,6 +10,8 @@ import os
 import sys
 import warnings
 
+from configurator import report
+
 COLOURS = '#d62728', '#1f77b4', '#2ca02c', '#9467bd', '#ff7f0e', '#17becf'
 
 def read_log(out_dir: str) -> dict:
@@ -87,6 +89,7 @@ def picture(draw, path: str) -> str:
     return path
 
 if __name__ == '__main__':
+    sys.excepthook = report
     out_dirs = [arg.removeprefix('--out_dir=') for arg in sys.argv[1:]]
     if '--help' in out_dirs or '-h' in out_dirs:
         print(__doc__.strip())
@@ -94,17 +97,12 @@ if __name__ == '__main__':
     without = [out_dir for out_dir in out_dirs if not os.path.isfile(os.path.join(out_dir, 'log.csv'))]
     if without or not out_dirs:
         found = f"there is no log.csv in {without[0]}" if without else "no run's folder given"
-        print(f"error: {found}; type python plot.py OUT_DIR, or several, each with a log.csv",
-              file=sys.stderr)
-        sys.exit(2)
+        raise ValueError(f"{found}; type python plot.py OUT_DIR, or several, each with a log.csv")
     try:
         print(plot_run(out_dirs[0]) if len(out_dirs) == 1 else plot_runs(out_dirs))
     except (KeyError, ValueError) as error:
         logs = ' or '.join(os.path.join(out_dir, 'log.csv') for out_dir in out_dirs)
-        print(f"error: {logs} cannot be drawn ({error}); expected one of train.py; give another folder",
-              file=sys.stderr)
-        sys.exit(2)
+        raise ValueError(f"{logs} cannot be drawn ({error}); expected one of train.py; give another "
+                         "folder") from None
     except OSError as error:
-        print(f"error: cannot write the picture ({error}); go to a folder that can be written",
-              file=sys.stderr)
-        sys.exit(2)
+        raise OSError(f"cannot write the picture ({error}); go to a folder that can be written") from None
