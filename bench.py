@@ -28,13 +28,10 @@ gradient_accumulation_steps = 1 # instead of train.py's 40, which would take hou
 
 from configurator import configure
 config = configure(globals(), at_least_1=('iters', 'batch_size', 'gradient_accumulation_steps', 'block_size',
-                                          'num_samples'))
+                                          'num_samples'), choices={
+    'data': ('synthetic', 'real'), 'work': ('train', 'sample', 'batch', 'cards'),
+    'way': ('fitgpt', 'nanogpt', 'transformers'), 'suite': ('', 'cpu', 'gpu')})
 
-for key, choices in (('data', ('synthetic', 'real')), ('work', ('train', 'sample', 'batch', 'cards')),
-                     ('way', ('fitgpt', 'nanogpt', 'transformers')), ('suite', ('', 'cpu', 'gpu'))):
-    if config[key] not in choices:
-        raise ValueError(f"{key} is {config[key]!r}; type --{key}=NAME with one of "
-                         f"{', '.join(filter(None, choices))}")
 if dry_run or eval_only:
     raise ValueError("dry_run and eval_only are train.py's; type python train.py with them")
 if way not in ('fitgpt', {'train': 'nanogpt', 'cards': 'nanogpt', 'sample': 'transformers'}.get(work)):

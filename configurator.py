@@ -42,12 +42,12 @@ ELSEWHERE = { # options of other programs that finetune, and what does that here
 PATHS = 'init_from', 'out_dir', 'base', 'dataset', 'file', 'to' # options that name files
 
 def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[str, ...] = (),
-              resumes: bool = False) -> dict:
+              resumes: bool = False, choices: dict[str, tuple[str, ...]] = {}) -> dict:
     """ override `options` (a script's globals()) in place, and return the final settings
 
     With `resumes` and init_from = 'resume', options not in argv keep what the run in out_dir was given.
-    Raises ValueError for an unknown option, for a value of the wrong type, and for a number below 0, or
-    below 1 if the option is in at_least_1.
+    Raises ValueError for an unknown option, for a value of the wrong type or not among its `choices`, and
+    for a number below 0, or below 1 if the option is in at_least_1.
     """
     sys.excepthook = report
     if resumes and hasattr(signal, 'SIGUSR1'): # it asks a run to save, and would end one that only starts
@@ -71,6 +71,9 @@ def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[st
     settings = start | typed
     for key, value in settings.items():
         check_range(key, value, least=int(key in at_least_1))
+        if value not in choices.get(key, (value,)):
+            raise ValueError(f"{key} is {value!r}; type --{key}=NAME with one of "
+                             f"{', '.join(filter(None, choices[key]))}")
     options.update(settings)
     kept = '; '.join(f"{k} = {start[k]!r}" for k in keys if defaults[k] != start[k] == settings[k])
     say_once(kept and f"as before: {kept}")

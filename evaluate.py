@@ -27,11 +27,9 @@ device = 'auto' # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto' # auto, float32, bfloat16, float16; the logits are always in float32
 
 from configurator import configure, quote
-config = configure(globals(), at_least_1=('batch_size',))
+configure(globals(), at_least_1=('batch_size',), choices={
+    'task': ('perplexity', 'lambada', 'hellaswag'), 'split': ('val', 'train')})
 
-for key, choices in (('task', ('perplexity', 'lambada', 'hellaswag')), ('split', ('val', 'train'))):
-    if config[key] not in choices:
-        raise ValueError(f"{key} is {config[key]!r}; type --{key}=NAME with one of {', '.join(choices)}")
 if task != 'perplexity' and not file:
     raise ValueError(f"{task} has no file; type --file=PATH of its .jsonl, as it was published")
 
