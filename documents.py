@@ -23,6 +23,7 @@ from dataset import bad_utf8, read_text, shorten
 from instruct import is_item
 
 TEXT_ROW = '{"text": "..."}' # an example row, for messages
+SUFFIXES = '.txt', '.md', '.jsonl', '.csv', '.tsv' # of the files of a folder that are read
 BLOCK = 2**20 # bytes or characters at a time
 csv.field_size_limit(2**31 - 1) # Python's own limit is 128 KiB
 
@@ -39,7 +40,7 @@ class Documents:
         self.count, self.characters, self.has_eot = 0, 0, False
         self.paths = []
         if os.path.exists(name) and name != '-':
-            self.paths = find_files(name, ('.txt', '.md', '.jsonl', '.csv', '.tsv'))
+            self.paths = find_files(name, SUFFIXES)
         elif name != '-':
             check_hub_id(name)
 
@@ -147,7 +148,7 @@ def stop(error):
 
 def check_hub_id(name: str) -> None:
     """ raise FileNotFoundError for a name that is not a path and cannot be read from the hub """
-    is_file = name.endswith(('.txt', '.md', '.jsonl', '.json', '.csv', '.tsv'))
+    is_file = name.endswith((*SUFFIXES, '.json'))
     is_id = not is_file and re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', name)
     if not is_id or importlib.util.find_spec('datasets') is None:
         hub = ", or run pip install datasets if it is a dataset of the Hugging Face hub" if is_id else ""
