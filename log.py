@@ -285,10 +285,8 @@ def write_report(out_dir: str) -> None:
     with replacing(os.path.join(out_dir, 'report.md')) as file:
         file.write('\n'.join(lines))
 
-def need_wandb(wanted: bool = True):
-    """ the wandb package, if it is wanted; raises ImportError if it is not installed """
-    if not wanted:
-        return None
+def need_wandb():
+    """ the wandb package; raises ImportError if it is not installed """
     import wandb
     if not hasattr(wandb, 'init'): # only a folder that earlier runs left
         raise ImportError("wandb is not installed; run pip install wandb, or type --wandb_log=False")

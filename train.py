@@ -107,7 +107,8 @@ dtype = parallel.agree(pick_dtype(dtype, device), list(DTYPES))
 master = rank == 0
 train_fast(device, dropout)
 steady_output() # flush each line, even to a file, and survive a full disk under it
-need_wandb(wandb_log) # fail here, before any work is done, if it is missing
+if wandb_log:
+    need_wandb() # fail here, before any work is done, if it is missing
 say = print if master else lambda text: None # one process tells what all do
 
 def leave(status):
