@@ -294,8 +294,8 @@ class GPT(nn.Module):
                                        self.cross_entropy)
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-               top_p: float | None = None, n_vocab: int | None = None, fixed: bool | None = None):
+    def stream(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+               n_vocab: int | None = None, fixed: bool | None = None):
         """ yield the next token (B,) of each sequence of the prompt idx (B, T >= 1), max_new_tokens times
 
         The options are sample_token's. Past block_size the window restarts from its second half. `fixed`

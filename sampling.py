@@ -100,9 +100,9 @@ def one_row(token, dtype):
         return torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
     return contextlib.nullcontext()
 
-def sample_token(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None):
+def sample_token(logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
     """ a token (B,) for each row of logits (B, V): the likeliest at temperature 0, else drawn from the
-    top_k likeliest and, of these, from the fewest that together have probability top_p; None is no limit
+    top_k likeliest (0 for all) and, of these, from the fewest that together have probability top_p
 
     It draws the same tokens as torch.multinomial, but gives -1 where logits are not finite, and on CUDA
     neither waits nor fails.
@@ -113,7 +113,7 @@ def sample_token(logits, temperature: float = 1.0, top_k: int | None = None, top
     if top_k:
         least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p is not None and top_p < 1:
+    if top_p < 1:
         probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         beyond = probs.cumsum(dim=-1) - probs >= top_p # the tokens before it suffice; the first stays
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
