@@ -147,15 +147,13 @@ def replacing(path: str):
 open_rows = {} # {log.csv: (the evaluation row that a resumed run ended with, its offset in the file)}
 
 def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None = None) -> None:
-    """ create out_dir, its config.json, and log.csv with the rows before iteration `resume_at` and that of
-    its evaluation
+    """ create config.json, and log.csv with the rows before iteration `resume_at` and that of its evaluation
 
     config holds the options as given; facts holds what became of some of them, and all else about the run.
     """
     facts = {**{key: facts['model_args'][key] for key in SHAPE}, **facts}
     path = os.path.join(out_dir, 'log.csv')
     try:
-        os.makedirs(out_dir, exist_ok=True)
         rows = []
         if resume_at is not None and os.path.exists(path):
             with open(path, newline='') as file:
