@@ -158,18 +158,19 @@ def make_training():
         lora.shrink(model, DTYPES[dtype])
         model.to(device)
     model.follow(chosen)
-    opt = make_optimizer(optimizer, model, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2),
-                         (device, DTYPES[dtype]) if chosen == 'offload' else None, dtype != 'bfloat16')
     if plain:
+        net, learn = AllLogits(model), [p for p in model.parameters() if p.requires_grad]
         fused = device.startswith('cuda') # nanoGPT uses it only there
-        learn = [p for p in model.parameters() if p.requires_grad]
         opt = torch.optim.AdamW(learn, lr=learning_rate, betas=(beta1, beta2), fused=fused)
-    net = AllLogits(model) if plain else model
-    for module in model.modules() if plain else ():
-        if isinstance(module, Linear): # nanoGPT's linear keeps a copy of its weight for backward
-            module.__class__ = torch.nn.Linear
-        elif isinstance(module, Block):
-            module.__class__ = PlainBlock
+        for module in model.modules():
+            if isinstance(module, Linear): # nanoGPT's linear keeps a copy of its weight for backward
+                module.__class__ = torch.nn.Linear
+            elif isinstance(module, Block):
+                module.__class__ = PlainBlock
+    else:
+        net, offload_to = model, (device, DTYPES[dtype]) if chosen == 'offload' else None
+        opt = make_optimizer(optimizer, model, learning_rate, muon_learning_rate, weight_decay,
+                             (beta1, beta2), offload_to, dtype != 'bfloat16')
     if data == 'real':
         split = open_split(find_datasets(dataset), 'train', block_size, c.vocab_size, seed=seed)
     else:
