@@ -287,7 +287,7 @@ def find_tokenizer(loaded: dict, vocab_size: int) -> dict:
 
     Raises FileNotFoundError if the dataset's characters are missing, ValueError if they are not the model's.
     """
-    trained_on = str(loaded.get('config', {}).get('dataset', ''))
+    trained_on = loaded.get('config', {}).get('dataset', '')
     state = loaded.get('tokenizer') or read_tokenizer_state(find_dataset(trained_on))
     if 'tokenizer' not in loaded and state['name'] == 'gpt2' and vocab_size < BPETokenizer.n_vocab:
         raise FileNotFoundError(f"the checkpoint has {vocab_size} ids and does not say which characters they "

@@ -94,7 +94,7 @@ def from_state(state: dict) -> BPETokenizer | CharTokenizer:
 
 def count_ids(state: dict) -> int:
     """ how many ids a tokenizer has, without building it """
-    return len(state.get('chars', [])) if state.get('name') == 'char' else BPETokenizer.n_vocab
+    return len(state['chars']) if state['name'] == 'char' else BPETokenizer.n_vocab
 
 def check_match(model_state: dict | None, vocab_size: int, data_state: dict, dataset: str) -> None:
     """ raise ValueError if a model cannot read a dataset; model_state is None if it is not known """

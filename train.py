@@ -239,7 +239,7 @@ iter_num, best, n_bad = 0, Best(), 0 # n_bad: iterations in a row that were not 
 if init_from == 'resume':
     iter_num, best, n_bad = loaded.get('iter_num', 0), Best.of(loaded), loaded.get('n_bad', 0)
     say(f"resuming at iteration {iter_num}{checkpoints.tell_changes(loaded.get('config', {}), config)}")
-    if loaded.get('scaler') and scaler.is_enabled():
+    if loaded.get('scaler'):
         scaler.load_state_dict(loaded['scaler'])
 parallel.check_same(iter_num, out_dir)
 
@@ -253,7 +253,7 @@ is_compiled = with_room(compile_model, model.compiled_parts(), not eval_only and
 opt.zero_grad(set_to_none=True)
 if world_size > 1 and not shard and not eval_only:
     model = with_room(parallel.replicate_model, raw_model, device, one_step)
-if init_from == 'resume' and 'optimizer' in loaded and not eval_only:
+if 'optimizer' in loaded: # only of a run that is resumed, and not to evaluate it
     with_room(load_optimizer, opt, loaded.pop('optimizer'), again=False)
 
 # -----------------------------------------------------------------------------
