@@ -30,7 +30,6 @@ configure(globals(), at_least_1=('kills', 'procs', 'nodes'))
 
 import csv
 import itertools
-import json
 import random
 import select
 import shutil

@@ -14,9 +14,8 @@ import time
 import pytest
 import torch
 
-from checkpoint import latest, load
+from checkpoint import load
 from saver import Saver, save
-from configurator import quote
 from conftest import TINY
 from log import append
 

@@ -5,7 +5,6 @@ import ast
 import glob
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
