@@ -219,17 +219,16 @@ def is_list(path: str) -> bool:
 def json_items(path: str, progress=lambda n: None, example: str = TEXT_ROW):
     """ yield (place, dict) for each item of a .json file, one list of objects, which is loaded whole """
     name = shorten(path)
-    plain = ", or to end in .txt to take it as plain text" if example == TEXT_ROW else ""
+    mend = "mend it, or rename it to end in .jsonl if each of its lines is one"
+    mend += ", or to end in .txt to take it as plain text" if example == TEXT_ROW else ""
     try:
         items = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is not one JSON value ({error}); mend it, or rename it to end in .jsonl if "
-                         f"each of its lines is one{plain}") from None
+        raise ValueError(f"{name} is not one JSON value ({error}); {mend}") from None
     except RecursionError:
         items = None
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise ValueError(f"{name} is no list of objects, such as [{example}]; mend it, or rename it to end "
-                         f"in .jsonl if each of its lines is one{plain}")
+        raise ValueError(f"{name} is no list of objects, such as [{example}]; {mend}")
     for number, item in enumerate(items, 1):
         yield f'{name}, item {number}', item
     progress(os.path.getsize(path))
