@@ -278,9 +278,6 @@ def spawn(*options):
         return 'does not fit' if 'out of memory' in done.stderr else 'failed'
     return json_module.loads(done.stdout.splitlines()[-1])
 
-def cell(figures, key, unit=1, digits=2):
-    return figures if isinstance(figures, str) else f"{figures[key] / unit:,.{digits}f}"
-
 def compare(title, ours, theirs):
     """ print a row: alternate two kinds of run three times; medians of each and of their ratios """
     pairs = [(spawn(*ours), spawn(*theirs)) for _ in range(3)]
@@ -317,7 +314,8 @@ def run_suite():
         compare(f'sampling 124M, {n} at once, beside transformers in {other}', each,
                 [*each, '--way=transformers', f'--dtype={other}'])
     fetched = spawn('--work=batch', '--batch_size=12', '--block_size=1024', '--iters=300')
-    print(f"\nfetching 12 x 1024 tokens: {cell(fetched, 'ms', digits=3)} ms")
+    took = fetched if isinstance(fetched, str) else f"{fetched['ms']:,.3f} ms"
+    print(f"\nfetching 12 x 1024 tokens: {took}")
     if gpu:
         card_table(place)
 
@@ -335,7 +333,7 @@ def card_table(place):
                 row = [found, *['' for gb in sizes]]
             else:
                 held = [found['held_mb'].get(gb) for gb in sizes]
-                row = [cell(found, 'predicted_mb', 1024),
+                row = [f"{found['predicted_mb'] / 1024:,.2f}",
                        *(f'{mb / 1024:.2f}' if mb else 'does not fit' for mb in held)]
             print(f"| {name} | {size} | {' | '.join(row)} |", flush=True)
 
