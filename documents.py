@@ -38,11 +38,7 @@ class Documents:
     def __init__(self, name: str, text_field: str = 'text', subset: str = ''):
         self.name, self.text_field, self.subset = name, text_field, subset
         self.count, self.characters, self.has_eot = 0, 0, False
-        self.paths = []
-        if os.path.exists(name) and name != '-':
-            self.paths = find_files(name, SUFFIXES)
-        elif name != '-':
-            check_hub_id(name)
+        self.paths = find_source(name, SUFFIXES) if name != '-' else []
 
     def __iter__(self):
         from tqdm import tqdm
@@ -120,11 +116,17 @@ def replace_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
+def find_source(name: str, suffixes: tuple[str, ...]) -> list[str]:
+    """ the files of a source; [] for a dataset of the hub, which has none; raises as find_files does """
+    path = os.path.expanduser(name)
+    if os.path.exists(path):
+        return find_files(path, suffixes)
+    check_hub_id(name)
+    return []
+
 def find_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
     """ the file itself, or the non-hidden files with these suffixes anywhere in the folder, sorted by path;
-    raises OSError if `path` is missing or cannot be read, ValueError if there are no such files """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"there is no {path}; type --input=PATH of a file or of a folder of them")
+    raises OSError if `path` cannot be read, ValueError if there are no such files """
     if not os.path.isdir(path):
         return [path]
     paths, seen = [], set()
@@ -152,7 +154,7 @@ def check_hub_id(name: str) -> None:
     is_id = not is_file and re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', name)
     if not is_id or importlib.util.find_spec('datasets') is None:
         hub = ", or run pip install datasets if it is a dataset of the Hugging Face hub" if is_id else ""
-        raise FileNotFoundError(f"there is no {name}; type --input=PATH of a file or of a folder of them"
+        raise FileNotFoundError(f"there is no {name}; type the path of a file or of a folder of them"
                                 + hub)
 
 # -----------------------------------------------------------------------------

@@ -20,8 +20,8 @@ import numpy as np
 JOB = 2**20 # characters
 END = '<|endoftext|>'
 
-def write_tokens(path: str, documents, tokenizer, workers: int = 0, allow_special: bool = False) -> int:
-    """ write the GPT-2 ids of all documents, each ended by end-of-text; return how many there are """
+def write_tokens(path: str, documents, tokenizer, workers: int = 0, allow_special: bool = False):
+    """ write the GPT-2 ids of all documents, each ended by end-of-text; return where each ends, (n,) """
     # a scheduler may give this process only some of the machine's cores; only Linux can tell
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     workers = workers or cores
@@ -31,10 +31,14 @@ def write_tokens(path: str, documents, tokenizer, workers: int = 0, allow_specia
     jobs = itertools.chain(first, jobs)
     results = ((encode_job(job, tokenizer, allow_special) for job in jobs) if alone else
                encode_in_processes(jobs, tokenizer, allow_special, workers))
+    n, ends = 0, [np.zeros(0, np.int64)]
     with open(path, 'wb') as file, contextlib.closing(results):
-        for ids in results:
-            file.write(ids)
-        return file.tell() // 2
+        for written in results:
+            file.write(written)
+            ids = np.frombuffer(written, '<u2')
+            ends.append(n + 1 + np.flatnonzero(ids == tokenizer.eot))
+            n += len(ids)
+    return np.concatenate(ends)
 
 def cut_jobs(documents, tokenizer):
     """ yield jobs: lists of pieces of text, None where a document ends, of JOB characters or a few more """
@@ -136,29 +140,33 @@ def work(job) -> bytes:
 # -----------------------------------------------------------------------------
 # characters
 
-def write_characters(path: str, documents, known: list[str] | None = None) -> tuple[list[str], int]:
-    """ write the character ids of all documents, each ended by a newline
+def write_characters(parts: dict, known: list[str] | None = None) -> tuple[list[str], list[np.ndarray]]:
+    """ write the character ids of each {path: documents}, each document ended by a newline
 
-    Returns the vocabulary (`known`, or else the text's own characters, sorted) and the number of ids.
+    Returns the vocabulary (`known`, or else the texts' own characters, sorted) and, for each path, where its
+    documents end.
     """
-    write_code_points(path + '.codes', documents, known) # next to `path`: 4 bytes per character
-    seen = np.zeros(0x110000, bool)
-    for codes in read_code_points(path + '.codes'):
-        seen[codes] = True
+    ends, seen = [], np.zeros(0x110000, bool)
+    for path, documents in parts.items():
+        ends.append(write_code_points(path + '.codes', documents, known)) # 4 bytes per character
+        for codes in read_code_points(path + '.codes'):
+            seen[codes] = True
     chars = known or [chr(code) for code in np.flatnonzero(seen)]
     if len(chars) > 2**16:
         raise ValueError(f"the text has {len(chars):,} different characters, but a dataset holds at most "
                          "65,536; type --tokenizer=gpt2")
     ids = np.zeros(0x110000, '<u2')
     ids[[ord(char) for char in chars]] = range(len(chars))
-    with open(path, 'wb') as file:
-        for codes in read_code_points(path + '.codes'):
-            file.write(ids[codes])
-        return chars, file.tell() // 2
+    for path in parts:
+        with open(path, 'wb') as file:
+            for codes in read_code_points(path + '.codes'):
+                file.write(ids[codes])
+    return chars, ends
 
-def write_code_points(path: str, documents, known: list[str] | None) -> None:
-    """ write the code points of all characters; raises ValueError for one not in `known`, if given """
-    allowed = np.full(0x110000, known is None)
+def write_code_points(path: str, documents, known: list[str] | None) -> np.ndarray:
+    """ write the code points of all characters; return where each document ends; raises ValueError for a
+    character not in `known`, if given """
+    allowed, ends = np.full(0x110000, known is None), []
     allowed[[ord(char) for char in known or []]] = True
     with open(path, 'wb') as file:
         for place, blocks in documents:
@@ -171,6 +179,8 @@ def write_code_points(path: str, documents, known: list[str] | None) -> None:
                                      f"the {len(known)} of the dataset that --tokenizer names; remove it")
                 file.write(codes)
                 before += len(codes)
+            ends.append(file.tell() // 4)
+    return np.array(ends)
 
 def read_code_points(path: str):
     """ yield what write_code_points wrote, a block at a time """

@@ -18,6 +18,9 @@ from dataset import DATA, read_text, shorten
 
 FILES = ('train.bin', 'val.bin', 'meta.pkl', 'template.txt', 'train_mask.bin', 'val_mask.bin')
 
+GOLDEN = (5**0.5 - 1) / 2
+BLOCK = 2**20 # tokens at a time
+
 FULL = errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC) # the disk, or what a user may take of it
 
 @contextlib.contextmanager
@@ -96,13 +99,38 @@ def claim(name: str, own: str, val_fraction: float) -> str:
         raise ValueError(f"data/{name} is a dataset of the project's own; type another --name")
     return os.path.join(DATA, name)
 
-def split_off(folder: str, stem: str, start: int) -> None:
-    """ move everything from byte `start` of trainSTEM to valSTEM, a block at a time """
+def choose(ends: np.ndarray, fraction: float, whole: bool = False) -> tuple[np.ndarray, int]:
+    """ what to validate on: pieces (n, 2) of a text, as starts and ends in tokens, and how many documents
+
+    `ends` is where its documents end. They are taken from all parts of it, as evenly as multiples of the
+    golden ratio fall; where such documents, being few or uneven, are not about this share of the text, its
+    end is taken, of `whole` documents or not (then the number is 0).
+    """
+    starts, n = np.concatenate([[0], ends[:-1]]), int(ends[-1])
+    chosen = np.arange(1, len(ends) + 1) * GOLDEN % 1 < fraction
+    share = (ends - starts)[chosen].sum() / n
+    if len(ends) > 1 and fraction / 2 <= share <= min(2 * fraction, (1 + fraction) / 2):
+        return np.stack([starts, ends], axis=1)[chosen], int(chosen.sum())
+    last = max(1, int(len(ends) * fraction))
+    return np.array([[starts[-last] if whole else n - int(n * fraction), n]]), last if whole else 0
+
+def split_off(folder: str, stem: str, pieces: np.ndarray, dtype: str) -> None:
+    """ move the `pieces` that `choose` returns from trainSTEM to valSTEM, a block at a time """
+    edges, size = pieces.ravel(), np.dtype(dtype).itemsize
+    done = kept = int(edges[0]) # how far train is read, and how far it is rewritten
     with (open(os.path.join(folder, f'train{stem}'), 'r+b') as train,
           open(os.path.join(folder, f'val{stem}'), 'wb') as val):
-        train.seek(start)
-        shutil.copyfileobj(train, val, 2**20)
-        train.truncate(start)
+        while True:
+            train.seek(done * size)
+            block = np.frombuffer(train.read(BLOCK * size), dtype)
+            if not len(block):
+                break
+            in_piece = np.searchsorted(edges, np.arange(done, done + len(block)), side='right') % 2 == 1
+            val.write(block[in_piece])
+            train.seek(kept * size)
+            train.write(block[~in_piece])
+            done, kept = done + len(block), kept + np.count_nonzero(~in_piece)
+        train.truncate(kept * size)
 
 def fetch(url: str, path: str, sha256: str) -> str:
     """ the text at `path`, fetched from `url` if missing; raises OSError, or ValueError for a wrong text """

@@ -19,9 +19,9 @@ def cut(text, size):
 
 def written(tmp_path, texts, size, **options):
     documents = [('a.txt', cut(text, size)) for text in texts]
-    n = encode.write_tokens(str(tmp_path / 'a.bin'), documents, BPE, **options)
+    ends = encode.write_tokens(str(tmp_path / 'a.bin'), documents, BPE, **options).tolist()
     ids = np.fromfile(tmp_path / 'a.bin', '<u2').tolist()
-    assert len(ids) == n
+    assert ends == [i for i, token in enumerate(ids, 1) if token == BPE.eot]
     return ids
 
 @pytest.mark.skipif(not hasattr(encode.os, 'sched_getaffinity'), reason="only Linux tells which cores a process may use")
@@ -97,19 +97,22 @@ def test_a_process_that_was_killed_is_told_in_one_line():
 
 def test_characters_are_numbered_in_the_order_of_their_code_points(tmp_path, monkeypatch):
     monkeypatch.setattr(encode, 'JOB', 3)
-    chars, n = encode.write_characters(str(tmp_path / 'a.bin'), [('a', ['b🙂', 'a']), ('b', ['é'])])
-    assert (chars, n) == (['\n', 'a', 'b', 'é', '🙂'], 6)
-    assert np.fromfile(tmp_path / 'a.bin', '<u2').tolist() == [2, 4, 1, 0, 3, 0]
+    chars, (ends, others) = encode.write_characters({str(tmp_path / 'a.bin'): [('a', ['b🙂', 'a']), ('b', ['é'])],
+                                                     str(tmp_path / 'b.bin'): [('c', ['ä'])]})
+    assert (chars, ends.tolist(), others.tolist()) == (['\n', 'a', 'b', 'ä', 'é', '🙂'], [4, 6], [2])
+    assert np.fromfile(tmp_path / 'a.bin', '<u2').tolist() == [2, 5, 1, 0, 4, 0]
+    assert np.fromfile(tmp_path / 'b.bin', '<u2').tolist() == [3, 0]
 
 def test_known_characters_keep_their_ids_and_another_is_placed(tmp_path):
     known = ['b', '\n', 'a']
     path = str(tmp_path / 'a.bin')
-    assert encode.write_characters(path, [('x.txt', ['ab', 'a'])], known) == (known, 4)
+    chars, (ends,) = encode.write_characters({path: [('x.txt', ['ab', 'a'])]}, known)
+    assert chars == known and ends.tolist() == [4]
     assert np.fromfile(path, '<u2').tolist() == [2, 0, 2, 1]
     with pytest.raises(ValueError, match="character 4 of x.txt is 'é', not one of the 3"):
-        encode.write_characters(path, [('x.txt', ['ab', 'aé'])], known)
+        encode.write_characters({path: [('x.txt', ['ab', 'aé'])]}, known)
 
 def test_more_characters_than_ids_are_refused(tmp_path):
     text = ''.join(chr(0x10000 + i) for i in range(2**16))
     with pytest.raises(ValueError, match='65,537 different characters'):
-        encode.write_characters(str(tmp_path / 'a.bin'), [('x', [text])])
+        encode.write_characters({str(tmp_path / 'a.bin'): [('x', [text])]})

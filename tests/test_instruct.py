@@ -4,6 +4,7 @@ instruct.py, and data/instruct/prepare.py as a user runs it.
 import csv
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -154,6 +155,22 @@ def test_a_table_or_a_dataset_of_the_hub_is_the_same_as_its_lines(run, clone, tm
     for part in ('train.bin', 'val.bin', 'train_mask.bin', 'val_mask.bin', 'template.txt'):
         made = [(clone / 'data' / name / part).read_bytes() for name in ('lines', 'csv', 'tsv', 'fetched')]
         assert made[0] and made == made[:1] * 4
+
+def test_items_may_be_validated_on_from_another_file(run, clone, tmp_path):
+    (tmp_path / 'test.json').write_text(json.dumps([{'question': 'Bye?', 'answer': 'Bye.'}]))
+    done = prepare(run, tmp_path, '--name=apart', f"--val_input={tmp_path / 'test.json'}")
+    ids, mask = read(clone / 'data' / 'apart', 'val')
+    assert BPE.decode(ids) == HEAD + '### Instruction:\nBye?\n\n### Response:\nBye.<|endoftext|>'
+    n = len(BPE.encode('Bye.'))
+    assert mask.tolist() == [0] * (len(ids) - n - 1) + [1] * n + [2] and (read(clone / 'data' / 'apart', 'train')[1] == 2).sum() == len(ITEMS)
+    assert re.search(r': 3 items of \d+ tokens to train on, 1 of \d+ to validate on\n', done.out)
+    (tmp_path / 'test.json').write_text('[]')
+    assert 'test.json has no items; expected one or more' in prepare(run, tmp_path, f"--val_input={tmp_path / 'test.json'}", status=2).err
+
+def test_items_are_validated_on_from_all_parts(run, clone, tmp_path):
+    prepare(run, tmp_path, '--name=many', items=[{'prompt': f'{"low" if i < 50 else "high"} {i}', 'answer': 'x'} for i in range(100)])
+    asked = BPE.decode(read(clone / 'data' / 'many', 'val')[0])
+    assert asked.count(':\nlow ') == asked.count(':\nhigh ') == 5
 
 def test_a_template_may_be_given_as_text_or_as_a_file(run, clone, tmp_path):
     (tmp_path / 'template.txt').write_bytes('Frage: {instruction}\r\n\r\n{input}\r\n\r\nAntwort: '.encode())

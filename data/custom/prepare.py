@@ -12,7 +12,8 @@ name = 'custom' # the dataset is written to data/NAME
 text_field = 'text' # the field of a row that holds the text
 subset = '' # which subset of a hub dataset, if it has several
 tokenizer = 'gpt2' # gpt2, char (the text's own characters), or a dataset whose characters to reuse
-val_fraction = 0.1 # share of the tokens, from the end, to validate on
+val_fraction = 0.1 # share to validate on: documents from all parts of the text or, of few, its end
+val_input = '' # validate on another file, folder, ... than input, instead of a share of it
 allow_special = False # read <|endoftext|> in the text as that token, rather than as text
 workers = 0 # processes that encode GPT-2's tokens, 0 for one per core; characters take one
 
@@ -38,36 +39,44 @@ def known_characters():
     return chars
 
 def main():
+    import numpy as np
     from advice import tell_run
     from dataset import shorten
     from documents import Documents
     from encode import write_characters, write_tokens
-    from publish import claim, publish, split_off, write_meta
+    from publish import choose, claim, publish, split_off, write_meta
     from tokenizer import BPETokenizer
     if not input:
         raise ValueError("there is no input; type --input=PATH of a text file or of a folder of them")
     folder = claim(name, 'custom', val_fraction)
     chars = None if tokenizer in ('gpt2', 'char') else known_characters()
-    documents = Documents(os.path.expanduser(input), text_field, subset)
+    texts = [Documents(its, text_field, subset) for its in (input, val_input) if its]
     with publish(folder) as place:
-        path = os.path.join(place, 'train.bin')
+        parts = dict(zip((os.path.join(place, f'{split}.bin') for split in ('train', 'val')), texts))
         if tokenizer == 'gpt2':
-            n = write_tokens(path, documents, BPETokenizer(), workers, allow_special)
+            bpe = BPETokenizer()
+            ends = [write_tokens(*part, bpe, workers, allow_special) for part in parts.items()]
         else:
-            chars, n = write_characters(path, documents, chars)
+            chars, ends = write_characters(parts, chars)
             write_meta(place, chars)
-        n_val = int(n * val_fraction)
+        n, n_chosen = sum(int(its[-1]) for its in ends), 0
+        if val_input:
+            n_val = int(ends[1][-1])
+        else:
+            pieces, n_chosen = choose(ends[0], val_fraction)
+            n_val = int(np.diff(pieces).sum())
         if not 1 < n_val < n - 1: # a target needs a token before it
-            raise ValueError(f"{n} tokens are too few to keep {val_fraction} of them to validate on; add "
-                             "text")
-        split_off(place, '.bin', 2 * (n - n_val))
-    print(f"{documents.count:,} document{'s' if documents.count > 1 else ''}, "
-          f"{documents.characters:,} characters, {n:,} tokens of a vocabulary of "
-          f"{len(chars) if chars else BPETokenizer.n_vocab:,}")
-    if documents.has_eot and tokenizer == 'gpt2' and not allow_special:
+            raise ValueError(f"{n} tokens are too few to keep {n_val} of them to validate on; add text")
+        if not val_input:
+            split_off(place, '.bin', pieces, '<u2')
+    count, characters = sum(map(len, ends)), sum(its.characters for its in texts)
+    print(f"{count:,} document{'s' if count > 1 else ''}, {characters:,} characters, {n:,} tokens of a "
+          f"vocabulary of {len(chars) if chars else BPETokenizer.n_vocab:,}")
+    if any(its.has_eot for its in texts) and tokenizer == 'gpt2' and not allow_special:
         print("warning: <|endoftext|> in the text was read as text; --allow_special=True reads it as the "
               "token that ends a document")
-    print(f"{shorten(folder)}: {n - n_val:,} tokens to train on, {n_val:,} to validate on")
+    where = f", in {n_chosen:,} documents from all parts of it" if n_chosen else ''
+    print(f"{shorten(folder)}: {n - n_val:,} tokens to train on, {n_val:,} to validate on{where}")
     config = f"config/{'train_shakespeare_char_cpu' if chars else 'finetune/gpt2_small'}.py"
     tell_run(config, name, n - n_val, n_val)
 

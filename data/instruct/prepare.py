@@ -11,7 +11,8 @@ input = '' # a file, a folder (its .jsonl, .csv, .tsv), or a dataset id of the h
 name = 'instruct' # the dataset is written to data/NAME
 subset = '' # which subset of a hub dataset, if it has several
 template = '' # text with {instruction}, {input}, and \n for a line end, or FILE:PATH; '' for the readme's
-val_fraction = 0.1 # share of the items, from the end, to validate on
+val_fraction = 0.1 # share to validate on: items from all parts of the data or, of few, the last ones
+val_input = '' # validate on another file, folder, ... than input, instead of a share of it
 
 import os
 import re
@@ -29,9 +30,9 @@ from tqdm import tqdm
 
 from advice import tell_run
 from dataset import read_text, shorten
-from documents import check_hub_id, csv_rows, find_files, hub_rows, is_list, json_items, json_rows
+from documents import csv_rows, find_source, hub_rows, is_list, json_items, json_rows
 from instruct import TEMPLATE, encode, read_turns, render
-from publish import claim, publish, split_off
+from publish import choose, claim, publish, split_off
 from tokenizer import BPETokenizer
 
 LONGEST = 1024 # tokens that GPT-2 reads at once
@@ -49,10 +50,10 @@ def read_template():
     render(text, 'a question')
     return text
 
-def read_items(paths, progress):
-    """ yield (place, item) of all files or, if there are none, of the hub dataset `input` """
+def read_items(source, paths, progress):
+    """ yield (place, item) of all files or, if there are none, of the hub dataset `source` """
     if not paths:
-        yield from hub_rows(input, subset, progress)
+        yield from hub_rows(source, subset, progress)
     for path in paths:
         if path.lower().endswith(('.csv', '.tsv')):
             yield from csv_rows(path, progress)
@@ -60,19 +61,15 @@ def read_items(paths, progress):
             is_lines = path.lower().endswith('.jsonl') or not is_list(path)
             yield from (json_rows if is_lines else json_items)(path, progress, ITEM)
 
-def write_items(place, text):
-    """ write all items, in the template `text`, to the train files; return their lengths, how many tokens
-    count, and how many items have a blank answer """
-    lengths, n_counted, n_blank, tokenizer = [], 0, 0, BPETokenizer()
-    source = os.path.expanduser(input)
-    paths = find_files(source, ('.jsonl', '.csv', '.tsv')) if os.path.exists(source) else []
-    if not paths:
-        check_hub_id(input)
+def write_items(place, text, source):
+    """ append all items of a source, in the template `text`, to the train files; return for each its tokens,
+    how many of them count, and whether an answer is blank, (items, 3) """
+    facts, tokenizer, paths = [], BPETokenizer(), find_source(source, ('.jsonl', '.csv', '.tsv'))
     size = sum(map(os.path.getsize, paths)) or None # unknown for the hub
-    with (open(os.path.join(place, 'train.bin'), 'wb') as tokens,
-          open(os.path.join(place, 'train_mask.bin'), 'wb') as masks,
+    with (open(os.path.join(place, 'train.bin'), 'ab') as tokens,
+          open(os.path.join(place, 'train_mask.bin'), 'ab') as masks,
           tqdm(total=size, unit='B', unit_scale=True, delay=1) as progress):
-        for where, item in read_items(paths, progress.update):
+        for where, item in read_items(source, paths, progress.update):
             try:
                 turns = read_turns(item)
                 ids, mask = encode(turns, text, tokenizer)
@@ -80,35 +77,38 @@ def write_items(place, text):
                 raise ValueError(f"{where} {error}") from None
             tokens.write(np.array(ids, '<u2').tobytes())
             masks.write(bytes(mask))
-            lengths.append(len(ids))
-            n_counted += len(mask) - mask.count(0)
-            n_blank += not all(answer.strip() for *_, answer in turns)
-    return lengths, n_counted, n_blank
+            facts.append((len(ids), np.count_nonzero(mask), not all(answer.strip() for *_, answer in turns)))
+    if len(facts) < 2 - bool(val_input):
+        raise ValueError(f"{source} has {'1 item' if facts else 'no items'}; expected "
+                         f"{'one or more' if val_input else 'two or more, to validate on one'}")
+    return np.array(facts)
 
 signal.signal(signal.SIGTERM, signal.default_int_handler) # end as on Ctrl-C, leaving nothing behind
 if not input:
     raise ValueError("there is no input; type --input=PATH of a .jsonl, .json or .csv file, or of a folder")
 folder, text = claim(name, 'instruct', val_fraction), read_template()
 with publish(folder) as place:
-    lengths, n_counted, n_blank = write_items(place, text)
-    if len(lengths) < 2:
-        raise ValueError(f"{input} has {'1 item' if lengths else 'no items'}; expected two or more, to "
-                         "validate on one")
-    n_val = max(1, int(len(lengths) * val_fraction))
-    n, n_train = sum(lengths), sum(lengths[:-n_val])
-    split_off(place, '.bin', 2 * n_train)
-    split_off(place, '_mask.bin', n_train)
+    facts = [write_items(place, text, source) for source in (input, val_input) if source]
+    lengths, counted, blank = np.concatenate(facts).T
+    ends = np.cumsum(lengths)
+    if val_input:
+        pieces, n_val = np.array([[facts[0][:, 0].sum(), ends[-1]]]), len(facts[1])
+    else:
+        pieces, n_val = choose(ends, val_fraction, whole=True)
+    split_off(place, '.bin', pieces, '<u2')
+    split_off(place, '_mask.bin', pieces, 'u1')
     with open(os.path.join(place, 'template.txt'), 'w', encoding='utf-8', newline='') as file:
         file.write(text)
-print(f"{len(lengths):,} items, {n:,} tokens, of which {n_counted / n:.1%} are answers and count")
-print(f"{shorten(folder)}: {len(lengths) - n_val:,} items of {n_train:,} tokens to train on, {n_val:,} of "
-      f"{n - n_train:,} to validate on")
-print(f"the longest item has {max(lengths):,} tokens")
-n_long = sum(length > LONGEST for length in lengths)
+n, n_val_tokens = ends[-1], np.diff(pieces).sum()
+print(f"{len(lengths):,} items, {n:,} tokens, of which {counted.sum() / n:.1%} are answers and count")
+print(f"{shorten(folder)}: {len(lengths) - n_val:,} items of {n - n_val_tokens:,} tokens to train on, "
+      f"{n_val:,} of {n_val_tokens:,} to validate on")
+print(f"the longest item has {lengths.max():,} tokens")
+n_long = np.count_nonzero(lengths > LONGEST)
 if n_long:
     print(f"warning: items longer than the {LONGEST:,} tokens that GPT-2 reads at once: {n_long:,}; it "
           "learns their ends without the question; shorten them or leave them out")
-if n_blank:
-    print(f"warning: items with a blank answer: {n_blank:,}; the model learns from them to say nothing; "
+if blank.any():
+    print(f"warning: items with a blank answer: {blank.sum():,}; the model learns from them to say nothing; "
           "write one, or leave them out")
-tell_run('config/finetune/gpt2_small.py', name, n_train, n - n_train)
+tell_run('config/finetune/gpt2_small.py', name, int(n - n_val_tokens), int(n_val_tokens))
