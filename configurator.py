@@ -26,19 +26,34 @@ import traceback
 ROOT = os.path.dirname(os.path.abspath(__file__))
 # options of a single call of train.py, not of the run that it starts or resumes
 OF_A_CALL = 'init_from', 'out_dir', 'overwrite', 'eval_only', 'dry_run'
-ELSEWHERE = { # options of other programs that finetune, and what does that here; the first that a script has
+# options of other programs that finetune, and what does that here: the first that a script has, or, if it
+# has a space before any =, in words
+ELSEWHERE = {
     **dict.fromkeys(('resume', 'resume_from_checkpoint'), ['init_from=resume --out_dir=ITS_FOLDER']),
-    **dict.fromkeys(('model', 'model_name', 'model_name_or_path', 'restore_from'), ['init_from=NAME']),
+    **dict.fromkeys(('model', 'model_name', 'model_name_or_path', 'base_model', 'restore_from'),
+                    ['init_from=NAME']),
     **dict.fromkeys(('per_device_train_batch_size', 'train_batch_size', 'bs'), ['batch_size=N']),
     **dict.fromkeys(('seq_len', 'max_seq_length', 'context_length'), ['block_size=N']),
     **dict.fromkeys(('max_length', 'length'), ['max_new_tokens=N', 'block_size=N']),
-    **dict.fromkeys(('save_steps', 'save_every', 'eval_steps'), ['eval_interval=N']),
+    **dict.fromkeys(('save_steps', 'save_every', 'save_interval', 'eval_steps'), ['eval_interval=N']),
     **dict.fromkeys(('logging_steps', 'print_every'), ['log_interval=N']),
     **dict.fromkeys(('output', 'out'), ['to=PATH', 'name=NAME']),
-    'lr': ['learning_rate=X'], 'steps': ['max_iters=N'], 'early_stopping_patience': ['patience=N'],
+    **dict.fromkeys(('val_set_size', 'test_size', 'validation_split'),
+                    ['val_fraction=X', 'prepare the data with --val_fraction=X']),
+    **dict.fromkeys(('val_file', 'validation_file', 'test_file', 'eval_file'),
+                    ['val_input=PATH', 'prepare the data with --val_input=PATH']),
+    **dict.fromkeys(('greedy', 'do_sample'), ['temperature=0']),
+    **dict.fromkeys(('num_return_sequences', 'n'), ['num_samples=N']),
+    **dict.fromkeys(('early_stopping', 'early_stopping_patience'), ['patience=N']),
+    **dict.fromkeys(('warmup_steps', 'warmup_ratio'), ['warmup_iters=N']),
+    **dict.fromkeys(('devices', 'num_gpus', 'world_size'), ['start it by torchrun --nproc_per_node=N']),
+    **dict.fromkeys(('lora_r', 'peft', 'use_lora'), ['lora_rank=16']),
+    'lr': ['learning_rate=X'], 'steps': ['max_iters=N'], 'max_steps': ['max_iters=N'],
+    'epochs': ['num_epochs=N'], 'lr_scheduler_type': ['decay_lr=False'], 'precision': ['dtype=NAME'],
+    'save_total_limit': ['keep_checkpoints=False'], 'train_file': ['dataset=NAME', 'input=PATH'],
     'gradient_checkpointing': ['plan=recompute'], 'fp16': ['dtype=float16'], 'bf16': ['dtype=bfloat16'],
-    'use_lora': ['lora_rank=16'], 'target_modules': ['lora_targets=NAMES'], 'report_to': ['wandb_log=True'],
-    'prompt': ['start=TEXT'], 'file': ['input=PATH']}
+    'target_modules': ['lora_targets=NAMES'], 'report_to': ['wandb_log=True'], 'prompt': ['start=TEXT'],
+    'file': ['start=FILE:PATH', 'input=PATH']}
 PATHS = 'init_from', 'out_dir', 'base', 'dataset', 'file', 'to' # options that name files
 
 def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[str, ...] = (),
@@ -188,12 +203,14 @@ def run_file(path: str, names: dict) -> dict:
 def check_key(key: str, defaults: dict, where: str) -> None:
     """ raise ValueError, suggesting the closest name, if there is no such option """
     if key not in defaults:
-        known = [hint for hint in ELSEWHERE.get(key, []) if hint.partition('=')[0] in defaults]
-        near = difflib.get_close_matches(key, defaults, n=1)
+        hints = ELSEWHERE.get(key, [])
+        known = [hint for hint in hints if hint.partition('=')[0] in defaults]
+        words = [hint for hint in hints if ' ' in hint.partition('=')[0]]
+        near = [] if key in ELSEWHERE else difflib.get_close_matches(key, defaults, n=1, cutoff=0.75)
         in_file = where.endswith('.py')
         hint = (f"here it is {known[0].partition('=')[0]}" if known and in_file
-                else f"type --{known[0]}" if known else f"did you mean {near[0]}?" if near
-                else "--help lists every option")
+                else f"type --{known[0]}" if known else words[0] if words
+                else f"did you mean {near[0]}?" if near else "--help lists every option")
         if in_file:
             hint = f"a variable of the file's own begins with _, as _{key}; {hint}"
         raise ValueError(f"unknown option {key!r} {where}; {hint}")

@@ -60,6 +60,9 @@ device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 if file and not os.path.isfile(file):
     raise FileNotFoundError(f"there is no file {file}; type --file=PATH of a text, or of a task's .jsonl")
+if task == 'perplexity' and file.lower().endswith(('.jsonl', '.json', '.csv', '.tsv')):
+    raise ValueError(f"{file} has rows, of which the names and marks would be scored, too; prepare it by "
+                     "data/custom/prepare.py or data/instruct/prepare.py, and type --dataset=NAME")
 content = read_text(file) if file else ''
 
 # -----------------------------------------------------------------------------
@@ -179,7 +182,8 @@ alike = first.tokenizer.state == models[-1].tokenizer.state
 if task == 'perplexity' and not alike and (limit or not file):
     raise ValueError(f"{first.name} and {models[-1].name} have different tokens, and can be compared on a "
                      "whole text only; type --file=PATH of one, without --limit, or --base=none")
-split_texts, source = (None, file) if file else read_dataset(dataset or first.trained_on, first)
+plain = ', as plain text, without its template' if first.loaded.get('template') else ''
+split_texts, source = (None, file + plain) if file else read_dataset(dataset or first.trained_on, first)
 
 # -----------------------------------------------------------------------------
 # scores

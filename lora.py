@@ -49,8 +49,7 @@ def restrict(model, config: dict) -> None:
         for key, has in settings(model).items():
             wanted = config[f'lora_{key}']
             if key == 'targets':
-                has, wanted = (','.join(sorted(part.strip() for part in text.split(',')))
-                               for text in (has, wanted))
+                wanted = ','.join(read_targets(wanted))
             if key != 'dropout' and has != wanted:
                 raise ValueError(f"lora_{key} is {wanted!r}, but the checkpoint's adapter has {has!r}; type "
                                  f"--lora_{key}={has}")
@@ -71,22 +70,27 @@ class LoRALinear(Linear):
         more = F.linear(down, self.lora_B) * self.lora_scale # first: a second pass may end after this
         return super().forward(x) + more
 
+def read_targets(names: str) -> list[str]:
+    """ those of TARGETS that `names` lists, whole or by their ends: c_proj is both of that name, as in PEFT;
+    raises ValueError for any other name """
+    names = [name.strip() for name in names.split(',')]
+    found = [{target for target in TARGETS if f'.{target}'.endswith(f'.{name}')} for name in names]
+    if not all(found):
+        raise ValueError(f"there is no {names[found.index(set())]!r} to adapt; type --lora_targets with some "
+                         f"of {','.join(TARGETS)}")
+    return [target for target in TARGETS if target in set.union(*found)]
+
 def add(model, rank: int, alpha: float, dropout: float, targets: str) -> None:
     """ freeze a GPT, and give trainable A and B to the matrices in `targets`, such as 'attn.c_attn,mlp.c_fc'
 
-    Raises ValueError for a name that is not in TARGETS.
+    Raises ValueError for a name that read_targets does not know.
     """
     model.requires_grad_(False)
     model.draws = model.draws or dropout > 0
-    names = [name.strip() for name in targets.split(',')]
-    unknown = [name for name in names if name not in TARGETS]
-    if unknown:
-        raise ValueError(f"there is no {unknown[0]!r} to adapt; type --lora_targets with some of "
-                         f"{','.join(TARGETS)}")
     if not 0 <= dropout < 1:
         raise ValueError(f"lora_dropout is {dropout}; type --lora_dropout=P with 0 <= P < 1")
     for block in model.transformer.h:
-        for name in names:
+        for name in read_targets(targets):
             linear = block.get_submodule(name)
             linear.__class__ = LoRALinear # its weight and bias keep their names
             linear.lora_A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))

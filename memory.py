@@ -188,12 +188,11 @@ def choose(wanted: str, shape: Shape, sequences: int, most: int, budget: float,
                              f"it, type --plan={plan}")
         if B:
             return plan, B
-    raise ValueError(f"{no_fit(plans[-1], shape, budget)}, or type --plan={plans[-1]} to try all the same")
-
-def no_fit(leanest: str, shape: Shape, budget: float) -> str:
-    return (f"no plan fits: {leanest}, the leanest here, takes {peak(leanest, shape, 1) / GiB:.1f} GiB with "
-            f"one sequence of {shape.block_size} tokens at a time, and {max(budget, 0) / GiB:.1f} GiB are "
-            f"free to fill; {tell_leaner(leanest, shape, budget)}take a smaller model")
+    leanest = plans[-1]
+    raise ValueError(f"no plan fits: {leanest}, the leanest here, takes {peak(leanest, shape, 1) / GiB:.1f} "
+                     f"GiB with one sequence of {shape.block_size} tokens at a time, and "
+                     f"{max(budget, 0) / GiB:.1f} GiB are free to fill; {tell_leaner(leanest, shape, budget)}"
+                     f"take a smaller model, or type --plan={leanest} to try all the same")
 
 def leaner_runs(plan: str, shape: Shape, budget: float):
     """ options that would make a run fit which does not, the one that changes least first """
@@ -279,21 +278,26 @@ def table(shape: Shape, sequences: int, most: int, budget: float, epochs: dict[s
     """ a table of every plan's memory, micro-batch, cost and, where known, seconds per epoch, for one of the
     processes, whose share of an iteration is `sequences` """
     beside = f', {sequences} by each of {processes} processes' if processes > 1 else ''
+    wide = 9 if epochs else 0
     lines = [f"{count(sequences * processes)} of {shape.block_size} tokens an iteration{beside}; "
              f"{max(budget, 0) / GiB:.1f} GiB to fill",
              f"{'plan':<11}{'micro-batch':>12}{'GiB on device':>15}{'GiB in RAM':>12}"
-             f"{'epoch':>9}  fits  costs"]
+             f"{'epoch' if epochs else '':>{wide}}  fits  costs"]
     for plan in PLANS:
         B = largest(plan, shape, sequences, most, budget)
         used = peak(plan, shape, B or 1, accumulates=(B or 1) < sequences) / GiB
-        took = f"{epochs[plan]:,.0f} s" if plan in epochs else 'unknown'
+        took = f"{epochs[plan]:,.0f} s" if plan in epochs else 'unknown' if epochs else ''
         fits = 'yes' if B and plan in plans else 'no'
         why = (cost(plan, shape) if plan in plans else 'gains nothing on a CPU' if shape.device == 'cpu'
                else 'is for one process and adamw, nothing frozen')
         if B and plan in plans and ram(plan, shape) and ram(plan, shape) + RAM_SPARE > ram_free:
             why += '; more RAM than is free here'
-        lines.append(f"{plan:<11}{B or 1:>12}{used:>15.2f}{ram(plan, shape) / GiB:>12.1f}{took:>9}  "
+        lines.append(f"{plan:<11}{B or 1:>12}{used:>15.2f}{ram(plan, shape) / GiB:>12.1f}{took:>{wide}}  "
                      f"{fits:<4}  {why}")
-    if not any(largest(plan, shape, sequences, most, budget) for plan in plans):
-        lines.append(no_fit(plans[-1], shape, budget))
+    try:
+        plan, B = choose('auto', shape, sequences, most, budget, plans)
+        needs = f", and needs {(ram(plan, shape) + RAM_SPARE) / GiB:.1f} GiB of free RAM"
+        lines.append(f"--plan=auto takes {plan}, {count(B)} at a time{needs if ram(plan, shape) else ''}")
+    except ValueError as error: # none fits
+        lines.append(str(error))
     return '\n'.join(lines)

@@ -38,6 +38,19 @@ def check_options(config: dict) -> None:
         raise ValueError(f"min_lr, {config['min_lr']}, is above learning_rate, {config['learning_rate']}; "
                          f"type --min_lr={config['learning_rate'] / 10:.3g}")
 
+def doubts(config: dict, max_iters: int, warmup_iters: int, epochs: float) -> str:
+    """ lines, each after a newline, that warn of a run of so many iterations, or epochs, that can hardly be
+    meant """
+    lines = []
+    if config['init_from'] not in ('scratch', 'resume') and epochs > 100 and not config['num_epochs']:
+        lines.append(f"{max_iters:,} iterations are {epochs:,.0f} epochs, and a finetuning takes 3 to 20; "
+                     "type config/finetune/gpt2_small.py before the other options, or --num_epochs=5")
+    if config['decay_lr'] and warmup_iters >= max_iters:
+        most = get_lr(max_iters - 1, config['learning_rate'], 0.0, warmup_iters, warmup_iters + 1)
+        lines.append(f"the learning rate warms up for {warmup_iters:,} iterations, of which this run has "
+                     f"{max_iters:,}: it reaches {most:.1e}; type --warmup_iters with less")
+    return '' if config['eval_only'] else ''.join(f'\nwarning: {line}' for line in lines)
+
 class InFloat32(TorchFunctionMode):
     """ a context in which .bfloat16() makes a copy in float32 """
 

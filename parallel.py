@@ -100,7 +100,10 @@ def in_first(work) -> None:
 
 def share(sequences: int, world_size: int, config: dict) -> int:
     """ how many sequences of an iteration each process gets; raises ValueError if they do not divide evenly,
-    except for an evaluation, which shares in another way """
+    except for an evaluation, which shares in another way, or if `shard` is set where it cannot be """
+    if config['shard'] and not can_shard(world_size, config):
+        raise ValueError("shard is for several processes and adamw, without LoRA; start train.py by "
+                         "torchrun, or type --shard=False")
     if sequences % world_size and not config['eval_only']:
         low = sequences // world_size * world_size
         advice = f"make it {low} or {low + world_size}" if low else f"make it {world_size}"
@@ -115,12 +118,6 @@ def share(sequences: int, world_size: int, config: dict) -> int:
 def can_shard(world_size: int, config: dict) -> bool:
     """ whether shard_model supports these options """
     return world_size > 1 and not config['lora_rank'] and config['optimizer'] == 'adamw'
-
-def check_shard(world_size: int, config: dict) -> None:
-    """ raise ValueError if shard is set with options that shard_model does not support """
-    if config['shard'] and not can_shard(world_size, config):
-        raise ValueError("shard is for several processes and adamw, without LoRA; start train.py by "
-                         "torchrun, or type --shard=False")
 
 def check_same(iter_num: int, out_dir: str) -> None:
     """ raise ValueError if the processes do not all start at this iteration """

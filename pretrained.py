@@ -10,7 +10,7 @@ import re
 
 import torch
 
-from configurator import say_once
+from configurator import quote, say_once
 from dataset import read_template
 from model import GPT, GPT2_SHAPES, GPTConfig
 from tokenizer import BPETokenizer
@@ -47,6 +47,13 @@ def config_of(source: str) -> GPTConfig:
 
 def find_hugging_face(source: str) -> tuple[str, str]:
     """ (directory or hub id, revision) that `source` names; raises FileNotFoundError if it can be neither """
+    folder = os.path.dirname(source) if source.endswith('.safetensors') else source
+    if os.path.exists(os.path.join(folder, 'adapter_config.json')):
+        raise FileNotFoundError(f"{folder} holds an adapter of PEFT, which is not read here; merge it into "
+                                "its base there (merge_and_unload, save_pretrained), and type that folder")
+    if os.path.isfile(source):
+        raise FileNotFoundError(f"{source} is a model's weights alone; type --init_from={quote(folder)}, the "
+                                "folder with its config.json")
     if os.path.isdir(source) and not os.path.exists(os.path.join(source, 'config.json')):
         raise FileNotFoundError(f"{source} holds neither ckpt.pt nor last.pt nor a Hugging Face model nor "
                                 "TensorFlow's; type a folder that train.py wrote")

@@ -87,6 +87,7 @@ import torch
 import checkpoint as checkpoints
 import lora
 import memory
+import optim
 import parallel
 from dataset import find_datasets, open_split, read_shared_state, read_template, tell_assumed
 from device import (DTYPES, Signals, autocast, compile_model, describe_machine, fetch, free_memory,
@@ -95,11 +96,10 @@ from device import (DTYPES, Signals, autocast, compile_model, describe_machine, 
 from log import (Best, Clock, append_row, append_sample, epoch_times, finish_log, is_logged, need_wandb,
                  start_log, start_wandb, steady_output)
 from model import GPT, GPTConfig, check_length
-from optim import check_options, clip_gradients, get_lr, load_optimizer, make_optimizer, set_lr, weights
 from saver import Saver
 from tokenizer import check_match, count_ids, from_state
 
-check_options(config)
+optim.check_options(config)
 device = pick_device(device)
 compile = pick_compile(compile, device)
 rank, world_size, device = parallel.start_processes(backend, device)
@@ -119,7 +119,6 @@ def leave(status):
 
 sequences = batch_size * gradient_accumulation_steps # S: sequences per iteration, on any machine
 share = parallel.share(sequences, world_size, config) # sequences per process
-parallel.check_shard(world_size, config)
 
 signals, launch, saver = Signals(say), parallel.launch_id(), Saver(out_dir, keep_checkpoints)
 if parallel.in_any(checkpoints.is_of(out_dir, launch)): # torchrun lost a process, and has restarted all
@@ -231,7 +230,7 @@ raw_model = model # not wrapped in DDP
 # optimizer, compiler and DDP
 
 offload_to = (device, DTYPES[dtype]) if plan == 'offload' else None
-opt = with_room(make_optimizer, optimizer, model, learning_rate, muon_learning_rate, weight_decay,
+opt = with_room(optim.make_optimizer, optimizer, model, learning_rate, muon_learning_rate, weight_decay,
                 (beta1, beta2), offload_to, dtype != 'bfloat16', again=False)
 updates_on = next(p.device for group in opt.param_groups for p in group['params'])
 scaler = torch.amp.GradScaler(updates_on.type, enabled=dtype == 'float16')
@@ -254,7 +253,7 @@ opt.zero_grad(set_to_none=True)
 if world_size > 1 and not shard and not eval_only:
     model = with_room(parallel.replicate_model, raw_model, device, one_step)
 if 'optimizer' in loaded: # only of a run that is resumed, and not to evaluate it
-    with_room(load_optimizer, opt, loaded.pop('optimizer'), again=False)
+    with_room(optim.load_optimizer, opt, loaded.pop('optimizer'), again=False)
 
 # -----------------------------------------------------------------------------
 # evaluation
@@ -282,7 +281,7 @@ def evaluate():
 
 def save(is_best=False, tells=False):
     """ write last.pt and, if it is the best, make ckpt.pt the same file; return whether that succeeded """
-    state = checkpoints.adapter_state(raw_model) if lora_rank else {'model': weights(raw_model, opt)}
+    state = checkpoints.adapter_state(raw_model) if lora_rank else {'model': optim.weights(raw_model, opt)}
     moments = parallel.whole(opt.state_dict())
     done = parallel.in_any(master and saver({
         **base, **state, 'optimizer': moments, 'model_args': checkpoints.model_args(raw_model),
@@ -322,7 +321,8 @@ say(f"{raw_model.num_params():,} parameters{some}, on {where} in {dtype}"
     f"{', compiled' if is_compiled else ''}{', sharded' if shard else ''}")
 say(f"{train_data.n_tokens:,} tokens to train on, {val_data.n_tokens:,} to validate on")
 say(f"an iteration is {memory.count(sequences)} of {block_size} tokens, {sequences * block_size:,} tokens; "
-    f"{max_iters:,} iterations are {train_data.describe_epochs(max_iters * sequences)}")
+    f"{max_iters:,} iterations are {train_data.describe_epochs(max_iters * sequences)}"
+    + optim.doubts(config, max_iters, warmup_iters, max_iters * sequences / train_data.windows))
 if eval_only:
     losses = with_room(evaluate, leaner=plans[3:])
     say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
@@ -393,15 +393,16 @@ while True:
 
     # one step: accumulate, clip, update
     t0 = time.perf_counter()
-    lr = get_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr else learning_rate
-    set_lr(opt, lr / (learning_rate or 1))
+    lr = (optim.get_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr
+          else learning_rate)
+    optim.set_lr(opt, lr / (learning_rate or 1))
     windows = train_data.training_windows(iter_num, sequences)
     n_targets = max(1, train_data.count(windows)) # the count is 0 if a mask leaves none
     loss = with_room(accumulate, windows, n_targets)
     if loss is None:
         break
     scaler.unscale_(opt)
-    grad_norm = clip_gradients(opt, grad_clip or math.inf).item()
+    grad_norm = optim.clip_gradients(opt, grad_clip or math.inf).item()
     loss, n_ending, n_saving = parallel.all_sum([loss.item(), *signals.asked()])
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1 # usual in float16
@@ -418,11 +419,10 @@ while True:
         raise ValueError(f"five iterations in a row were not finite, up to {iter_num}; "
                          f"{checkpoints.way_back(out_dir)} with a lower --learning_rate, or --dtype=float32")
     opt.zero_grad(set_to_none=model is raw_model) # under DDP, gradients must stay in its buckets
-    dt = time.perf_counter() - t0
 
     # report: everything below is only bookkeeping
     if iter_num % log_interval == 0 or 'val_loss' in row:
-        speed, text = clock.lap(iter_num, row['epoch'], dt)
+        speed, text = clock.lap(iter_num, row['epoch'], time.perf_counter() - t0)
         row.update(speed, loss=loss, lr=lr, grad_norm=grad_norm, memory_mb=round(memory_mb(device), 1))
         if master:
             append_row(out_dir, row, wandb_log)

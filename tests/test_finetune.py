@@ -194,7 +194,7 @@ def test_another_freeze_or_another_adapter_is_not_resumed(train, base):
 
 def test_lora_needs_a_model_to_start_from_and_matrices_it_knows(train, base):
     assert 'lora_rank needs a model to start from' in train('--lora_rank=4', status=2).err
-    assert 'type --lora_targets' in train(f'--init_from={base}', '--lora_rank=4', '--lora_targets=c_attn', status=2).err
+    assert 'type --lora_targets' in train(f'--init_from={base}', '--lora_rank=4', '--lora_targets=attn', status=2).err
 
 def test_a_mixture_trains_and_one_of_other_tokens_is_refused(train, run, clone):
     shutil.copytree(clone / 'data' / 'chars', clone / 'data' / 'other')

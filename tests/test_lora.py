@@ -29,6 +29,13 @@ def trained(model):
 def logits(model):
     return model.lm_head(model.hidden(torch.arange(16)[None])).detach()
 
+def test_a_target_is_named_whole_or_by_its_end_as_in_peft():
+    assert lora.read_targets('c_proj, mlp.c_fc') == ['attn.c_proj', 'mlp.c_fc', 'mlp.c_proj']
+    assert lora.read_targets('c_attn') == ['attn.c_attn'] and lora.read_targets(ALL) == ALL.split(',')
+    for wrong in ('attn', 'proj', '', 'c_fc,', 'c_fc,x'):
+        with pytest.raises(ValueError, match="there is no '(attn|proj||x)' to adapt; type --lora_targets"):
+            lora.read_targets(wrong)
+
 @pytest.mark.parametrize('targets', [ALL, 'attn.c_attn'])
 def test_an_adapter_changes_nothing_at_first_and_merged_computes_what_it_did(targets):
     model, plain = small(), small()

@@ -1,8 +1,10 @@
+import re
+
 import pytest
 import torch
 
 from model import GPT, GPT2_SHAPES, GPTConfig
-from optim import get_lr, load_optimizer, make_optimizer, set_lr, weights
+from optim import doubts, get_lr, load_optimizer, make_optimizer, set_lr, weights
 
 def make(name, model, lr=1e-2):
     return make_optimizer(name, model, lr, 0.02, 0.1, (0.9, 0.95))
@@ -118,3 +120,14 @@ def test_offload_saves_the_weights_in_float32_whatever_the_device_has():
     assert model.lm_head.weight.dtype == torch.bfloat16
     saved = weights(model, optimizer)
     assert saved.keys() == before.keys() and all(torch.equal(saved[name], before[name]) for name in before)
+
+def test_a_run_that_can_hardly_be_meant_is_warned_of(train):
+    config = {'init_from': 'gpt2', 'num_epochs': 0.0, 'decay_lr': True, 'learning_rate': 6e-4, 'eval_only': False}
+    long = doubts(config, 600_000, 2000, 94_612.4)
+    assert long.startswith('\nwarning: 600,000 iterations are 94,612 epochs, and a finetuning takes 3 to 20; type config/')
+    assert not any(doubts({**config, **other}, 600_000, 2000, 94_612.4) for other in (
+        {'init_from': 'scratch'}, {'init_from': 'resume'}, {'num_epochs': 200.0}, {'eval_only': True}))
+    assert doubts(config, 11, 10, 20.0) == doubts({**config, 'decay_lr': False}, 10, 10, 20.0) == ''
+    result = train('--max_iters=3', '--warmup_iters=200', '--learning_rate=1e-2')
+    told = re.search(r'\nwarning: the learning rate warms up for 200 iterations, of which this run has 3: it reaches (\S+);', result.out)
+    assert float(told[1]) == pytest.approx(float(result.column('lr')[2]), rel=0.05)
