@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from attention import attend
 from loss import ChunkedLoss, CrossEntropy, Lookup
-from sampling import FixedStep, KVCache, one_row, sample_token
+from sampling import FixedStep, KVCache, one_row, penalize, sample_token
 
 @dataclass
 class GPTConfig:
@@ -295,10 +295,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-               n_vocab: int | None = None, fixed: bool | None = None):
+               n_vocab: int | None = None, fixed: bool | None = None, repetition_penalty: float = 1.0):
         """ yield the next token (B,) of each sequence of the prompt idx (B, T >= 1), max_new_tokens times
 
-        The options are sample_token's. Past block_size the window restarts from its second half. `fixed`
+        The options are those of sample_token and, for what the model sees, of penalize. Past block_size the window restarts from its second half. `fixed`
         keeps all shapes fixed, as a CUDA graph needs them; None means True on CUDA.
         """
         block_size, window = self.config.block_size, idx[:, -self.config.block_size:]
@@ -318,7 +318,10 @@ class GPT(nn.Module):
             else:
                 with one_row(token, self.lm_head.weight.dtype):
                     logits, _ = self(token[:, None], cache=cache)
-            token = sample_token(logits[:, -1, :n_vocab].float(), temperature, top_k, top_p)
+            logits = logits[:, -1, :n_vocab].float()
+            if repetition_penalty != 1:
+                logits = penalize(logits, window, repetition_penalty)
+            token = sample_token(logits, temperature, top_k, top_p)
             yield token
             token = token.clamp(min=0) # -1, when none could be drawn, cannot be looked up
             window = torch.cat((window, token[:, None]), dim=1)

@@ -21,6 +21,7 @@ stream = False # print the first sample as it is generated
 temperature = 0.8 # below 1 is more conservative, above 1 more random; 0 always takes the likeliest token
 top_k = 200 # draw only from the top_k likeliest tokens; 0 for all
 top_p = 1.0 # draw only from the likeliest tokens whose probabilities add up to this
+repetition_penalty = 1.0 # above 1, such as 1.2, tokens that the model sees already become less likely
 seed = 1337 # random seed of the draws
 # machine
 device = 'auto' # auto, cpu, cuda, cuda:1, mps
@@ -47,6 +48,8 @@ from tokenizer import from_state
 
 if not 0 < top_p <= 1:
     raise ValueError(f"top_p is {top_p}; type --top_p=P with 0 < P <= 1")
+if not repetition_penalty:
+    raise ValueError("repetition_penalty is 0; type --repetition_penalty=X above 0, or 1 for none")
 if instruction and start != '\n':
     raise ValueError("both start and instruction are given, but a sample begins with one of them; type "
                      "--start=TEXT or --instruction=TEXT")
@@ -123,7 +126,8 @@ torch.manual_seed(seed)
 if stream:
     print(shown, end='', flush=True)
 begin = time.perf_counter()
-tokens = model.stream(idx, max_new_tokens, temperature, top_k, top_p, tokenizer.n_vocab)
+tokens = model.stream(idx, max_new_tokens, temperature, top_k, top_p, tokenizer.n_vocab,
+                      repetition_penalty=repetition_penalty)
 progress = tqdm(tokens, total=max_new_tokens, unit='tok', delay=1, leave=False, disable=stream)
 n, stopped = 0, False
 try:

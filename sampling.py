@@ -100,6 +100,12 @@ def one_row(token, dtype):
         return torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
     return contextlib.nullcontext()
 
+def penalize(logits, seen, penalty: float):
+    """ logits (B, V) in which those of the tokens `seen` (B, T) are divided by `penalty`, or multiplied where
+    they are negative: https://arxiv.org/abs/1909.05858, section 4.1, as transformers does it """
+    scores = logits.gather(1, seen)
+    return logits.scatter(1, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
+
 def sample_token(logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
     """ a token (B,) for each row of logits (B, V): the likeliest at temperature 0, else drawn from the
     top_k likeliest (0 for all) and, of these, from the fewest that together have probability top_p

@@ -197,6 +197,7 @@ CASES = [ # script, options, part of what is said
     ('sample.py', '--temperature=-1', 'at least 0'),
     ('sample.py', '--temperature=1e400', 'type a finite number'),
     ('sample.py', '--top_p=0', '0 < P <= 1'),
+    ('sample.py', '--repetition_penalty=0', 'type --repetition_penalty=X above 0'),
     ('sample.py', '--stream=yes', 'takes True or False'),
     ('sample.py', 'Once', 'nor an option; options are typed --key=value'),
     ('sample.py', '{root}/good.pt', 'nor an option; options are typed --init_from={root}/good.pt'),

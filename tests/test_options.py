@@ -82,6 +82,7 @@ def test_top_k_top_p_and_temperature_reach_the_draw(train, run):
         return text.partition('1 x 20 tokens')[0]
     greedy = drawn('--temperature=0')
     assert drawn('--top_k=1') == drawn('--top_k=0', '--top_p=1e-9') == greedy
+    assert drawn('--temperature=0', '--repetition_penalty=100') != greedy
     assert drawn('--top_k=0', '--temperature=1e-4') == greedy != drawn('--top_k=0', '--temperature=1')
 
 @pytest.mark.parametrize('always', [True, False])

@@ -115,3 +115,16 @@ def test_temperature_and_top_p_are_the_hand_worked_ones():
     assert share == pytest.approx(1 / (1 + math.exp(-4)), abs=0.02)
     assert len(sample_token(torch.zeros(640, 4), top_p=0.5).unique()) == 2 # twice a quarter is enough
     assert sample_token(torch.arange(8.0).repeat(640, 1), top_k=3).unique().tolist() == [5, 6, 7]
+
+@pytest.mark.parametrize('fixed', [False, True])
+def test_a_repetition_penalty_is_transformers(hf_dir, fixed):
+    from transformers import GPT2LMHeadModel
+    theirs, ours = GPT2LMHeadModel.from_pretrained(hf_dir).eval(), GPT.from_pretrained(str(hf_dir)).eval()
+    prompt, distinct = torch.tensor([[11, 12, 11, 13], [7, 7, 7, 7]]), []
+    for penalty in (0.9, 1.0, 1.05, 2.0):
+        expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20,
+                                   min_new_tokens=20, repetition_penalty=penalty, pad_token_id=50256, eos_token_id=None)
+        found = ours.generate(prompt, 20, temperature=0, fixed=fixed, repetition_penalty=penalty)
+        assert found.equal(expected), penalty
+        distinct.append(len(set(found.flatten().tolist())))
+    assert distinct[-1] > max(distinct[:2])
