@@ -88,7 +88,7 @@ def put(write):
                 if os.path.exists(old) and not os.path.exists(path):
                     os.rename(old, path)
     except (OSError, RuntimeError, SafetensorError) as error: # the last two when the disk is full
-        why = str(error).strip().splitlines()[0]
+        why = str(error).strip().partition('\n')[0] or type(error).__name__
         raise OSError(f"cannot write {to} ({why}); no part of it was left there; type --to with a place "
                       "that has room and may be written to") from None
     written = [os.path.join(to, name) for name in sorted(os.listdir(path))] if os.path.isdir(path) else [to]

@@ -70,7 +70,7 @@ def readable(source: str):
     try:
         yield
     except Exception as error:
-        why = str(error).strip().split('\n')[0]
+        why = str(error).strip().partition('\n')[0]
         do = 'take another folder' if os.path.isdir(source) else 'check the name and the network'
         raise OSError(f"cannot load {source} from Hugging Face's format or hub ({type(error).__name__}: "
                       f"{why}); expected a GPT-2 in a local directory or on the hub; {do}") from None
@@ -156,7 +156,7 @@ def load_tensorflow(prefix: str, dropout: float) -> GPT:
         weights = {name: convert(reader.get_tensor(tensorflow_name(name))) for name in names}
         return GPT.from_weights(config, {**weights, 'lm_head.weight': weights['transformer.wte.weight']})
     except Exception as error: # whatever TensorFlow raises for a damaged file
-        why = str(error).strip().split('\n')[0]
+        why = str(error).strip().partition('\n')[0]
         raise ValueError(f"cannot use {prefix} ({type(error).__name__}: {why}); expected a GPT-2 that "
                          "OpenAI's code or gpt-2-simple saved; type --init_from with another") from None
 

@@ -24,7 +24,7 @@ def save(checkpoint: dict, path: str) -> None:
     except (OSError, RuntimeError) as error: # torch raises RuntimeError when the disk is full
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
-        why = str(error).strip().splitlines()[0]
+        why = str(error).strip().partition('\n')[0] or type(error).__name__
         why = why if isinstance(error, OSError) else f'no space left on the disk? {why}'
         raise OSError(f"cannot save {path} ({why}); what it held before is whole") from None
 
