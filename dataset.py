@@ -195,11 +195,15 @@ class Mix(Split):
     def count(self, windows):
         return sum(split.count(its) for split, _, its in self.by_split(windows))
 
+def item_ends(mask: np.ndarray) -> list[int]:
+    """ where a mask's items end; the whole is one if it marks none """
+    return [*(np.flatnonzero(mask[:-1] == ENDS_ITEM) + 1).tolist(), len(mask)]
+
 def pack_items(mask: np.ndarray, block_size: int) -> np.ndarray | None:
     """ windows (n, 2), starts and lengths, of as many whole items as fit, in their order; None if the mask
     separates no items. A longer item fills windows, and what is left of it is in one with the items after it.
     """
-    ends = [*(np.flatnonzero(mask[:-1] == ENDS_ITEM) + 1).tolist(), len(mask)]
+    ends = item_ends(mask)
     if len(ends) == 1:
         return None
     windows, start = [], 0

@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 import checkpoint as checkpoints
 import lora
-from dataset import find_datasets, open_mask, open_tokens, read_shared_state, read_text, shorten
+from dataset import find_datasets, item_ends, open_mask, open_tokens, read_shared_state, read_text, shorten
 from device import DTYPES, autocast, pick_device, pick_dtype
 from model import Linear
 from tokenizer import from_state
@@ -110,9 +110,11 @@ def read_dataset(name, one):
     ids = [open_tokens(path, 1) for path in paths]
     masks = [open_mask(os.path.join(folder, f'{split}_mask.bin'), len(its))
              for folder, its in zip(folders, ids)]
-    texts = [(its[:most], (np.broadcast_to(1, len(its)) if mask is None else mask)[:most])
-             for its, mask in zip(ids, masks)]
-    n = one.tokenizer.n_vocab
+    texts, n = [], one.tokenizer.n_vocab
+    for its, mask in zip(ids, masks):
+        counts = np.broadcast_to(1, len(its)) if mask is None else mask
+        edges = [] if mask is None else item_ends(mask[:most])[:-1] # each item is a text of its own
+        texts += zip(np.split(its[:most], edges), np.split(counts[:most], edges))
     if read_shared_state(folders) != one.tokenizer.state or any(its.max() >= n for its, _ in texts):
         raise ValueError(f"{name} is not in the {n:,} tokens that {one.name} reads; type another --dataset, "
                          "or --file=PATH of a text")

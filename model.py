@@ -298,8 +298,9 @@ class GPT(nn.Module):
                n_vocab: int | None = None, fixed: bool | None = None, repetition_penalty: float = 1.0):
         """ yield the next token (B,) of each sequence of the prompt idx (B, T >= 1), max_new_tokens times
 
-        The options are those of sample_token and, for what the model sees, of penalize. Past block_size the window restarts from its second half. `fixed`
-        keeps all shapes fixed, as a CUDA graph needs them; None means True on CUDA.
+        The options are those of sample_token and, for what the model sees, of penalize. Past block_size the
+        window restarts from its second half. `fixed` keeps all shapes fixed, as a CUDA graph needs them; None
+        means True on CUDA.
         """
         block_size, window = self.config.block_size, idx[:, -self.config.block_size:]
         length = min(block_size, window.size(1) + max_new_tokens)

@@ -186,6 +186,17 @@ def test_a_mask_leaves_its_tokens_out_and_end_of_text_has_no_bytes(evaluate, the
     assert result['bytes'] == sum(len(BPE.token_bytes(i)) for i in scored)
     assert result['nats/token'] == pytest.approx(nats.mean(), rel=1e-5)
 
+def test_each_item_is_scored_by_itself_as_it_is_asked(results, theirs, bpe, tmp_path):
+    items = [([11, 12, 13, 14, 50256], [0, 0, 1, 1, 2]), ([7, 8, 50256] * 15, [0, 1, 1] * 14 + [0, 1, 2]), ([9, 10], [0, 2])]
+    ids, mask = (np.array(sum(parts, [])) for parts in zip(*items))
+    ids.astype('<u2').tofile(tmp_path / 'val.bin')
+    mask.astype('u1').tofile(tmp_path / 'val_mask.bin')
+    nats = [nats for its, counts in items for nats, scored in zip(sliding(theirs, its, 32, 16), counts[1:]) if scored]
+    result, = results(f'--out_dir={bpe}', f'--dataset={tmp_path}', *CPU)
+    assert result['tokens'] == len(nats) and result['nats/token'] == pytest.approx(np.mean(nats), rel=1e-5)
+    first, = results(f'--out_dir={bpe}', f'--dataset={tmp_path}', '--limit=7', *CPU) # the second item is cut
+    assert first['tokens'] == 4 and first['nats/token'] == pytest.approx(np.mean(nats[:4]), rel=1e-5)
+
 def answer(model, context, answer):
     """ by hand: (nats of the answer after the last of the context, whether it is greedy's) """
     n, ids = len(BPE.encode(answer)), BPE.encode(context + answer)
