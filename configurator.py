@@ -7,6 +7,7 @@ Arguments apply from left to right. A .py argument is a config file, run as Pyth
 one option. The default in the script decides an option's type, and the comment beside it is its help.
 """
 import ast
+import contextlib
 import difflib
 import glob
 import inspect
@@ -26,8 +27,8 @@ import traceback
 ROOT = os.path.dirname(os.path.abspath(__file__))
 # options of a single call of train.py, not of the run that it starts or resumes
 OF_A_CALL = 'init_from', 'out_dir', 'overwrite', 'eval_only', 'dry_run'
-# options of other programs that finetune, and what does that here: the first that a script has, or, if it
-# has a space before any =, in words
+# options of other programs that finetune, and what does that here: the first that a script has or, if it has
+# a space before any =, words for train.py
 ELSEWHERE = {
     **dict.fromkeys(('resume', 'resume_from_checkpoint'), ['init_from=resume --out_dir=ITS_FOLDER']),
     **dict.fromkeys(('model', 'model_name', 'model_name_or_path', 'base_model', 'restore_from'),
@@ -42,14 +43,13 @@ ELSEWHERE = {
                     ['val_fraction=X', 'prepare the data with --val_fraction=X']),
     **dict.fromkeys(('val_file', 'validation_file', 'test_file', 'eval_file'),
                     ['val_input=PATH', 'prepare the data with --val_input=PATH']),
-    **dict.fromkeys(('greedy', 'do_sample'), ['temperature=0']),
     **dict.fromkeys(('num_return_sequences', 'n'), ['num_samples=N']),
     **dict.fromkeys(('early_stopping', 'early_stopping_patience'), ['patience=N']),
     **dict.fromkeys(('warmup_steps', 'warmup_ratio'), ['warmup_iters=N']),
     **dict.fromkeys(('devices', 'num_gpus', 'world_size'), ['start it by torchrun --nproc_per_node=N']),
     **dict.fromkeys(('lora_r', 'peft', 'use_lora'), ['lora_rank=16']),
     'lr': ['learning_rate=X'], 'steps': ['max_iters=N'], 'max_steps': ['max_iters=N'],
-    'epochs': ['num_epochs=N'], 'lr_scheduler_type': ['decay_lr=False'], 'precision': ['dtype=NAME'],
+    'epochs': ['num_epochs=N'], 'precision': ['dtype=NAME'], 'greedy': ['temperature=0'],
     'save_total_limit': ['keep_checkpoints=False'], 'train_file': ['dataset=NAME', 'input=PATH'],
     'gradient_checkpointing': ['plan=recompute'], 'fp16': ['dtype=float16'], 'bf16': ['dtype=bfloat16'],
     'target_modules': ['lora_targets=NAMES'], 'report_to': ['wandb_log=True'], 'prompt': ['start=TEXT'],
@@ -205,12 +205,13 @@ def check_key(key: str, defaults: dict, where: str) -> None:
     if key not in defaults:
         hints = ELSEWHERE.get(key, [])
         known = [hint for hint in hints if hint.partition('=')[0] in defaults]
-        words = [hint for hint in hints if ' ' in hint.partition('=')[0]]
-        near = [] if key in ELSEWHERE else difflib.get_close_matches(key, defaults, n=1, cutoff=0.75)
+        words = [hint for hint in hints if ' ' in hint.partition('=')[0] and 'sample_interval' in defaults]
+        near = (difflib.get_close_matches(key, defaults, n=1, cutoff=0.75)
+                or [name for name in defaults if key in name.split('_') and len(key) > 2])
         in_file = where.endswith('.py')
         hint = (f"here it is {known[0].partition('=')[0]}" if known and in_file
                 else f"type --{known[0]}" if known else words[0] if words
-                else f"did you mean {near[0]}?" if near else "--help lists every option")
+                else f"did you mean {', '.join(near)}?" if near else "--help lists every option")
         if in_file:
             hint = f"a variable of the file's own begins with _, as _{key}; {hint}"
         raise ValueError(f"unknown option {key!r} {where}; {hint}")
@@ -335,13 +336,16 @@ def report(kind, error, trace) -> None:
         time.sleep(3) # if other processes fail too, torchrun ends this one before it prints
     text = str(error)
     if full:
-        known = [name for _, name, _, _ in read_options(sys.argv[0])[1]]
+        known = []
+        with contextlib.suppress(OSError, SyntaxError): # no script, as of python -c
+            known = [name for _, name, _, _ in read_options(sys.argv[0])[1]]
         less = [name for name in ('num_samples', 'max_new_tokens', 'batch_size', 'block_size')
                 if name in known]
         ways = [f"type a smaller --{' or --'.join(less)}"] if less else []
         if 'device' in known and kind is not MemoryError and 'CPUAllocator' not in text:
             ways.append("type --device=cpu")
-        text = f"out of memory ({text}); {', or '.join([*ways, 'take a smaller model'])}"
+        ways.append('take a smaller model' if 'init_from' in known else 'end other programs')
+        text = f"out of memory ({text}); {', or '.join(ways)}"
     elif isinstance(error, OSError) and error.filename is not None: # the system's own words
         text = f"cannot use {error.filename} ({error.strerror}); type another path, or mend that one"
     if kind is ModuleNotFoundError:

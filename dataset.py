@@ -36,17 +36,20 @@ class Split:
 
     def __init__(self, folder: str, name: str, block_size: int, vocab_size: int, seed: int = 0):
         self.path = os.path.join(folder, f'{name}.bin')
-        self.tokens = open_tokens(self.path, block_size)
-        self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, block_size + 1) # a view of each
-        self.mask = open_mask(os.path.join(folder, f'{name}_mask.bin'), len(self.tokens))
-        self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
+        self.tokens = open_tokens(self.path)
         self.n_tokens = len(self.tokens)
-        self.epoch_order = functools.lru_cache(maxsize=2)(epoch_order) # a cache per split
-        self.targets = self.n_tokens - 1 # all tokens but the first, which has none before it
+        self.mask = open_mask(os.path.join(folder, f'{name}_mask.bin'), self.n_tokens)
         self.items = None if self.mask is None else pack_items(self.mask, block_size)
-        self.windows = -(-self.targets // block_size) # per epoch; the last may be short
-        if self.items is not None:
-            self.windows = len(self.items)
+        check_enough(self.path, self.n_tokens, block_size if self.items is None else 1)
+        if self.n_tokens <= block_size: # fill up the only window of items
+            more = 0, block_size + 1 - self.n_tokens
+            self.tokens, self.mask = np.pad(self.tokens, more), np.pad(self.mask, more)
+        self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, block_size + 1) # a view of each
+        self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
+        self.epoch_order = functools.lru_cache(maxsize=2)(epoch_order) # a cache per split
+        self.targets = len(self.tokens) - 1 # all tokens but the first, which has none before it
+        # per epoch; the last may be short
+        self.windows = -(-self.targets // block_size) if self.items is None else len(self.items)
         self.check_ids(self.tokens[:2**28]) # takes less than a second; `batch` checks the rest
 
     def check_ids(self, ids) -> None:
@@ -86,9 +89,10 @@ class Split:
 
     def mark(self) -> str:
         """ a fingerprint of the data: the number of tokens, and a checksum of the first and last ones """
-        arrays = [array for array in (self.tokens, self.mask) if array is not None]
+        arrays = [array[:self.n_tokens] for array in (self.tokens, self.mask) if array is not None]
         ends = [end for array in arrays for end in (array[:2**20], array[-2**20:])]
-        return f'{self.n_tokens}:{zlib.crc32(np.concatenate(ends)):08x}'
+        packed = '' if self.items is None else ':items'
+        return f'{self.n_tokens}:{zlib.crc32(np.concatenate(ends)):08x}{packed}'
 
     def describe_epochs(self, windows: float) -> str:
         epochs = windows / self.windows
@@ -196,15 +200,16 @@ class Mix(Split):
         return sum(split.count(its) for split, _, its in self.by_split(windows))
 
 def item_ends(mask: np.ndarray) -> list[int]:
-    """ where a mask's items end; the whole is one if it marks none """
-    return [*(np.flatnonzero(mask[:-1] == ENDS_ITEM) + 1).tolist(), len(mask)]
+    """ where the items that a mask marks end, the last at its own end """
+    ends = (np.flatnonzero(mask == ENDS_ITEM) + 1).tolist()
+    return ends if not ends or ends[-1] == len(mask) else [*ends, len(mask)]
 
 def pack_items(mask: np.ndarray, block_size: int) -> np.ndarray | None:
     """ windows (n, 2), starts and lengths, of as many whole items as fit, in their order; None if the mask
-    separates no items. A longer item fills windows, and what is left of it is in one with the items after it.
+    marks no items. A longer item fills windows, and what is left of it is in one with the items after it.
     """
     ends = item_ends(mask)
-    if len(ends) == 1:
+    if not ends:
         return None
     windows, start = [], 0
     while start < len(mask) - 1:
@@ -267,8 +272,8 @@ def how_to_make(folder: str) -> str:
     return (f"type --dataset=NAME with one of {', '.join(known)}, or make it by python "
             f"{script('data/custom/prepare.py')} --input=PATH --name={quote(name)}")
 
-def open_tokens(path: str, block_size: int) -> np.ndarray:
-    """ the file as a memory-mapped uint16 array; raises OSError or ValueError if it is not a usable split """
+def open_tokens(path: str) -> np.ndarray:
+    """ the file as a memory-mapped uint16 array; raises OSError or ValueError if it is not a split """
     folder = shorten(os.path.dirname(path))
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no {shorten(path)}; {how_to_make(os.path.dirname(path))}")
@@ -279,12 +284,15 @@ def open_tokens(path: str, block_size: int) -> np.ndarray:
         raise ValueError(f"{shorten(path)} is empty; {again}")
     if size % 2:
         raise ValueError(f"{shorten(path)} has {size} bytes, an odd number, but a token takes two; {again}")
-    if size // 2 <= block_size:
+    return np.asarray(np.memmap(path, dtype='<u2', mode='r')) # a plain array slices faster than a memmap
+
+def check_enough(path: str, n_tokens: int, block_size: int) -> None:
+    """ raise ValueError if a window does not fit into a split """
+    if n_tokens <= block_size:
         both = (os.path.join(os.path.dirname(path), f'{name}.bin') for name in ('train', 'val'))
         least = min(map(os.path.getsize, filter(os.path.exists, both)))
-        raise ValueError(f"{shorten(path)} has {size // 2} tokens, too few for block_size = {block_size}; "
+        raise ValueError(f"{shorten(path)} has {n_tokens} tokens, too few for block_size = {block_size}; "
                          f"type --block_size={max(1, least // 4)}, or add text")
-    return np.asarray(np.memmap(path, dtype='<u2', mode='r')) # a plain array slices faster than a memmap
 
 def open_mask(path: str, n_tokens: int) -> np.ndarray | None:
     """ which tokens are targets, one byte per token; None for all; raises ValueError for a wrong size """

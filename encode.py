@@ -2,8 +2,10 @@
 Encodes text of any size into a file of token ids, with one process per core.
 
 The text is split into jobs of about a million characters, at most two per process at a time, so memory use
-does not grow with the text. GPT-2's ids are exactly those of each document encoded as a whole.
+does not grow with the text, except by some bytes a document. GPT-2's ids are exactly those of each document
+encoded as a whole.
 """
+import array
 import collections
 import concurrent.futures
 import contextlib
@@ -38,7 +40,8 @@ def write_tokens(path: str, documents, tokenizer, workers: int = 0, allow_specia
             ids = np.frombuffer(written, '<u2')
             ends.append(n + 1 + np.flatnonzero(ids == tokenizer.eot))
             n += len(ids)
-    return np.concatenate(ends)
+    ends = np.concatenate(ends)
+    return ends[np.append(np.diff(ends) > 1, True)[:len(ends)]] # one that is empty belongs to that before it
 
 def cut_jobs(documents, tokenizer):
     """ yield jobs: lists of pieces of text, None where a document ends, of JOB characters or a few more """
@@ -166,7 +169,7 @@ def write_characters(parts: dict, known: list[str] | None = None) -> tuple[list[
 def write_code_points(path: str, documents, known: list[str] | None) -> np.ndarray:
     """ write the code points of all characters; return where each document ends; raises ValueError for a
     character not in `known`, if given """
-    allowed, ends = np.full(0x110000, known is None), []
+    allowed, ends = np.full(0x110000, known is None), array.array('q')
     allowed[[ord(char) for char in known or []]] = True
     with open(path, 'wb') as file:
         for place, blocks in documents:

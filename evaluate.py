@@ -107,7 +107,7 @@ def read_dataset(name, one):
         raise ValueError(f"{one.name} names no dataset; type --dataset=NAME, or --file=PATH of a text")
     folders, most = find_datasets(name), limit or None
     paths = [os.path.join(folder, f'{split}.bin') for folder in folders]
-    ids = [open_tokens(path, 1) for path in paths]
+    ids = [open_tokens(path) for path in paths]
     masks = [open_mask(os.path.join(folder, f'{split}_mask.bin'), len(its))
              for folder, its in zip(folders, ids)]
     texts, n = [], one.tokenizer.n_vocab

@@ -54,18 +54,14 @@ def read_turns(item: dict) -> list[tuple[str, str, str]]:
     The system and user messages before an assistant turn, joined by a blank line, are its instruction; those
     after the last turn are dropped. Raises ValueError for other items; the caller prefixes the item's place.
     """
-    talk = next((name for name in TALKS if name in item), None)
+    talk = next((name for name in TALKS if item.get(name) is not None), None)
     if talk is None:
-        system, instruction, input, output = (
-            next((item[name] for name in names if item.get(name) is not None), default)
-            for names, default in zip(NAMES.values(), ('', None, '', None)))
-        if not all(isinstance(part, str) for part in (system, instruction, input, output)):
+        system, instruction, input, output = (read_part(item, names) for names in NAMES.values())
+        if instruction is None or output is None:
             raise ValueError(f"has the fields {', '.join(item)}; expected text in instruction and output, "
                              "and perhaps in input, or else messages")
-        if not instruction.strip():
-            raise ValueError("has a blank instruction; expected a text to answer; write one, or take the "
-                             "item out")
-        return [(f'{system}\n\n{instruction}' if system.strip() else instruction, input, output)]
+        instruction = f'{system}\n\n{instruction}' if (system or '').strip() else instruction
+        return check_asked([(instruction, input or '', output)])
     messages, turns, said = item[talk], [], []
     for role, content in map(read_message, messages if isinstance(messages, list) else [messages]):
         if role != 'assistant':
@@ -77,6 +73,20 @@ def read_turns(item: dict) -> list[tuple[str, str, str]]:
             raise ValueError("has an assistant turn that follows nothing; expected one of user before it")
     if not turns:
         raise ValueError(f"has no assistant turn in its {talk}; expected an answer to learn from")
+    return check_asked(turns)
+
+def read_part(item: dict, names: tuple[str, ...]) -> str | None:
+    """ the first of these fields that is there, or None; raises ValueError if it is no text """
+    name = next((name for name in names if item.get(name) is not None), None)
+    if name and not isinstance(item[name], str):
+        raise ValueError(f"has {str(item[name])[:80]} as its {name}; expected text")
+    return item.get(name)
+
+def check_asked(turns: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """ the same turns; raises ValueError if one answers nothing """
+    if not all(instruction.strip() for instruction, *_ in turns):
+        raise ValueError("has a blank instruction; expected a text to answer; write one, or take the "
+                         "item out")
     return turns
 
 def read_message(message) -> tuple[str, str]:

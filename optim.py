@@ -45,7 +45,7 @@ def doubts(config: dict, max_iters: int, warmup_iters: int, epochs: float) -> st
     if config['init_from'] not in ('scratch', 'resume') and epochs > 100 and not config['num_epochs']:
         lines.append(f"{max_iters:,} iterations are {epochs:,.0f} epochs, and a finetuning takes 3 to 20; "
                      "type config/finetune/gpt2_small.py before the other options, or --num_epochs=5")
-    if config['decay_lr'] and warmup_iters >= max_iters:
+    if config['decay_lr'] and warmup_iters >= max_iters > 0:
         most = get_lr(max_iters - 1, config['learning_rate'], 0.0, warmup_iters, warmup_iters + 1)
         lines.append(f"the learning rate warms up for {warmup_iters:,} iterations, of which this run has "
                      f"{max_iters:,}: it reaches {most:.1e}; type --warmup_iters with less")

@@ -18,7 +18,6 @@ from dataset import DATA, read_text, shorten
 
 FILES = ('train.bin', 'val.bin', 'meta.pkl', 'template.txt', 'train_mask.bin', 'val_mask.bin')
 
-GOLDEN = (5**0.5 - 1) / 2
 BLOCK = 2**20 # tokens at a time
 
 FULL = errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC) # the disk, or what a user may take of it
@@ -88,8 +87,12 @@ def write_meta(folder: str, chars: list[str]) -> None:
     with open(os.path.join(folder, 'meta.pkl'), 'wb') as file:
         pickle.dump(meta, file)
 
-def claim(name: str, own: str, val_fraction: float) -> str:
-    """ the folder for a dataset made by data/OWN/prepare.py; raises ValueError for a bad name or fraction """
+def claim(name: str, own: str, val_fraction: float, input: str, val_input: str) -> str:
+    """ the folder for a dataset made by data/OWN/prepare.py; raises ValueError for a bad name or fraction, or
+    for one input twice """
+    if val_input and os.path.realpath(val_input) == os.path.realpath(input):
+        raise ValueError(f"val_input is {val_input}, as input is; type --val_input=ANOTHER, or leave it out "
+                         "to validate on a part of input")
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}; type a share between 0 and 1, such as "
                          "--val_fraction=0.1")
@@ -99,20 +102,32 @@ def claim(name: str, own: str, val_fraction: float) -> str:
         raise ValueError(f"data/{name} is a dataset of the project's own; type another --name")
     return os.path.join(DATA, name)
 
-def choose(ends: np.ndarray, fraction: float, whole: bool = False) -> tuple[np.ndarray, int]:
-    """ what to validate on: pieces (n, 2) of a text, as starts and ends in tokens, and how many documents
+def choose(ends: np.ndarray, fraction: float, whole: bool = False) -> np.ndarray:
+    """ what to validate on: pieces (n, 2) of a text, as starts and ends in tokens; `ends` is where its
+    documents end
 
-    `ends` is where its documents end. They are taken from all parts of it, as evenly as multiples of the
-    golden ratio fall; where such documents, being few or uneven, are not about this share of the text, its
-    end is taken, of `whole` documents or not (then the number is 0).
+    One document is drawn of each stretch of 1 / fraction of them, the same at every call. Where these, being
+    few or uneven, are not about this share of the text, its end is taken, of `whole` documents or not.
     """
-    starts, n = np.concatenate([[0], ends[:-1]]), int(ends[-1])
-    chosen = np.arange(1, len(ends) + 1) * GOLDEN % 1 < fraction
-    share = (ends - starts)[chosen].sum() / n
+    n, rng = int(ends[-1]), np.random.default_rng(0)
+    stretches = np.arange(int(np.ceil(len(ends) * fraction)))
+    drawn = np.unique(((stretches + rng.random(len(stretches))) / fraction).astype(np.int64))
+    drawn = drawn[drawn < len(ends)]
+    pieces = np.stack([np.where(drawn > 0, ends[drawn - 1], 0), ends[drawn]], axis=1)
+    share = np.diff(pieces).sum() / n
     if len(ends) > 1 and fraction / 2 <= share <= min(2 * fraction, (1 + fraction) / 2):
-        return np.stack([starts, ends], axis=1)[chosen], int(chosen.sum())
+        return pieces
     last = max(1, int(len(ends) * fraction))
-    return np.array([[starts[-last] if whole else n - int(n * fraction), n]]), last if whole else 0
+    start = (ends[-last - 1] if last < len(ends) else 0) if whole else n - int(n * fraction)
+    return np.array([[start, n]])
+
+def tell_place(pieces: np.ndarray, ends: np.ndarray) -> str:
+    """ of what documents the pieces are, for a line about a text that has several """
+    if len(ends) == 1:
+        return ''
+    if len(pieces) == 1 and pieces[0, 1] == ends[-1]:
+        return ', its end'
+    return f", {len(pieces):,} document{'s' if len(pieces) > 1 else ''} from all parts of it"
 
 def split_off(folder: str, stem: str, pieces: np.ndarray, dtype: str) -> None:
     """ move the `pieces` that `choose` returns from trainSTEM to valSTEM, a block at a time """

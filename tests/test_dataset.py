@@ -243,6 +243,16 @@ def test_every_answer_is_a_target_once_an_epoch_after_as_much_of_its_item_as_fit
             assert start <= its or size > block_size + 1
     assert sorted(seen) == np.flatnonzero(data.mask).tolist() and data.count(data.items) == len(seen)
 
+def test_items_may_be_fewer_than_a_window_holds(tmp_path):
+    data = make_split(tmp_path, make_items(tmp_path, [3, 4]), 20)
+    assert data.items.tolist() == [[0, 6]] and data.n_tokens == 7 and data.mark().endswith(':items')
+    x, y = data.batch(data.training_windows(5, 3))
+    assert x[:, :7].tolist() == [list(range(7))] * 3 and y.tolist() == [[1, 2, -1, 4, 5, 6] + [-1] * 14] * 3
+    assert data.count(data.items) == 5 == next(data.evaluation_parts(9))[2]
+    (tmp_path / 'train_mask.bin').unlink()
+    with pytest.raises(ValueError, match='7 tokens, too few for block_size = 20'):
+        make_split(tmp_path, 7, 20)
+
 def test_a_mask_of_another_length_is_an_error(tmp_path):
     make_mask(tmp_path, 6, hidden=lambda i: False)
     with pytest.raises(ValueError, match='6 bytes for 7 tokens'):

@@ -152,14 +152,16 @@ def test_models_of_different_tokens_are_compared_by_bits_per_byte(results, chars
     assert difference == {'model': 'difference', 'bits/byte': pytest.approx(ours['bits/byte'] - base['bits/byte'])}
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-def test_weights_in_half_precision_change_no_digit_of_what_autocast_computes(results, chars, tmp_path, dtype):
-    model, path = chars
+def test_weights_in_half_precision_change_no_digit_of_what_autocast_computes(results, chars, tmp_path, monkeypatch, dtype):
+    (model, path), seen, hidden_of = chars, set(), GPT.hidden
+    monkeypatch.setattr(GPT, 'hidden', lambda self, x: seen.add(self.transformer.h[1].mlp.c_fc.weight.dtype) or hidden_of(self, x))
     (tmp_path / 'text.txt').write_text(TEXT[:15], encoding='utf-8')
     ids = CharTokenizer(CHARS).encode(TEXT[:15])
     with torch.no_grad(), torch.autocast('cpu', getattr(torch, dtype)):
         hidden = model.hidden(torch.tensor([ids[:-1]]))
     nats = F.cross_entropy(model.lm_head(hidden.float())[0], torch.tensor(ids[1:]), reduction='none').double().mean().item()
     figures, = results(f'--out_dir={path}', f"--file={tmp_path / 'text.txt'}", '--device=cpu', '--base=none', f'--dtype={dtype}')
+    assert getattr(torch, dtype) in seen
     exact, = results(f'--out_dir={path}', f"--file={tmp_path / 'text.txt'}", *CPU)
     assert figures['nats/token'] == pytest.approx(nats, abs=1e-9) != exact['nats/token']
 

@@ -47,7 +47,7 @@ def test_turns_of_a_conversation_are_told_apart():
     ({'system_prompt': 'Be brief.', 'question': 'Capital?', 'response': 'Paris.'}, ('Be brief.\n\nCapital?', '', 'Paris.')),
     ({'system_prompt': ' ', 'query': 'Capital?', 'response': 'Paris.'}, ('Capital?', '', 'Paris.')),
     ({'prompt': 'all of it', 'instruction': 'Capital?', 'answer': 'no', 'output': 'Paris.'}, ('Capital?', '', 'Paris.')),
-    ({'instruction': None, 'prompt': 'Capital?', 'output': 'Paris.', 'messages_id': 3}, ('Capital?', '', 'Paris.'))])
+    ({'instruction': None, 'prompt': 'Capital?', 'output': 'Paris.', 'messages': None}, ('Capital?', '', 'Paris.'))])
 def test_an_item_may_have_the_names_of_other_datasets(item, turn):
     assert read_turns(item) == [turn]
 
@@ -66,7 +66,8 @@ BROKEN = [{}, {'instruction': 'a'}, {'instruction': 1, 'output': 'b'}, {'instruc
           {'messages': [message('tool', 'a'), message('assistant', 'b')]}, {'messages': [message('user', ['a'])]},
           {'messages': [message(['user'], 'a')]}, {'conversations': [{'from': 'observation', 'value': 'a'}]},
           {'conversations': [{'from': 'human', 'content': 'a'}]}, {'prompt': [message('user', 'a')], 'completion': 'b'},
-          {'prompt': 'a', 'answer': ['b']}, {'system': 3, 'question': 'a', 'answer': 'b'}]
+          {'prompt': 'a', 'answer': ['b']}, {'system': 3, 'question': 'a', 'answer': 'b'},
+          {'messages': [message('user', ' '), message('assistant', 'b')]}, {'prompt': 'a', 'context': ['b'], 'answer': 'c'}]
 
 @pytest.mark.parametrize('item', BROKEN, ids=str)
 def test_an_item_that_is_not_whole_is_refused(item):

@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import publish
 from advice import suiting
 from conftest import CHARS, TEXT
-from publish import choose, split_off
+from publish import choose, split_off, tell_place
 from tokenizer import BPETokenizer
 
 BPE = BPETokenizer()
@@ -86,8 +86,12 @@ def test_end_of_text_is_a_token_where_it_is_allowed(run, clone, tmp_path):
     (tmp_path / 'a.txt').write_text('one<|endoftext|>two ' * 10)
     run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=allowed', '--allow_special=True', '--val_fraction=0.5')
     ids = {split: read(clone / 'data' / 'allowed', split).tolist() for split in ('train', 'val')}
-    assert [its.count(50256) for its in ids.values()] == [6, 5] # documents of a token or two, every other one
+    assert sum(its.count(50256) for its in ids.values()) == 11 and min(its.count(50256) for its in ids.values()) >= 4
     assert ids['train'][-1] == ids['val'][-1] == 50256
+    (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps({'text': f'story {i}<|endoftext|>'}) for i in range(40)))
+    done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.jsonl'}", '--name=ended', '--allow_special=True')
+    assert '40 documents, ' in done.out and done.out.count('to validate on, 4 documents from all parts of it\n') == 1
+    assert BPE.decode(read(clone / 'data' / 'ended', 'val').tolist()).count('story') == 4 # none is a bare end
 
 def kinds(folder):
     """ how many rows of each kind are in each split """
@@ -98,12 +102,12 @@ def test_sorted_rows_are_validated_on_from_all_parts_or_on_a_file_of_their_own(r
     (tmp_path / 'sorted.csv').write_text('\n'.join(['text', *rows, '']))
     (tmp_path / 'other.txt').write_text('B row, and one more B row')
     done = run('data/custom/prepare.py', f"--input={tmp_path / 'sorted.csv'}", '--name=spread')
-    assert kinds(clone / 'data' / 'spread') == [{'A': 811, 'B': 89}, {'A': 89, 'B': 11}]
-    assert re.search(r'tokens to train on, [\d,]+ to validate on, in 100 documents from all parts of it\n', done.out)
+    assert kinds(clone / 'data' / 'spread') == [{'A': 810, 'B': 90}, {'A': 90, 'B': 10}]
+    assert re.search(r'tokens to train on, [\d,]+ to validate on, 100 documents from all parts of it\n', done.out)
     given = (f"--input={tmp_path / 'sorted.csv'}", f"--val_input={tmp_path / 'other.txt'}")
     done = run('data/custom/prepare.py', *given, '--name=given', '--val_fraction=0.5')
     assert kinds(clone / 'data' / 'given') == [{'A': 900, 'B': 100}, {'A': 0, 'B': 2}]
-    assert '1,001 documents, ' in done.out and done.out.count('from all parts') == 0
+    assert '1,001 documents, ' in done.out and f", all of {tmp_path / 'other.txt'}\n" in done.out
     run('data/custom/prepare.py', *given, '--name=given_char', '--tokenizer=char')
     itos = pickle.loads((clone / 'data' / 'given_char' / 'meta.pkl').read_bytes())['itos']
     split = {name: ''.join(itos[i] for i in read(clone / 'data' / 'given_char', name)) for name in ('train', 'val')}
@@ -113,18 +117,26 @@ def test_sorted_rows_are_validated_on_from_all_parts_or_on_a_file_of_their_own(r
         [*BPE.encode('B row, and one more B row'), 50256])
 
 def test_a_few_documents_or_one_that_is_most_of_them_are_validated_on_at_their_end():
-    def choose_of(lengths, *args, **options):
-        pieces, n = choose(np.cumsum(lengths), *args, **options)
-        return pieces.tolist(), n
-    assert choose_of([10] * 10, 0.1) == ([[40, 50]], 1)
-    assert choose_of([100], 0.1) == ([[90, 100]], 0)
-    assert choose_of([10, 10, 10], 0.1) == ([[27, 30]], 0)
-    assert choose_of([10, 10, 10], 0.1, whole=True) == ([[20, 30]], 1)
-    assert choose_of([10] * 4 + [1000] + [10] * 5, 0.1) == ([[981, 1090]], 0) # the fifth would be nearly all
-    assert choose_of([10] * 4 + [1] + [100] * 5, 0.1, whole=True) == ([[441, 541]], 1) # and here nearly nothing
-    pieces, n = choose(np.arange(1, 10**6 + 1), 0.1)
-    parts = [np.count_nonzero(pieces[:, 0] // 10**5 == i) for i in range(10)]
-    assert n == len(pieces) == sum(parts) and all(abs(part - 10**4) <= 2 for part in parts)
+    def choose_of(lengths, **options):
+        ends = np.cumsum(lengths)
+        pieces = choose(ends, 0.1, **options)
+        return pieces.tolist(), tell_place(pieces, ends)
+    assert choose_of([100]) == ([[90, 100]], '')
+    assert choose_of([10, 10, 10]) == ([[27, 30]], ', its end')
+    assert choose_of([10, 10, 10], whole=True) == ([[20, 30]], ', its end')
+    (piece,), told = choose_of([10] * 10)
+    assert np.diff(piece) == 10 and told == ', 1 document from all parts of it'
+    n = piece[0] // 10 # which one is drawn
+    assert choose_of([10] * n + [1000] + [10] * (9 - n)) == ([[981, 1090]], ', its end') # it would be nearly all
+    assert choose_of([100] * n + [1] + [100] * (9 - n), whole=True) == ([[801, 901]], ', its end') # and here nearly nothing
+
+@pytest.mark.parametrize('period', [8, 10, 21, 34, 50, 55, 89, 100])
+def test_kinds_that_take_turns_are_validated_on_as_random_rows_would_be(period):
+    pieces = choose(np.arange(1, 10**5 + 1), 0.1)
+    assert len(pieces) == 10**4 and (np.diff(pieces) == 1).all()
+    share = np.bincount(pieces[:, 0] % period, minlength=period) / (10**4 / period)
+    assert 0.6 < share.min() and share.max() < 1.4
+    assert all(len(part) == 10**3 for part in np.split(pieces, np.searchsorted(pieces[:, 0], range(10**4, 10**5, 10**4))))
 
 @settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(1, 9), min_size=2, max_size=40), fraction=st.floats(0.01, 0.99), block=st.integers(1, 20),
@@ -132,7 +144,7 @@ def test_a_few_documents_or_one_that_is_most_of_them_are_validated_on_at_their_e
 def test_what_is_validated_on_is_moved_and_the_rest_stays_in_order(tmp_path_factory, lengths, fraction, block, dtype):
     folder, ids = tmp_path_factory.mktemp('d'), np.arange(sum(lengths)).astype(dtype)
     ids.tofile(folder / 'train.bin')
-    pieces, _ = choose(np.cumsum(lengths), fraction)
+    pieces = choose(np.cumsum(lengths), fraction)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(publish, 'BLOCK', block)
         split_off(str(folder), '.bin', pieces, dtype)
@@ -161,10 +173,8 @@ def test_a_row_is_a_document(run, clone, tmp_path):
     (tmp_path / 'a.csv').write_text('id,body\n' + ''.join('7,"{}"\n'.format(row.replace('"', '""')) for row in rows * 4))
     for name in ('a.jsonl', 'a.csv'):
         done = run('data/custom/prepare.py', f'--input={tmp_path / name}', '--name=rows', '--text_field=body')
-        ids = [[*BPE.encode(row), 50256] for row in rows * 4]
-        assert read(clone / 'data' / 'rows', 'val').tolist() == ids[4] # the first whose multiple of 0.618 is below a tenth
-        assert read(clone / 'data' / 'rows', 'train').tolist() == sum(ids[:4] + ids[5:], [])
-        assert '12 documents, ' in done.out
+        assert whole(clone / 'data' / 'rows') == [i for row in rows * 4 for i in [*BPE.encode(row), 50256]]
+        assert '12 documents, ' in done.out and 'to validate on, its end\n' in done.out
 
 def test_it_tells_the_epochs_of_a_default_run_and_warns_of_little_text(run, clone, tmp_path):
     (tmp_path / 'a.txt').write_text('a' + ' a' * 199_998) # with end-of-text 200,000 tokens

@@ -44,11 +44,11 @@ def main():
     from dataset import shorten
     from documents import Documents
     from encode import write_characters, write_tokens
-    from publish import choose, claim, publish, split_off, write_meta
+    from publish import choose, claim, publish, split_off, tell_place, write_meta
     from tokenizer import BPETokenizer
     if not input:
         raise ValueError("there is no input; type --input=PATH of a text file or of a folder of them")
-    folder = claim(name, 'custom', val_fraction)
+    folder = claim(name, 'custom', val_fraction, input, val_input)
     chars = None if tokenizer in ('gpt2', 'char') else known_characters()
     texts = [Documents(its, text_field, subset) for its in (input, val_input) if its]
     with publish(folder) as place:
@@ -59,14 +59,12 @@ def main():
         else:
             chars, ends = write_characters(parts, chars)
             write_meta(place, chars)
-        n, n_chosen = sum(int(its[-1]) for its in ends), 0
-        if val_input:
-            n_val = int(ends[1][-1])
-        else:
-            pieces, n_chosen = choose(ends[0], val_fraction)
-            n_val = int(np.diff(pieces).sum())
+        n = sum(int(its[-1]) for its in ends)
+        pieces = np.array([[ends[0][-1], n]]) if val_input else choose(ends[0], val_fraction)
+        n_val = int(np.diff(pieces).sum())
         if not 1 < n_val < n - 1: # a target needs a token before it
-            raise ValueError(f"{n} tokens are too few to keep {n_val} of them to validate on; add text")
+            kept = f'the {n_val} of {val_input}' if val_input else f'{val_fraction} of them'
+            raise ValueError(f"{n} tokens are too few to keep {kept} to validate on; add text")
         if not val_input:
             split_off(place, '.bin', pieces, '<u2')
     count, characters = sum(map(len, ends)), sum(its.characters for its in texts)
@@ -75,7 +73,7 @@ def main():
     if any(its.has_eot for its in texts) and tokenizer == 'gpt2' and not allow_special:
         print("warning: <|endoftext|> in the text was read as text; --allow_special=True reads it as the "
               "token that ends a document")
-    where = f", in {n_chosen:,} documents from all parts of it" if n_chosen else ''
+    where = f', all of {val_input}' if val_input else tell_place(pieces, ends[0])
     print(f"{shorten(folder)}: {n - n_val:,} tokens to train on, {n_val:,} to validate on{where}")
     config = f"config/{'train_shakespeare_char_cpu' if chars else 'finetune/gpt2_small'}.py"
     tell_run(config, name, n - n_val, n_val)

@@ -86,23 +86,22 @@ def write_items(place, text, source):
 signal.signal(signal.SIGTERM, signal.default_int_handler) # end as on Ctrl-C, leaving nothing behind
 if not input:
     raise ValueError("there is no input; type --input=PATH of a .jsonl, .json or .csv file, or of a folder")
-folder, text = claim(name, 'instruct', val_fraction), read_template()
+folder, text = claim(name, 'instruct', val_fraction, input, val_input), read_template()
 with publish(folder) as place:
     facts = [write_items(place, text, source) for source in (input, val_input) if source]
     lengths, counted, blank = np.concatenate(facts).T
     ends = np.cumsum(lengths)
-    if val_input:
-        pieces, n_val = np.array([[facts[0][:, 0].sum(), ends[-1]]]), len(facts[1])
-    else:
-        pieces, n_val = choose(ends, val_fraction, whole=True)
+    pieces = (np.array([[facts[0][:, 0].sum(), ends[-1]]]) if val_input
+              else choose(ends, val_fraction, whole=True))
     split_off(place, '.bin', pieces, '<u2')
     split_off(place, '_mask.bin', pieces, 'u1')
     with open(os.path.join(place, 'template.txt'), 'w', encoding='utf-8', newline='') as file:
         file.write(text)
-n, n_val_tokens = ends[-1], np.diff(pieces).sum()
+n, n_val = ends[-1], np.diff(pieces).sum() # tokens
+val_items = np.diff(np.searchsorted(ends, pieces, side='right')).sum()
 print(f"{len(lengths):,} items, {n:,} tokens, of which {counted.sum() / n:.1%} are answers and count")
-print(f"{shorten(folder)}: {len(lengths) - n_val:,} items of {n - n_val_tokens:,} tokens to train on, "
-      f"{n_val:,} of {n_val_tokens:,} to validate on")
+print(f"{shorten(folder)}: {len(lengths) - val_items:,} items of {n - n_val:,} tokens to train on, "
+      f"{val_items:,} of {n_val:,} to validate on")
 print(f"the longest item has {lengths.max():,} tokens")
 n_long = np.count_nonzero(lengths > LONGEST)
 if n_long:
@@ -111,4 +110,4 @@ if n_long:
 if blank.any():
     print(f"warning: items with a blank answer: {blank.sum():,}; the model learns from them to say nothing; "
           "write one, or leave them out")
-tell_run('config/finetune/gpt2_small.py', name, int(n - n_val_tokens), int(n_val_tokens))
+tell_run('config/finetune/gpt2_small.py', name, int(n - n_val), int(n_val), int(lengths.max()))
