@@ -292,6 +292,7 @@ CASES = [ # script, options, part of what is said
     ('data/custom/prepare.py', '--input={root}/comma.csv', 'has 3 fields, but the header has 2'),
     ('data/custom/prepare.py', '--val_fraction=1.5', 'between 0 and 1'),
     ('data/custom/prepare.py', '--val_input={root}/nothing', 'there is no text in'),
+    ('data/custom/prepare.py', '--input={root}/text.txt --val_input={root}/./text.txt', 'as input is; type --val_input=ANOTHER'),
     ('data/instruct/prepare.py', '--val_input={root}/void.txt', 'has no items; expected one or more'),
     ('data/instruct/prepare.py', '--val_input={root}/unanswered.jsonl', 'has the fields instruction'),
     ('train.py', '--val_set_size=0.1', 'prepare the data with --val_fraction=X'),

@@ -244,3 +244,11 @@ def test_few_items_are_given_a_run_that_fits_them(run, tmp_path):
     shape = ('--init_from=scratch', '--n_layer=1', '--n_head=1', '--n_embd=8', '--device=cpu', '--compile=False', '--lora_rank=0')
     out = run(*command, *shape, f"--out_dir={tmp_path / 'out'}").out
     assert out.count('step ') > 3 # several evaluations, so that patience can count them
+
+def test_a_command_for_items_counts_their_windows_and_cuts_none(run, tmp_path):
+    long = [{'instruction': f'Count to {i}.', 'output': ' a' * 600} for i in range(40)]
+    (tmp_path / 'short.json').write_text(json.dumps(ITEMS[1:2]))
+    for options, windows in (((), 36), ((f"--val_input={tmp_path / 'short.json'}",), 40)): # one in each window
+        out = prepare(run, tmp_path, '--name=long', *options, items=long).out
+        assert f' --eval_interval={windows // 8} ' in out
+        assert '--block_size' not in out and f'makes at most 10.0 epochs of them, in {10 * windows // 4} iterations' in out
