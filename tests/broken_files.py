@@ -124,7 +124,7 @@ FILES = { # a name, and what is in the file
     'unanswered.jsonl': '{"instruction": "a"}\n' * 2, 'role.jsonl': '{"messages": [{"role": "tool", "content": "a"}]}',
     'answers.jsonl': '{"messages": [{"role": "assistant", "content": "a"}]}',
     'export/mine.txt': 'mine', 'columns/log.csv': 'a,b\n1,2\n', 'words/log.csv': 'iter,loss,train_loss,val_loss\nx,y,,\n',
-    'binary/log.csv': bytes(range(256)), 'void/log.csv': '',
+    'binary/log.csv': bytes(range(256)), 'void/log.csv': '', 'rows.JSON': '[]',
     'long/log.csv': 'iter,loss,train_loss,val_loss\n"' + 'x' * 140_000 + '",,,\n',
     'peft/adapter_config.json': '{}', 'peft/adapter_model.safetensors': '', 'hf/model.safetensors': '', 'hf/config.json': '{}',
     'drawn/log.csv': 'iter,loss,train_loss,val_loss\n0,4.5,4.5,4.5\n', 'drawn/loss.png/taken': ''}

@@ -143,6 +143,13 @@ def test_arguments_apply_from_left_to_right(tmp_path):
     assert call(tmp_path, 'print(size, rate)', '--size=2', 'c.py', '--rate=3').stdout == '5 3.0\n'
     assert call(tmp_path, 'print(size, rate)', 'c.py', '--size=2').stdout == '2 2.5\n'
 
+def test_the_options_typed_are_told_by_one_of_a_run_s_processes(monkeypatch, capsys):
+    for rank, told in (('0', 'batch_size = 4\n'), ('1', '')):
+        monkeypatch.setenv('RANK', rank)
+        monkeypatch.setattr(sys, 'excepthook', sys.excepthook) # configure sets it
+        configure(dict(DEFAULTS), ['--batch_size=4'])
+        assert capsys.readouterr().err == told
+
 def test_a_resumed_run_s_options_come_before_those_of_a_config_and_the_command_line(tmp_path):
     (tmp_path / 'c.py').write_text('size = size + 1')
     (tmp_path / 'config.json').write_text('{"size": 9, "rate": 2, "init_from": "gpt2", "other": [], "given": {"size": 5}}')

@@ -70,6 +70,8 @@ def test_bfloat16_on_a_gpu_that_only_emulates_it_is_warned_of(monkeypatch, capsy
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: including_emulation or not emulated)
     assert device.pick_dtype(dtype, name) == dtype
     assert ('type --dtype=float16' in capsys.readouterr().err) == warned
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    assert device.pick_dtype(dtype, name) == dtype and not capsys.readouterr().err # told once a machine
 
 def test_a_mac_s_gpu_takes_no_more_than_the_ram_that_is_free(monkeypatch):
     monkeypatch.setattr(torch.mps, 'recommended_max_memory', lambda: 5 * 2**30)

@@ -78,6 +78,9 @@ def test_csv_with_other_separators_is_read_too(tmp_path, comma):
 
 BROKEN = [('a.jsonl', '{"text": "a"}\n{"text": "b"', 'line 2 is not JSON'), ('a.jsonl', '[1]', 'line 1 is no JSON object'),
           ('a.jsonl', '\n{"body": "a", "n": 1}', "line 2 has no field 'text'; its fields are body, n; type --text_field"),
+          ('a.jsonl', '{"prompt": "a"}', 'type --text_field=NAME with one of these$'),
+          ('a.jsonl', '{"query": "a", "answer": "b"}', 'these, or run data/instruct/prepare.py'),
+          ('a.jsonl', '{"conversations": []}', 'these, or run data/instruct/prepare.py'),
           ('a.jsonl', '{"text": null}', 'line 1 has None as its text'), ('a.jsonl', '[' * 10**5, 'line 1 is not JSON'),
           ('a.json', '{"text": "a"}\n{"text": "b"}', 'a.json is not one JSON value .* to end in .jsonl if'),
           ('a.json', '{"text": "a"}', 'a.json is no list of objects'), ('a.json', '["a"]', 'a.json is no list of objects'),
@@ -167,12 +170,18 @@ def test_a_dataset_of_the_hub_is_streamed(monkeypatch):
     with pytest.raises(OSError, match=r'cannot read the dataset owner/name \(ConnectionError: gone\)'):
         next(rows)
 
+def test_a_path_may_begin_in_the_home_of_the_user(tmp_path, monkeypatch):
+    (tmp_path / 'a.txt').write_text('one')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('USERPROFILE', str(tmp_path)) # Windows'
+    assert texts(os.path.join('~', 'a.txt')) == ['one']
+
 def test_what_is_nowhere_is_told_so(monkeypatch):
     monkeypatch.setattr(documents.importlib.util, 'find_spec', lambda name: None)
     for name in ('owner/name', 'name'):
         with pytest.raises(FileNotFoundError, match='there is no .*pip install datasets if it is'):
             Documents(name)
-    for name in ('texts/a.txt', '/tmp/none/x', 'a.csv', '../name'):
+    for name in ('texts/a.txt', '/tmp/none/x', 'a.csv', 'a.json', '../name'):
         with pytest.raises(FileNotFoundError, match='of a folder of them$'):
             Documents(name)
 

@@ -165,10 +165,18 @@ def test_weights_in_half_precision_change_no_digit_of_what_autocast_computes(res
     exact, = results(f'--out_dir={path}', f"--file={tmp_path / 'text.txt'}", *CPU)
     assert figures['nats/token'] == pytest.approx(nats, abs=1e-9) != exact['nats/token']
 
+def test_that_a_text_is_scored_without_the_model_s_template_is_told(run, chars, tmp_path):
+    (tmp_path / 'text.txt').write_text(TEXT[:15])
+    torch.save({**torch.load(chars[1]), 'template': '{instruction}'}, tmp_path / 'ckpt.pt')
+    for path, told in ((tmp_path / 'ckpt.pt', True), (chars[1], False)):
+        out = run('evaluate.py', f'--out_dir={path}', f"--file={tmp_path / 'text.txt'}", *CPU).out
+        assert (', as plain text, without its template, in' in out) == told
+
 def test_a_script_that_runs_out_of_memory_names_options_of_its_own(run, chars, tmp_path):
-    for where, ways in (('CUDA out of memory', ', or type --device=cpu'), ("DefaultCPUAllocator: can't allocate memory", '')):
+    for kind, where, ways in (('torch.OutOfMemoryError', 'CUDA out of memory', ', or type --device=cpu'), ('MemoryError', 'no room', ''),
+                              ('torch.OutOfMemoryError', "DefaultCPUAllocator: can't allocate memory", '')):
         (tmp_path / 'full.py').write_text(
-            f'import torch, model\ndef _full(*args, **options):\n    raise torch.OutOfMemoryError("{where}")\nmodel.GPT.hidden = _full\n')
+            f'import torch, model\ndef _full(*args, **options):\n    raise {kind}("{where}")\nmodel.GPT.hidden = _full\n')
         for script, smaller in (('sample.py', '--num_samples or --max_new_tokens'), ('evaluate.py', '--batch_size or --block_size')):
             error = run(script, tmp_path / 'full.py', f'--out_dir={chars[1]}', '--device=cpu', status=2).err.splitlines()[-1]
             assert error == f'error: out of memory ({where}); type a smaller {smaller}{ways}, or take a smaller model'

@@ -46,7 +46,8 @@ def test_turns_of_a_conversation_are_told_apart():
     ({'question': 'Capital?', 'answer': 'Paris.'}, ('Capital?', '', 'Paris.')),
     ({'system_prompt': 'Be brief.', 'question': 'Capital?', 'response': 'Paris.'}, ('Be brief.\n\nCapital?', '', 'Paris.')),
     ({'system_prompt': ' ', 'query': 'Capital?', 'response': 'Paris.'}, ('Capital?', '', 'Paris.')),
-    ({'prompt': 'all of it', 'instruction': 'Capital?', 'answer': 'no', 'output': 'Paris.'}, ('Capital?', '', 'Paris.')),
+    ({'prompt': 'all', 'instruction': 'Capital?', 'context': 'no', 'input': 'France', 'answer': 'no', 'output': 'Paris.'},
+     ('Capital?', 'France', 'Paris.')),
     ({'instruction': None, 'prompt': 'Capital?', 'output': 'Paris.', 'messages': None}, ('Capital?', '', 'Paris.'))])
 def test_an_item_may_have_the_names_of_other_datasets(item, turn):
     assert read_turns(item) == [turn]
@@ -55,6 +56,8 @@ def test_a_conversation_of_sharegpt_is_one_of_messages():
     told = [('system', 'Be brief.'), ('human', 'Hi.'), ('gpt', 'Hello.'), ('human', 'Bye.'), ('gpt', 'So long.')]
     item = {'id': 'x', 'conversations': [{'from': who, 'value': text} for who, text in told]}
     assert read_turns(item) == [('Be brief.\n\nHi.', '', 'Hello.'), ('Bye.', '', 'So long.')]
+    with pytest.raises(ValueError, match='no assistant turn in its conversations'):
+        read_turns({'conversations': item['conversations'][:2]})
 
 def message(role, content):
     return {'role': role, 'content': content}

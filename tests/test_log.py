@@ -99,7 +99,7 @@ def test_what_the_disk_did_not_take_is_tried_again_at_the_end_of_a_run(tmp_path,
 
 def test_a_picture_is_drawn_in_a_notebook_whose_matplotlib_has_parts_that_ours_lacks(run, tmp_path):
     (tmp_path / 'log.csv').write_text('iter,loss,train_loss,val_loss\n0,4,4,4.5\n10,2,2,2.5\n')
-    run('plot.py', tmp_path, env={'MPLBACKEND': 'module://matplotlib_missing.backend_inline'})
+    run('plot.py', tmp_path, env={'MPLBACKEND': 'inline_missing'})
     assert (tmp_path / 'loss.png').read_bytes()[:4] == b'\x89PNG'
 
 def test_a_picture_tells_the_lowest_loss_and_leaves_out_a_row_that_was_cut(tmp_path, monkeypatch):

@@ -147,3 +147,9 @@ def test_an_adapter_that_goes_on_takes_the_dropout_that_is_typed_now():
     assert not model.draws
     lora.restrict(model, config | {'lora_dropout': 0.5})
     assert model.draws and all(linear.lora_dropout == 0.5 for linear in lora.layers(model))
+
+def test_an_adapter_that_goes_on_may_have_its_targets_named_in_another_way():
+    model, config = restricted(1)
+    lora.restrict(model, config | {'lora_targets': ' c_attn'})
+    with pytest.raises(ValueError, match='type --lora_targets=attn.c_attn'):
+        lora.restrict(model, config | {'lora_targets': 'c_proj'})

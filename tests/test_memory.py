@@ -330,7 +330,11 @@ def test_a_dry_run_tells_the_epoch_of_an_earlier_run_of_the_same_model_and_data(
 
 def test_what_is_told_of_a_plan_is_of_that_run():
     shape = memory.Shape(124_000_000, 12, 12, 768, 50257, 1024)
-    row = next(line for line in memory.table(shape, 1, 1, 80 * memory.GiB, {}).splitlines() if line.startswith('device'))
+    lines = memory.table(shape, 1, 1, 80 * memory.GiB, {'device': 90.0}).splitlines()
+    row = next(line for line in lines if line.startswith('device'))
+    assert ' 90 s ' in row and str(lines).count('unknown') == len(memory.PLANS) - 1
+    assert lines[-1] == '--plan=auto takes device, 1 sequence at a time' # and no RAM
+    assert 'no plan fits: recompute' in memory.table(shape, 1, 1, memory.GiB, {}, ('device', 'recompute')) # though offload would
     assert float(row.split()[2]) == pytest.approx(memory.peak('device', shape, 1, accumulates=False) / memory.GiB, abs=0.006)
     assert memory.choose('auto', shape, 8, 8, 80 * memory.GiB, learns=False) == ('device', 8)
     xl = memory.Shape(1_557_611_200, 48, 25, 1600, 50257, 1024) # 5.8 GiB of weights

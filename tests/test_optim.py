@@ -127,6 +127,8 @@ def test_a_run_that_can_hardly_be_meant_is_warned_of(train):
     assert long.startswith('\nwarning: 600,000 iterations are 94,612 epochs, and a finetuning takes 3 to 20; type config/')
     assert not any(doubts({**config, **other}, 600_000, 2000, 94_612.4) for other in (
         {'init_from': 'scratch'}, {'init_from': 'resume'}, {'num_epochs': 200.0}, {'eval_only': True}))
+    assert doubts(config, 300, 10, 101.0) and not doubts(config, 300, 10, 99.0)
+    assert 'warms up for 10 iterations, of which this run has 10: ' in doubts(config, 10, 10, 20.0)
     assert doubts(config, 11, 10, 20.0) == doubts({**config, 'decay_lr': False}, 10, 10, 20.0) == ''
     result = train('--max_iters=3', '--warmup_iters=200', '--learning_rate=1e-2')
     told = re.search(r'\nwarning: the learning rate warms up for 200 iterations, of which this run has 3: it reaches (\S+);', result.out)

@@ -100,21 +100,23 @@ def kinds(folder):
 def test_sorted_rows_are_validated_on_from_all_parts_or_on_a_file_of_their_own(run, clone, tmp_path):
     rows = [f'{kind} row {i}' for kind, n in (('A', 900), ('B', 100)) for i in range(n)]
     (tmp_path / 'sorted.csv').write_text('\n'.join(['text', *rows, '']))
-    (tmp_path / 'other.txt').write_text('B row, and one more B row')
+    other = 'B row, and one more<|endoftext|>B row'
+    (tmp_path / 'other.txt').write_text(other)
     done = run('data/custom/prepare.py', f"--input={tmp_path / 'sorted.csv'}", '--name=spread')
     assert kinds(clone / 'data' / 'spread') == [{'A': 810, 'B': 90}, {'A': 90, 'B': 10}]
     assert re.search(r'tokens to train on, [\d,]+ to validate on, 100 documents from all parts of it\n', done.out)
     given = (f"--input={tmp_path / 'sorted.csv'}", f"--val_input={tmp_path / 'other.txt'}")
     done = run('data/custom/prepare.py', *given, '--name=given', '--val_fraction=0.5')
     assert kinds(clone / 'data' / 'given') == [{'A': 900, 'B': 100}, {'A': 0, 'B': 2}]
-    assert '1,001 documents, ' in done.out and f", all of {tmp_path / 'other.txt'}\n" in done.out
+    n, its = len('\n'.join(['', *rows])) - len(rows) + len(other), [*BPE.encode(other), 50256]
+    assert f'1,001 documents, {n:,} characters, ' in done.out and '<|endoftext|> in the text was read as text' in done.out
+    assert f"to train on, {len(its)} to validate on, all of {tmp_path / 'other.txt'}\n" in done.out
     run('data/custom/prepare.py', *given, '--name=given_char', '--tokenizer=char')
     itos = pickle.loads((clone / 'data' / 'given_char' / 'meta.pkl').read_bytes())['itos']
     split = {name: ''.join(itos[i] for i in read(clone / 'data' / 'given_char', name)) for name in ('train', 'val')}
-    assert split == {'train': '\n'.join([*rows, '']), 'val': 'B row, and one more B row\n'} # 'n' is in the second alone
+    assert split == {'train': '\n'.join([*rows, '']), 'val': other + '\n'} # 'n' is in the second alone
     error = run('data/custom/prepare.py', f"--input={tmp_path / 'sorted.csv'}", '--val_input=none.csv', '--name=given', status=2).err
-    assert 'there is no none.csv; type the path of a file' in error and len(read(clone / 'data' / 'given', 'val')) == len(
-        [*BPE.encode('B row, and one more B row'), 50256])
+    assert 'there is no none.csv; type the path of a file' in error and read(clone / 'data' / 'given', 'val').tolist() == its
 
 def test_a_few_documents_or_one_that_is_most_of_them_are_validated_on_at_their_end():
     def choose_of(lengths, **options):
@@ -123,6 +125,7 @@ def test_a_few_documents_or_one_that_is_most_of_them_are_validated_on_at_their_e
         return pieces.tolist(), tell_place(pieces, ends)
     assert choose_of([100]) == ([[90, 100]], '')
     assert choose_of([10, 10, 10]) == ([[27, 30]], ', its end')
+    assert choose(np.array([10, 20]), 0.7).tolist() == [[6, 20]] # else both, and none to train on
     assert choose_of([10, 10, 10], whole=True) == ([[20, 30]], ', its end')
     (piece,), told = choose_of([10] * 10)
     assert np.diff(piece) == 10 and told == ', 1 document from all parts of it'
