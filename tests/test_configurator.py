@@ -120,6 +120,8 @@ def test_a_script_is_named_as_it_is_typed_from_here(tmp_path, monkeypatch):
 def test_a_missing_config_suggests_the_nearest(tmp_path):
     with pytest.raises(ValueError, match='did you mean .*config/finetune/gpt2_medium.py'):
         read('config/finetune_gpt2_medium.py')
+    with pytest.raises(ValueError, match='did you mean .*config/train_shakespeare_char.py'):
+        read('config/train_shakespeare.py')
     (tmp_path / 'binary.py').write_bytes(b'\xff\xfe\x00')
     with pytest.raises(ValueError, match='not text in UTF-8'):
         read(str(tmp_path / 'binary.py'))
