@@ -7,6 +7,7 @@ import glob
 import hashlib
 import os
 import pickle
+import re
 import shutil
 import socket
 import tempfile
@@ -59,9 +60,11 @@ def publish(folder: str):
 
 def clear(folder: str) -> None:
     """ remove the unfinished datasets of processes on this machine that are gone """
-    for place in glob.glob(os.path.join(glob.escape(folder), f'unfinished-{socket.gethostname()}-*')):
-        with contextlib.suppress(OSError, ValueError): # an unusual /proc, or another kind of name
-            if not psutil.pid_exists(int(place.split('-')[-2])):
+    ours = re.compile(rf'unfinished-{re.escape(socket.gethostname())}-(\d+)-\w+')
+    for place in glob.glob(os.path.join(glob.escape(folder), 'unfinished-*')):
+        mine = ours.fullmatch(os.path.basename(place))
+        with contextlib.suppress(OSError): # an unusual /proc
+            if mine and not psutil.pid_exists(int(mine[1])):
                 shutil.rmtree(place, ignore_errors=True)
 
 def write_dataset(folder: str, text: str, tokenizer, val_fraction: float = 0.1) -> None:

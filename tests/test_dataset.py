@@ -28,8 +28,10 @@ def test_what_a_killed_process_left_of_a_dataset_goes_the_next_time(tmp_path):
         os.kill(os.getpid(), 9)
     os.waitpid(child, 0)
     left, = (tmp_path / 'd').iterdir()
+    another = left.with_name(left.name.replace(f'-{child}-', f'-2-{child}-')) # of a host whose name only begins alike
+    another.mkdir()
     with publish(str(tmp_path / 'd')), publish(str(tmp_path / 'd')): # of two that are at work neither goes
-        assert not left.exists() and len(list((tmp_path / 'd').iterdir())) == 2
+        assert not left.exists() and another.exists() and len(list((tmp_path / 'd').iterdir())) == 3
 
 def test_other_data_have_another_mark(tmp_path):
     mark = make_split(tmp_path, 100, 8).mark()

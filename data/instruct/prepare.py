@@ -103,7 +103,7 @@ print(f"{len(lengths):,} items, {n:,} tokens, of which {counted.sum() / n:.1%} a
 print(f"{shorten(folder)}: {len(lengths) - val_items:,} items of {n - n_val:,} tokens to train on, "
       f"{val_items:,} of {n_val:,} to validate on")
 print(f"the longest item has {lengths.max():,} tokens")
-n_long = np.count_nonzero(lengths > LONGEST)
+n_long = np.count_nonzero(lengths > LONGEST + 1) # the last is only a target
 if n_long:
     print(f"warning: items longer than the {LONGEST:,} tokens that GPT-2 reads at once: {n_long:,}; it "
           "learns their ends without the question; shorten them or leave them out")
