@@ -60,8 +60,8 @@ def tell_run(config, name, n_train, n_val, longest=0):
     with_block = f" with --block_size={options['block_size']}" if fitting else ''
     print(f"a default run of {config}{with_block} makes {count_epochs(options, name)}")
     if fitting:
-        print(f"warning: {n_train:,} tokens to train on and {n_val:,} to validate on make sequences short, "
-              "and the loss of so few says little; add text, or validate on another share of it")
+        print(f"warning: {n_train:,} tokens to train on and {n_val:,} to validate on are few, and their loss "
+              "says little; add text, or validate on another share of it")
     suits = suiting(options, n_train, count_windows(options, name) if longest else 0)
     fitting |= suits
     if suits:

@@ -41,7 +41,8 @@ def write_tokens(path: str, documents, tokenizer, workers: int = 0, allow_specia
             ends.append(n + 1 + np.flatnonzero(ids == tokenizer.eot))
             n += len(ids)
     ends = np.concatenate(ends)
-    return ends[np.append(np.diff(ends) > 1, True)[:len(ends)]] # one that is empty belongs to that before it
+    ends = ends[np.append(np.diff(ends) > 1, True)[:len(ends)]] # one that is empty belongs to that before it
+    return ends[1:] if len(ends) > 1 and ends[0] == 1 else ends # or, if it is the first, to that after it
 
 def cut_jobs(documents, tokenizer):
     """ yield jobs: lists of pieces of text, None where a document ends, of JOB characters or a few more """

@@ -248,7 +248,7 @@ def measure(one):
         return {**figures, 'acc': acc, 'acc_norm': acc_norm, 'scores': -nats}
     nats, n, size = nats.sum(), int(n.sum()), int(size.sum())
     if not size:
-        more = f'--limit={limit + 1} or more' if limit else '--file or --dataset of a longer text'
+        more = f'--limit with more than {limit}' if limit else '--file or --dataset of a longer text'
         raise ValueError(f"there is nothing to score in {source}; type {more}")
     return {'context': one.T, 'stride': one.stride, 'tokens': n, 'bytes': size, 'nats/token': nats / n,
             'perplexity': (nats / n).exp(), 'bits/byte': nats / np.log(2) / size}

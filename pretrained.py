@@ -48,7 +48,7 @@ def config_of(source: str) -> GPTConfig:
 def find_hugging_face(source: str) -> tuple[str, str]:
     """ (directory or hub id, revision) that `source` names; raises FileNotFoundError if it can be neither """
     folder = os.path.dirname(source) or '.' if source.endswith('.safetensors') else source
-    if os.path.exists(os.path.join(folder, 'adapter_config.json')):
+    if os.path.exists(source) and os.path.exists(os.path.join(folder, 'adapter_config.json')):
         raise FileNotFoundError(f"{folder} holds an adapter of PEFT, which is not read here; merge it into "
                                 "its base there (merge_and_unload, save_pretrained), and type that folder")
     if os.path.isfile(source):

@@ -92,10 +92,11 @@ def write_meta(folder: str, chars: list[str]) -> None:
 
 def claim(name: str, own: str, val_fraction: float, input: str, val_input: str) -> str:
     """ the folder for a dataset made by data/OWN/prepare.py; raises ValueError for a bad name or fraction, or
-    for one input twice """
-    if val_input and os.path.realpath(val_input) == os.path.realpath(input):
-        raise ValueError(f"val_input is {val_input}, as input is; type --val_input=ANOTHER, or leave it out "
-                         "to validate on a part of input")
+    for a val_input that would be trained on, too """
+    paths = [os.path.realpath(os.path.expanduser(path)) + os.sep for path in (input, val_input)]
+    if val_input and (paths[0].startswith(paths[1]) or paths[1].startswith(paths[0])):
+        raise ValueError(f"of val_input, {val_input}, and input, {input}, one is in the other; move it out, "
+                         "or leave val_input out to validate on a part of input")
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}; type a share between 0 and 1, such as "
                          "--val_fraction=0.1")
@@ -130,7 +131,7 @@ def tell_place(pieces: np.ndarray, ends: np.ndarray) -> str:
         return ''
     if len(pieces) == 1 and pieces[0, 1] == ends[-1]:
         return ', its end'
-    return f", {len(pieces):,} document{'s' if len(pieces) > 1 else ''} from all parts of it"
+    return f", {len(pieces):,} documents from all parts of it" if len(pieces) > 1 else ', a document of it'
 
 def split_off(folder: str, stem: str, pieces: np.ndarray, dtype: str) -> None:
     """ move the `pieces` that `choose` returns from trainSTEM to valSTEM, a block at a time """

@@ -128,7 +128,7 @@ def test_a_few_documents_or_one_that_is_most_of_them_are_validated_on_at_their_e
     assert choose(np.array([10, 20]), 0.7).tolist() == [[6, 20]] # else both, and none to train on
     assert choose_of([10, 10, 10], whole=True) == ([[20, 30]], ', its end')
     (piece,), told = choose_of([10] * 10)
-    assert np.diff(piece) == 10 and told == ', 1 document from all parts of it'
+    assert np.diff(piece) == 10 and told == ', a document of it'
     n = piece[0] // 10 # which one is drawn
     assert choose_of([10] * n + [1000] + [10] * (9 - n)) == ([[981, 1090]], ', its end') # it would be nearly all
     assert choose_of([100] * n + [1] + [100] * (9 - n), whole=True) == ([[801, 901]], ', its end') # and here nearly nothing
@@ -207,9 +207,9 @@ def test_much_text_is_given_few_evaluations(n_train, more):
               '--num_epochs=10 --eval_interval=5 --patience=4\n')),
     (10_250, ('1,025 to validate on', 'in 25 iterations of 4,096 tokens', '--dataset=sized --out_dir=out-sized --lora_rank=8')),
     # a sequence of 1024 and the token after it are one more than there are; 18 windows of 512
-    (10_240, ('1,024 to validate on', 'gpt2_small.py with --block_size=512 makes 21.3 epochs', 'and 1,024 to validate on make sequences short',
+    (10_240, ('1,024 to validate on', 'gpt2_small.py with --block_size=512 makes 21.3 epochs', 'and 1,024 to validate on are few',
               'at most 10.0 epochs of them, in 45 iterations of 2,048 tokens', '--dataset=sized --out_dir=out-sized --block_size=512 --lora_rank=8')),
-    (21, ('2 to validate on', 'and 2 to validate on make sequences short', '--block_size=1 '))])
+    (21, ('2 to validate on', 'and 2 to validate on are few', '--block_size=1 '))])
 def test_little_text_is_given_a_run_that_fits_it(run, tmp_path, n, told):
     (tmp_path / 'a.txt').write_text('a' + ' a' * (n - 2))
     done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=sized')
