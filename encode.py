@@ -58,19 +58,21 @@ def cut_jobs(documents, tokenizer):
         yield job
 
 def cut_text(blocks, tokenizer):
-    """ cut the blocks of one text into pieces whose joined ids are those of the whole text: before white
-    space or, in a block that has none, once where the kind of character changes """
-    def numbered():
-        """ yield (n, block), where n counts the cuts so far that tokenizer.pieces would not find """
-        n = 0
-        for block in blocks:
-            cut = 0 if tokenizer.boundary.search(block) else find_change(block)
-            if cut:
-                yield n, block[:cut]
-                n += 1
-            yield n, block[cut:]
-    for _, part in itertools.groupby(numbered(), key=lambda pair: pair[0]):
-        yield from tokenizer.pieces(block for _, block in part)
+    """ recut the blocks of one text into pieces of similar length whose joined ids are those of the whole text
+
+    GPT-2 splits text into words before it merges bytes, and white space after anything else starts a new
+    word, so a cut before it changes nothing. A block that has none is cut where the kind of character changes.
+    """
+    held, before = [], '' # the blocks since the last cut, and the character before this block
+    for block in blocks:
+        found = tokenizer.boundary.search(before + block)
+        cut = found.start() - len(before) if found else find_change(block)
+        if found or cut:
+            yield ''.join([*held, block[:cut]])
+            held, block = [], block[cut:]
+        held.append(block)
+        before = block[-1:] or before
+    yield ''.join(held)
 
 def find_change(text: str) -> int:
     """ the first index where letters, numbers and other characters meet, or 0: 'ab,c' -> 2

@@ -90,8 +90,7 @@ shown = '' if instruction else start # printed before each sample
 if len(prompt) > model.config.block_size:
     print(f"the prompt has {len(prompt):,} tokens, of which the model sees the last "
           f"{model.config.block_size:,}", file=sys.stderr)
-if not prompt: # something has to come before the first token
-    prompt = [tokenizer.eot] if tokenizer.eot is not None else [tokenizer.ids.get('\n', 0)]
+prompt = prompt or [tokenizer.first]
 
 # -----------------------------------------------------------------------------
 # samples

@@ -15,6 +15,7 @@ import re
 class BPETokenizer:
     """ GPT-2's byte-pair encoding: 50,257 ids, the last of which is <|endoftext|> """
     n_vocab, eot = 50257, 50256
+    first = eot # what an empty prompt begins with
     state = {'name': 'gpt2'}
     boundary = re.compile(r'(?<=\S)(?=[ \t\r\n])')
 
@@ -31,23 +32,6 @@ class BPETokenizer:
         """ the ids with allow_special as a numpy array, which is faster to make than a list """
         return self.encoding.encode_to_numpy(text, allowed_special={'<|endoftext|>'})
 
-    def pieces(self, blocks):
-        """ recut the blocks of one text into pieces of similar length whose joined ids are the whole text's
-
-        GPT-2 splits text into words before it merges bytes, and white space after anything else starts
-        a new word, so a cut before it changes nothing. Text is held back until there is such a place.
-        """
-        held, before = [], '' # the blocks since the last cut, and the character before this block
-        for block in blocks:
-            found = self.boundary.search(before + block)
-            if found:
-                cut = found.start() - len(before)
-                yield ''.join([*held, block[:cut]])
-                held, block = [], block[cut:]
-            held.append(block)
-            before = block[-1:] or before
-        yield ''.join(held)
-
     def token_bytes(self, token: int) -> bytes:
         return self.encoding.decode_single_token_bytes(token)
 
@@ -62,6 +46,7 @@ class CharTokenizer:
         self.chars = chars
         self.ids = {char: i for i, char in enumerate(chars)}
         self.n_vocab = len(chars)
+        self.first = self.ids.get('\n', 0)
         self.state = {'name': 'char', 'chars': chars}
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:

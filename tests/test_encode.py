@@ -42,6 +42,13 @@ def test_ids_equal_tiktoken_s_of_each_whole_document(tmp_path_factory, texts, si
         ids = written(tmp_path_factory.getbasetemp(), texts, size, workers=1)
     assert ids == [i for text in texts for i in [*BPE.encoding.encode_ordinary(text), 50256]]
 
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="ab1.'é東🙂 \n\t\x1c\x85\u3000", max_size=80), st.integers(1, 20))
+def test_pieces_have_the_ids_of_the_whole(text, size):
+    pieces = list(encode.cut_text(cut(text, size), BPE))
+    assert ''.join(pieces) == text
+    assert sum(map(BPE.encode, pieces), []) == BPE.encode(text)
+
 PARTS = ["a", "'", "s", "'s", "'re", "'ll", "l", "|", "<|endoftext|>", "<|", "|>", "1", "²", "Ⅷ", "三", "東京", "。", "，", "é",
          "e\u0301", "\u0301", "ไทย", "ี้", "🙂", "👩\u200d💻", "_", "'\u0301", "\u0378", "\ua7cb", "\U00010d40", " ", "\u3000", "\n"]
 
