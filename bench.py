@@ -47,6 +47,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -162,6 +163,7 @@ def make_training():
         net, learn = AllLogits(model), [p for p in model.parameters() if p.requires_grad]
         fused = device.startswith('cuda') # nanoGPT uses it only there
         opt = torch.optim.AdamW(learn, lr=learning_rate, betas=(beta1, beta2), fused=fused)
+        clip = partial(torch.nn.utils.clip_grad_norm_, learn)
         for module in model.modules():
             if isinstance(module, Linear): # nanoGPT's linear keeps a copy of its weight for backward
                 module.__class__ = torch.nn.Linear
@@ -171,6 +173,7 @@ def make_training():
         net, offload_to = model, (device, DTYPES[dtype]) if chosen == 'offload' else None
         opt = make_optimizer(optimizer, model, learning_rate, muon_learning_rate, weight_decay,
                              (beta1, beta2), offload_to, dtype != 'bfloat16')
+        clip = partial(clip_gradients, opt)
     if data == 'real':
         split = open_split(find_datasets(dataset), 'train', block_size, c.vocab_size, seed=seed)
     else:
@@ -190,7 +193,7 @@ def make_training():
             loss.backward()
             if chosen == 'offload':
                 opt.collect()
-        clip_gradients(opt, grad_clip or math.inf)
+        clip(grad_clip or math.inf)
         opt.step()
         opt.zero_grad(set_to_none=True)
 

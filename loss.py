@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 def rows_at_once(N: int, V: int, itemsize: int) -> tuple[int, int]:
     """ how many rows of logits, with elements of itemsize bytes, to compute at once: of a product, where many
-    are faster, and of the softmax, where few fit in a CPU's cache, in equal parts, since a compiler makes
-    code for each number of them """
+    are faster, and of a softmax that is not compiled, where few fit in a CPU's cache """
     rows = min(N, max(N // (2 * itemsize), 2**22 // V, 1))
     few = min(rows, max(rows // 8, 2**22 // V, 1))
     return rows, math.ceil(rows / math.ceil(rows / few))
@@ -40,29 +39,41 @@ class CrossEntropy(nn.Module):
     """ the summed cross-entropy of the first V columns of logits (N, >= V) against targets (N, 1), where -1
     is ignored; with grads, `scale` times its gradient overwrites the logits
 
-    It is a module so that it can be compiled like the blocks, which fuses its passes over the logits.
+    It is a module so that it can be compiled like the blocks, which fuses its passes over the logits. If it
+    is not, it takes `few` rows at a time, which stay in a CPU's cache.
     """
 
-    def forward(self, logits, targets, scale, V: int, grads: bool, wide=None):
-        counts, t = targets >= 0, targets.clamp(min=0)
-        share = counts * scale
+    def forward(self, logits, targets, scale, V: int, grads: bool, few: int, wide=None):
         if torch.compiler.is_compiling():
-            places = torch.arange(logits.size(1), device=logits.device)
-            p = torch.where(places < V, logits.float(), -math.inf)
-            # a sum, since a compiled gather may read the values written below (torch 2.9 to 2.11)
-            at_target = torch.where(places == t, p, 0.0).sum(dim=1, keepdim=True)
-            most = p.amax(dim=1, keepdim=True)
-            norm = (p - most).exp().sum(dim=1, keepdim=True)
-            if grads:
-                logits.copy_((p - most).exp() * (share / norm) - torch.where(places == t, share, 0.0))
-        else: # in `wide`, float32 scratch memory for half-precision logits; float32 logits change in place
-            p = logits if wide is None else wide[:len(logits)].copy_(logits)
-            p[:, V:] = -math.inf
-            at_target, most = p.gather(1, t), p.amax(dim=1, keepdim=True)
-            norm = p.sub_(most).exp_().sum(dim=1, keepdim=True)
-            if grads: # (softmax - one-hot) * scale
-                p.mul_(share / norm).scatter_add_(1, t, -share.expand_as(most).to(p.dtype))
-                logits.copy_(p)
+            return self.fused(logits, targets, scale, V, grads)
+        return sum(self.plain(q, t, scale, V, grads, wide)
+                   for q, t in zip(logits.split(few), targets.split(few)))
+
+    def fused(self, logits, targets, scale, V: int, grads: bool):
+        counts, t = targets >= 0, targets.clamp(min=0)
+        places = torch.arange(logits.size(1), device=logits.device)
+        p = torch.where(places < V, logits.float(), -math.inf)
+        # a sum, since a compiled gather may read the values written below (torch 2.9 to 2.11)
+        at_target = torch.where(places == t, p, 0.0).sum(dim=1, keepdim=True)
+        most = p.amax(dim=1, keepdim=True)
+        norm = (p - most).exp().sum(dim=1, keepdim=True)
+        if grads: # (softmax - one-hot) * scale
+            share = counts * scale
+            logits.copy_((p - most).exp() * (share / norm) - torch.where(places == t, share, 0.0))
+        return ((norm.log() + most - at_target) * counts).sum()
+
+    def plain(self, logits, targets, scale, V: int, grads: bool, wide):
+        """ the same, in `wide`, float32 scratch memory for half-precision logits; float32 logits change in
+        place """
+        counts, t = targets >= 0, targets.clamp(min=0)
+        p = logits if wide is None else wide[:len(logits)].copy_(logits)
+        p[:, V:] = -math.inf
+        at_target, most = p.gather(1, t), p.amax(dim=1, keepdim=True)
+        norm = p.sub_(most).exp_().sum(dim=1, keepdim=True)
+        if grads:
+            share = counts * scale
+            p.mul_(share / norm).scatter_add_(1, t, -share.expand_as(most).to(p.dtype))
+            logits.copy_(p)
         return ((norm.log() + most - at_target) * counts).sum()
 
 class Lookup(torch.autograd.Function):
@@ -123,10 +134,9 @@ class ChunkedLoss(torch.autograd.Function):
             for i in range(0, N, rows):
                 xi, ti = x[i:i + rows].to(dtype), targets[i:i + rows, None]
                 part = torch.mm(xi, w.t(), out=logits[:len(xi)])
-                for q, t in zip(part.split(few), ti.split(few)):
-                    total += cross_entropy(q, t, scale, V, needs_dx or needs_dw, wide)
+                total += cross_entropy(part, ti, scale, V, needs_dx or needs_dw, few, wide)
                 if needs_dx:
-                    dx[i:i + rows] = part @ w
+                    torch.mm(part, w, out=dx[i:i + rows])
                 if needs_dw:
                     add_product(dw, part[:, :V].t(), xi, room)
         ctx.head = head

@@ -236,15 +236,18 @@ class OffloadedAdamW(torch.optim.AdamW):
         if not self.updates: # these drop their own gradients, and there are no others yet
             super().zero_grad(set_to_none)
 
-def clip_gradients(optimizer, max_norm: float):
-    """ clip the gradients by their total norm, as clip_grad_norm_ does, and return the norm they had; an
-    OffloadedAdamW clips only in its update """
+def clip_gradients(optimizer, max_norm: float) -> float:
+    """ clip the gradients by their total norm, as clip_grad_norm_ does, but leave them alone where it would
+    multiply by 1; return the norm they had. An OffloadedAdamW clips only in its update. """
     params = [p for group in optimizer.param_groups for p in group['params']]
-    if not isinstance(optimizer, OffloadedAdamW):
-        return parallel.full(torch.nn.utils.clip_grad_norm_(params, max_norm))
     norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-    optimizer.limit = max_norm, norm
-    return norm
+    had = parallel.full(norm).item()
+    clips = had + 1e-6 > max_norm
+    if isinstance(optimizer, OffloadedAdamW):
+        optimizer.limit = (max_norm, norm) if clips else None
+    elif clips:
+        torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+    return had
 
 def weights(model, optimizer) -> dict:
     """ the model's state dict in float32, wherever its weights are """

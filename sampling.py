@@ -74,7 +74,7 @@ class FixedStep:
                     self.run()
             torch.cuda.current_stream().wait_stream(aside)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=aside):
                 self.logits = self.run()
 
     def run(self):

@@ -265,14 +265,14 @@ def evaluate():
     raw_model.eval()
     for name, data in (('train', train_data), ('val', val_data)):
         for weight, windows, n in data.evaluation_parts(n_evaluated):
-            total = 0.0
+            parts = [] # on the device, so that it need not wait for each
             for batch in data.batches(windows, micro_batch * world_size):
                 if parallel.all_sum(signals.asked())[0]:
                     return None
                 x, y = fetch(*data.batch(batch[rank::world_size]), device)
                 with autocast(device, dtype):
-                    total += raw_model(x, y, scale=1.0)[1].item()
-            losses[name] += weight * parallel.all_sum([total])[0] / n
+                    parts.append(raw_model(x, y, scale=1.0)[1])
+            losses[name] += weight * parallel.all_sum([sum(part.item() for part in parts)])[0] / n
     raw_model.train()
     return losses
 
@@ -402,7 +402,7 @@ while True:
     if loss is None:
         break
     scaler.unscale_(opt)
-    grad_norm = optim.clip_gradients(opt, grad_clip or math.inf).item()
+    grad_norm = optim.clip_gradients(opt, grad_clip or math.inf)
     loss, n_ending, n_saving = parallel.all_sum([loss.item(), *signals.asked()])
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1 # usual in float16

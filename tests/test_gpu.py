@@ -39,8 +39,9 @@ def test_a_124M_model_takes_the_memory_predicted_in_plan(run, plan, compiled):
     out = run('bench.py', '--init_from=gpt2', f'--plan={plan}', '--batch_size=1', '--iters=2', '--json=True',
               '--gradient_accumulation_steps=2', '--device=cuda', f'--compile={compiled}', timeout=600).out
     figures = json.loads(out.splitlines()[-1])
-    # what is reserved is more than what tensors take: the allocator's gaps, and cuBLAS's room, 32 MiB a thread
-    assert figures['memory_mb'] < 1.1 * figures['predicted_mb'] + 64
+    # what is reserved is more than what tensors take: the allocator's gaps, and the room of cuBLAS and cuBLASLt, which on
+    # Hopper take 32 MiB for each thread that computes
+    assert figures['memory_mb'] < 1.1 * figures['predicted_mb'] + 128
     assert figures['compiled'] == compiled # and then it may keep less
     assert compiled or 0.95 * figures['predicted_mb'] < figures['memory_mb']
 

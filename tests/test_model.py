@@ -145,17 +145,17 @@ def test_cross_entropy_and_its_gradient_are_torch_s_whatever_stands_in_padding(d
     logits = padded[:, :50].float().requires_grad_()
     expected = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction='sum')
     gradient, = torch.autograd.grad(scale * expected, logits)
-    wide = None if dtype == torch.float32 else torch.empty(6, 64)
-    total = module(padded, targets[:, None], scale, 50, True, wide)
+    wide = None if dtype == torch.float32 else torch.empty(4, 64)
+    total = module(padded, targets[:, None], scale, 50, True, 4, wide)
     assert abs(total / expected - 1) < 1e-6
     assert (padded[:, :50] - gradient).abs().max() < (1e-8 if dtype == torch.float32 else 4e-4) # a half's last bit
     assert not padded[:, 50:].any()
 
 def test_an_evaluation_makes_no_gradients(monkeypatch):
     asked, forward = [], CrossEntropy.forward
-    def watch(self, logits, targets, scale, V, grads, wide):
+    def watch(self, logits, targets, scale, V, grads, few, wide):
         asked.append(grads)
-        return forward(self, logits, targets, scale, V, grads, wide)
+        return forward(self, logits, targets, scale, V, grads, few, wide)
     monkeypatch.setattr(CrossEntropy, 'forward', watch)
     model, idx = GPT(GPTConfig(8, 11, 1, 1, 8)), torch.zeros(1, 8, dtype=torch.int64)
     loss = model(idx, idx)[1]

@@ -42,7 +42,7 @@ def recorded(monkeypatch):
             pass
         def wait_stream(self, other):
             pass
-    for name, value in {'device': aside, 'stream': aside, 'graph': lambda graph: graph, 'CUDAGraph': Graph,
+    for name, value in {'device': aside, 'stream': aside, 'graph': lambda graph, stream: graph, 'CUDAGraph': Graph,
                         'Stream': Stream, 'current_stream': Stream}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     begin = FixedStep.__init__
