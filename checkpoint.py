@@ -127,7 +127,7 @@ def take_weights(checkpoint: dict) -> dict:
             raise TypeError(f'{name} is no tensor of numbers')
     return weights
 
-def model_of(checkpoint: dict, path: str, dropout: float = 0.0) -> GPT:
+def model_of(checkpoint: dict, path: str, dropout: float) -> GPT:
     """ build the model in a checkpoint, taking the weights out of it """
     try:
         weights = {name.removeprefix('module.').removeprefix('_orig_mod.'): tensor
@@ -276,8 +276,8 @@ def read_config(source: str, out_dir: str) -> GPTConfig:
     if paths == [None]:
         return pretrained.config_of(source)
     for path in paths:
-        with contextlib.suppress(Exception), torch.device('meta'):
-            return GPT(GPTConfig(**peek(path)['model_args'])).config
+        with contextlib.suppress(Exception):
+            return GPTConfig(**peek(path)['model_args'])
     # an old format, or damaged: a full load reads the one and reports the other, unless it can still resume
     return (latest(out_dir, 0.0, lambda text: None, False) if source == 'resume'
             else load_model(source))[0].config

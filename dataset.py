@@ -240,7 +240,8 @@ def find_datasets(dataset: str) -> dict[str, float]:
             weight = float(weight or 1)
         except ValueError:
             weight = 0.0
-        if not (name and 0 < weight < math.inf and folder not in folders):
+        there = [os.path.abspath(folder) for folder in folders]
+        if not (name and 0 < weight < math.inf and os.path.abspath(folder) not in there):
             raise ValueError(f"dataset is {dataset!r}; type --dataset=NAME, or --dataset=A:0.7,B:0.3 with "
                              "weights above 0, each dataset once")
         folders[folder] = weight

@@ -30,7 +30,7 @@ PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e
               'L40S': 362e12, 'L4': 121e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12,
               'T4': 65e12}
 
-def pick_device(device: str = 'auto') -> str:
+def pick_device(device: str) -> str:
     """ the fastest device available, or the one named; raises ValueError if that is not available, or if this
     build of torch has no kernels for it """
     allow_cudnn_attention(False)
@@ -155,7 +155,7 @@ def peak_flops(device: str, dtype: str) -> float | None:
     if not device.startswith('cuda'):
         return None
     name = torch.cuda.get_device_name(device)
-    if dtype == 'float32' or re.search(r'Ti|SUPER|Laptop', name):
+    if dtype == 'float32' or re.search(r'Ti|SUPER|Laptop|NVL|MIG| D$', name):
         return None
     return next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf'\b{key}\b', name)), None)
 

@@ -180,7 +180,7 @@ def read_blocks(file, name: str, progress=lambda n: None):
         if not data:
             return
 
-def read_lines(path: str, progress=lambda n: None):
+def read_lines(path: str, progress):
     """ yield the lines of a file, with their line ends """
     begin = 0 # byte offset of the line
     with open(path, 'rb') as file:
@@ -269,7 +269,7 @@ def csv_rows(path: str, progress=lambda n: None):
         raise ValueError(f"{name}, line {begin} is not {'TSV' if tabs else 'CSV'} ({error}); mend that row, "
                          'where a quotation mark is written "" in a field in "quotes"') from None
 
-def hub_rows(name: str, subset: str, progress=lambda n: None):
+def hub_rows(name: str, subset: str, progress):
     """ yield (place, dict) for each row of a hub dataset's train split, fetched as it is read """
     import datasets
     try:

@@ -18,7 +18,7 @@ dtype = 'float32' # of the weights: float32, bfloat16, float16
 overwrite = False # replace what is at --to, if it holds only what an export writes
 
 from configurator import configure, quote, script
-configure(globals())
+configure(globals(), choices={'dtype': ('float32', 'bfloat16', 'float16')})
 
 import os
 
@@ -26,8 +26,6 @@ WRITTEN = ('config.json', 'generation_config.json', 'model.safetensors', 'tokeni
            'tokenizer.json', 'special_tokens_map.json', 'vocab.json', 'merges.txt', 'chat_template.jinja',
            'template.txt', 'adapter_config.json', 'adapter_model.safetensors') # what an export may write
 
-if dtype not in ('float32', 'bfloat16', 'float16'):
-    raise ValueError(f"there is no dtype {dtype!r}; type --dtype with one of float32, bfloat16, float16")
 if weights_only and adapter:
     raise ValueError("weights_only and adapter are both True; type one of them")
 if not to:

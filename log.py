@@ -15,12 +15,12 @@ import sys
 import time
 from dataclasses import dataclass
 
+from checkpoint import DEFAULTS
 from configurator import quote, script
 from plot import plot_run
-from saver import cannot_write
+from saver import cannot_write, replacing
 
 COLUMNS = 'iter,epoch,loss,lr,grad_norm,time_ms,tokens_per_sec,mfu,memory_mb,train_loss,val_loss'.split(',')
-SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias' # options that a loaded model decides
 RULE = '-' * 40 + ' ' # between two samples
 
 @dataclass
@@ -132,26 +132,18 @@ def steady_output() -> None:
     """ let print survive a closed terminal or `| tee`, and a full disk under `> train.log` """
     sys.stdout, sys.stderr = Steady(sys.stdout), Steady(sys.stderr)
 
-@contextlib.contextmanager
-def replacing(path: str):
+def replacing_text(path: str):
     """ open a text file that replaces `path` once it is complete """
-    try:
-        with open(path + '.tmp', 'w', encoding='utf-8', newline='') as file:
-            yield file
-        os.replace(path + '.tmp', path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(path + '.tmp')
-        raise
+    return replacing(path, 'w', encoding='utf-8', newline='')
 
 open_rows = {} # {log.csv: (the evaluation row that a resumed run ended with, its offset in the file)}
 
-def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None = None) -> None:
+def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None) -> None:
     """ create config.json, and log.csv with the rows before iteration `resume_at` and that of its evaluation
 
     config holds the options as given; facts holds what became of some of them, and all else about the run.
     """
-    facts = {**{key: facts['model_args'][key] for key in SHAPE}, **facts}
+    facts = {**{key: facts['model_args'][key] for key in DEFAULTS}, **facts}
     path = os.path.join(out_dir, 'log.csv')
     try:
         rows = []
@@ -165,14 +157,14 @@ def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None = N
         stays = resume_at is not None and (not interval or resume_at % interval > 0)
         keep_samples(os.path.join(out_dir, 'samples.txt'), (resume_at or 0) + stays)
         again = rows.pop() if rows and int(rows[-1]['iter']) == resume_at else None
-        with replacing(path) as file:
+        with replacing_text(path) as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
             if again and again['val_loss']: # kept until its iteration is run, which need not evaluate again
                 open_rows[path] = again, file.tell()
                 writer.writerow(again)
-        with replacing(os.path.join(out_dir, 'config.json')) as file:
+        with replacing_text(os.path.join(out_dir, 'config.json')) as file:
             given = {key: value for key, value in config.items() if facts.get(key, value) != value}
             json.dump({**config, **facts, 'given': given}, file, indent=2)
     except (KeyError, ValueError, csv.Error) as error:
@@ -216,7 +208,7 @@ def finish_log(to_wandb: bool) -> None:
     if to_wandb:
         need_wandb().finish()
 
-def append_row(out_dir: str, row: dict, to_wandb: bool = False) -> None:
+def append_row(out_dir: str, row: dict, to_wandb: bool) -> None:
     """ append a row to log.csv, with empty cells for what was not measured; after an evaluation, redraw the
     report and the picture """
     path, cells = os.path.join(out_dir, 'log.csv'), io.StringIO()
@@ -259,7 +251,7 @@ def write_report(out_dir: str) -> None:
         for row in csv.DictReader(file): # there may be a million
             evaluated += [row] if row['val_loss'] else []
             timed += [float(row['tokens_per_sec'])] if row['tokens_per_sec'] else []
-    best = min(evaluated, key=lambda row: float(row['val_loss']))
+    best = min(evaluated, key=lambda row: float(row['val_loss'].replace('nan', 'inf')))
     all_learn = settings['trained'] == settings['parameters']
     lines = [f"# {os.path.basename(os.path.abspath(out_dir))}", '',
              f"Started from {settings['init_from']}, trained on {settings['dataset']} to iteration "
@@ -280,7 +272,7 @@ def write_report(out_dir: str) -> None:
         lines += ['What it wrote last:', '', *('    ' + line for line in last.splitlines()), '']
     lines += ['The configuration:', '',
               *(f'    {k} = {v!r}' for k, v in settings.items() if k not in ('model_args', 'given')), '']
-    with replacing(os.path.join(out_dir, 'report.md')) as file:
+    with replacing_text(os.path.join(out_dir, 'report.md')) as file:
         file.write('\n'.join(lines))
 
 def need_wandb():
@@ -319,7 +311,7 @@ def epoch_times(out_dir: str, config: dict) -> dict[str, float]:
     try:
         with open(os.path.join(out_dir, 'config.json')) as file:
             settings = json.load(file)
-        settings |= {key: settings['given'].get(key, settings[key]) for key in SHAPE} # as given, like config
+        settings |= {key: settings['given'].get(key, settings[key]) for key in DEFAULTS} # as given, like config
         with open(os.path.join(out_dir, 'log.csv'), newline='') as file:
             rows = [row for row in csv.DictReader(file) if row['time_ms']]
         kinds = [each['device'].partition(':')[0] for each in (settings, config)] # cuda:1 is as fast as cuda

@@ -27,16 +27,15 @@ def freeze_parts(model, names: str) -> None:
         last = min(int(span[2]), len(model.transformer.h)) if span else 0 # if too large, fails below
         paths = [f'h.{i}' for i in range(int(span[1]), last + 1)] if span else [name.strip()]
         try:
-            if not all(paths) or not paths:
-                raise AttributeError
-            for path in paths:
-                part = model.transformer.get_submodule(path).requires_grad_(False)
-                if not list(part.parameters()): # such as drop
-                    raise AttributeError
+            parts = [model.transformer.get_submodule(path) for path in paths if path]
         except AttributeError:
+            parts = []
+        if not parts or not all(list(part.parameters()) for part in parts): # such as drop
             raise ValueError(f"there is no {name!r} to freeze; type --freeze with some of wte, wpe, ln_f, "
                              "h.0, h.0-1, h.0.mlp; the last block is "
-                             f"h.{len(model.transformer.h) - 1}") from None
+                             f"h.{len(model.transformer.h) - 1}")
+        for part in parts:
+            part.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"freeze = {names!r} leaves nothing to train; name fewer parts")
 

@@ -16,6 +16,7 @@ This is arithmetic on shapes; nothing is allocated. Sizes are in bytes if no uni
 import math
 from dataclasses import dataclass, replace
 
+from lora import TARGETS
 from loss import rows_at_once
 
 GiB = 2**30
@@ -65,8 +66,9 @@ def inputs_of(blocks, n_embd: int) -> tuple[float, float]:
     means over these blocks, in units of n_embd channels per token """
     kept = dropped = 0.0
     for block in blocks:
-        for name, channels in (('attn.c_attn', 1), ('attn.c_proj', 1), ('mlp.c_fc', 1), ('mlp.c_proj', 4)):
+        for name in TARGETS:
             linear = block.get_submodule(name)
+            channels = linear.in_features / n_embd
             if name != 'attn.c_proj' and any(p.requires_grad and p.dim() == 2 for p in linear.parameters()):
                 kept += channels # attn.c_proj's is attention's output, kept anyway
             if hasattr(linear, 'lora_A'):

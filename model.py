@@ -31,6 +31,9 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True # in the linear layers and layer norms, as in GPT-2
 
+    def __post_init__(self):
+        check_shape(self)
+
 GPT2_SHAPES = {
     'gpt2': dict(n_layer=12, n_head=12, n_embd=768), # 124M parameters
     'gpt2-medium': dict(n_layer=24, n_head=16, n_embd=1024), # 355M
@@ -194,7 +197,6 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        check_shape(config)
         self.config = config
         self.draws = config.dropout > 0 # whether a training pass is random
         self.recompute = False # keep only the input of each block, and run the block again in backward
@@ -343,7 +345,7 @@ class GPT(nn.Module):
         return model
 
     @staticmethod
-    def pretrained_config(source: str, dropout: float = 0.0, revision: str = 'main') -> GPTConfig:
+    def pretrained_config(source: str, revision: str, dropout: float = 0.0) -> GPTConfig:
         """ the shape of a Hugging Face model; raises ValueError if it computes something else than ours """
         from transformers import AutoConfig
         c = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
@@ -355,16 +357,14 @@ class GPT(nn.Module):
             if getattr(c, key, None) not in values:
                 raise ValueError(f"its {key} is {getattr(c, key, None)!r}, and GPT-2's is {values[-1]!r}; "
                                  "take another model")
-        config = GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout, bias=True)
-        check_shape(config)
-        return config
+        return GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout, bias=True)
 
     @classmethod
     def from_pretrained(cls, source: str, dropout: float = 0.0, revision: str = 'main') -> 'GPT':
         """ GPT-2 from Hugging Face: one of the four names, a hub id, or a local directory; raises ValueError
         if it computes something else or lacks weights """
         from transformers import GPT2LMHeadModel
-        config = cls.pretrained_config(source, dropout, revision)
+        config = cls.pretrained_config(source, revision, dropout)
         theirs, info = GPT2LMHeadModel.from_pretrained(
             source, revision=revision, weights_only=True, output_loading_info=True,
             attn_implementation='eager') # else config.json could name code on the hub

@@ -108,8 +108,8 @@ def share(sequences: int, world_size: int, config: dict) -> int:
         low = sequences // world_size * world_size
         advice = f"make it {low} or {low + world_size}" if low else f"make it {world_size}"
         if config['init_from'] == 'resume': # then an iteration keeps its size
-            *less, most = [n for n in range(1, sequences + 1) if sequences % n == 0]
-            advice = f"start it with {', '.join(map(str, less)) or 'no more'} or {most} of them"
+            *less, most = [str(n) for n in range(1, sequences + 1) if sequences % n == 0]
+            advice = f"start it with {', '.join(less)}{' or ' * bool(less)}{most} of them"
         raise ValueError(f"an iteration has {sequences} sequences (batch_size * "
                          f"gradient_accumulation_steps), which {world_size} processes cannot share evenly; "
                          + advice)

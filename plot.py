@@ -21,7 +21,7 @@ def read_log(out_dir: str) -> dict:
         try:
             for row in csv.DictReader(line for line in file if line.endswith('\n')): # the last may be cut off
                 for key, (iters, values) in columns.items():
-                    if row[key]:
+                    if row[key] not in ('', 'nan'):
                         iters.append(int(row['iter']))
                         values.append(float(row[key]))
         except csv.Error as error:

@@ -28,7 +28,7 @@ def load(source: str, dropout: float = 0.0) -> tuple[GPT, dict]:
     say_once(f"loading {source} ...")
     os.environ.setdefault('DISABLE_SAFETENSORS_CONVERSION', '1') # else transformers asks a service for it
     with readable(source):
-        GPT.pretrained_config(name, revision=revision) # first: without a network each file is slow to fail
+        GPT.pretrained_config(name, revision) # first: without a network each file is slow to fail
         beside = {'tokenizer': read_tokenizer(name, revision)}
         model = GPT.from_pretrained(name, dropout, revision)
     template = read_template([source]) # if export.py wrote it
@@ -40,7 +40,7 @@ def config_of(source: str) -> GPTConfig:
         return load(source)[0].config
     name, revision = find_hugging_face(source)
     with readable(source):
-        return GPT.pretrained_config(name, revision=revision)
+        return GPT.pretrained_config(name, revision)
 
 # -----------------------------------------------------------------------------
 # Hugging Face
@@ -80,7 +80,7 @@ def split_revision(source: str) -> tuple[str, str | None]:
     parts = re.fullmatch(r'([\w.-]+(?:/[\w.-]+)?)@([\w./-]+)', source)
     return parts.groups() if parts and not os.path.exists(source) else (source, None)
 
-def read_tokenizer(source: str, revision: str = 'main') -> dict:
+def read_tokenizer(source: str, revision: str) -> dict:
     """ the state of a model's tokenizer, GPT-2's if it has none; raises ValueError for an unknown one """
     from transformers.utils import cached_file
     files = {}

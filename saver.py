@@ -12,18 +12,27 @@ import torch
 
 VERSION = 1 # of the format; raised when older readers would go wrong
 
+@contextlib.contextmanager
+def replacing(path: str, mode: str, **options):
+    """ open a file that replaces `path` once it is complete and on the disk; after an error, nothing is left """
+    try:
+        with open(path + '.tmp', mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + '.tmp', path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(path + '.tmp')
+        raise
+
 def save(checkpoint: dict, path: str) -> None:
     """ write `path` so that it holds either the old checkpoint or the new one, whenever the machine stops;
     raises OSError if it cannot """
     try:
-        with open(path + '.tmp', 'wb') as file:
+        with replacing(path, 'wb') as file:
             torch.save({**checkpoint, 'version': VERSION}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + '.tmp', path)
     except (OSError, RuntimeError) as error: # torch raises RuntimeError when the disk is full
-        with contextlib.suppress(OSError):
-            os.remove(path + '.tmp')
         why = str(error).strip().partition('\n')[0] or type(error).__name__
         why = why if isinstance(error, OSError) else f'no space left on the disk? {why}'
         raise OSError(f"cannot save {path} ({why}); what it held before is whole") from None
@@ -40,10 +49,10 @@ def link(path: str, to: str) -> None:
     try:
         os.link(path, to + '.tmp')
     except OSError:
-        shutil.copyfile(path, to + '.tmp')
-        with open(to + '.tmp', 'r+b') as file:
-            os.fsync(file.fileno())
-    os.replace(to + '.tmp', to)
+        with open(path, 'rb') as whole, replacing(to, 'wb') as file:
+            shutil.copyfileobj(whole, file)
+    else:
+        os.replace(to + '.tmp', to)
 
 def cannot_write(out_dir: str, error: OSError) -> OSError:
     """ the error for a run whose folder cannot be written """
@@ -104,24 +113,26 @@ class Saver:
             for path in glob.glob(os.path.join(glob.escape(self.out_dir), pattern)):
                 os.remove(path)
 
-    def __call__(self, checkpoint: dict, is_best: bool, tells: bool = False) -> bool:
-        """ write last.pt, and link ckpt.pt to it if it is the best; return whether that succeeded """
+    def __call__(self, checkpoint: dict, is_best: bool | None) -> bool:
+        """ write last.pt, and link ckpt.pt to it if it is the best (None: not evaluated); return whether that
+        succeeded """
         last, iter_num = os.path.join(self.out_dir, 'last.pt'), checkpoint['iter_num']
         started = time.perf_counter()
         try:
             if not all(tensor.isfinite().all() for tensor in checkpoint['model'].values()):
                 raise ValueError(f"the weights are not finite; {last} keeps earlier ones")
             save(checkpoint, last)
+            self.saved = iter_num
             if is_best:
                 link(last, os.path.join(self.out_dir, 'ckpt.pt'))
-            if self.keeps_all and not tells: # saved at an evaluation
+            if self.keeps_all and is_best is not None:
                 link(last, os.path.join(self.out_dir, f'iter_{iter_num:06d}.pt'))
         except (OSError, ValueError) as error:
             self.error = error
             print(f"warning: iter {iter_num}: {error}; the next save is another try", file=sys.stderr)
             return False
-        self.saved, self.error = iter_num, None
-        if tells:
+        self.error = None
+        if is_best is None:
             print(f"iter {iter_num}: saved {last}, {os.path.getsize(last) / 1e6:,.1f} MB in "
                   f"{time.perf_counter() - started:.1f} s")
         return True

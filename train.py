@@ -213,7 +213,7 @@ def with_room(work, *args, again=True, leaner=plans):
         was, (micro_batch, n_micro_steps) = micro_batch, memory.split_batch(share, micro_batch // 2)
         say(f"iter {iter_num}: out of memory with {was} sequences at a time; again with {micro_batch}")
     if alone and saver.saved is not None: # bring this run's checkpoint up to date
-        save(tells=True)
+        save()
     raise ValueError(memory.advice(
         plan, micro_batch, config, plans=leaner, works=again,
         shards=not shard and parallel.can_shard(world_size, config),
@@ -279,14 +279,14 @@ def evaluate():
 # -----------------------------------------------------------------------------
 # logging
 
-def save(is_best=False, tells=False):
+def save(is_best=None):
     """ write last.pt and, if it is the best, make ckpt.pt the same file; return whether that succeeded """
     state = checkpoints.adapter_state(raw_model) if lora_rank else {'model': optim.weights(raw_model, opt)}
     moments = parallel.whole(opt.state_dict())
     done = parallel.in_any(master and saver({
         **base, **state, 'optimizer': moments, 'model_args': checkpoints.model_args(raw_model),
         'iter_num': iter_num, **vars(best), 'config': config, 'tokenizer': tokenizer, 'template': template,
-        'scaler': scaler.state_dict(), 'n_bad': n_bad, 'launch': launch}, is_best, tells))
+        'scaler': scaler.state_dict(), 'n_bad': n_bad, 'launch': launch}, is_best))
     saver.saved = iter_num if done else saver.saved # known to every process, since each may report it
     return done
 
@@ -313,7 +313,7 @@ def log_evaluation():
 
 if sample_interval:
     coder = from_state(tokenizer)
-    prompt = torch.tensor([coder.encode(sample_start, allow_special=True) or [coder.eot or 0]], device=device)
+    prompt = torch.tensor([coder.encode(sample_start, allow_special=True) or [coder.first]], device=device)
 n_trained = raw_model.num_params(trained=True)
 some = f", {n_trained:,} of them to train" if lora_rank or freeze else ''
 where = f"{world_size} x {device}" if world_size > 1 else device
@@ -414,7 +414,7 @@ while True:
         say(f"iter {iter_num}: loss {loss}, gradient norm {grad_norm}; no update")
     if n_bad >= 5:
         n_bad = 0 # a resumed run may have five more
-        save(tells=True)
+        save()
         log_evaluation()
         raise ValueError(f"five iterations in a row were not finite, up to {iter_num}; "
                          f"{checkpoints.way_back(out_dir)} with a lower --learning_rate, or --dtype=float32")
@@ -432,7 +432,7 @@ while True:
         break
     if n_saving:
         signals.save = False
-        save(tells=True)
+        save()
 
 # -----------------------------------------------------------------------------
 # finish
@@ -440,7 +440,7 @@ while True:
 log_evaluation()
 if not ended:
     opt.zero_grad(set_to_none=True) # drop a partial iteration, which a resume begins again
-    save(tells=True)
+    save()
 say(f"{'finished' if ended else 'stopped'} at iteration {iter_num} after {clock.passed()}")
 if master:
     finish_log(wandb_log)

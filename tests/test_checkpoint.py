@@ -125,6 +125,17 @@ def test_the_best_is_the_latest_file_and_stays_when_that_is_replaced(tmp_path, m
     saver.save({'iter_num': 3}, last)
     assert torch.load(best)['iter_num'] == 2 and torch.load(last)['iter_num'] == 3
 
+def test_a_copy_for_which_the_disk_has_no_room_leaves_nothing_and_the_latest_counts_as_saved(tmp_path, monkeypatch, capsys):
+    def refuse(*args):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'link', refuse)
+    monkeypatch.setattr(saver.shutil, 'copyfileobj', refuse)
+    to = saver.Saver(str(tmp_path), False)
+    assert not to({'iter_num': 7, 'model': {'w': torch.ones(2)}}, is_best=True)
+    assert [path.name for path in tmp_path.iterdir()] == ['last.pt'] and to.saved == 7
+    to.check()
+    assert 'warning: the last save failed; ' in capsys.readouterr().err
+
 def test_a_hostile_checkpoint_runs_nothing(tmp_path):
     marker = str(tmp_path / 'ran')
     torch.save({'model': Hostile(marker), 'model_args': {}}, tmp_path / 'ckpt.pt')

@@ -302,11 +302,11 @@ def test_a_split_of_which_no_target_counts_is_not_evaluated(tmp_path):
     with pytest.raises(ValueError, match='no token that is evaluated counts'):
         list(make_split(tmp_path, 7, 4).evaluation_parts(10))
 
-def test_datasets_are_named_with_weights_or_without():
+def test_datasets_are_named_with_weights_or_without(tmp_path):
     assert list(find_datasets('a:0.7, b:3').values()) == [0.7, 3.0]
     assert [os.path.basename(folder) for folder in find_datasets('a,b:2')] == ['a', 'b']
     assert list(find_datasets('C:\\texts\\novel').values()) == [1.0] # a drive is no weight
-    for wrong in ('a:0', 'a:-1,b', 'a,,b', 'a:1e999', 'a:.'):
+    for wrong in ('a:0', 'a:-1,b', 'a,,b', 'a:1e999', 'a:.', f'{tmp_path},{tmp_path}/'):
         with pytest.raises(ValueError, match='type --dataset=NAME'):
             find_datasets(wrong)
 

@@ -176,7 +176,9 @@ def test_processes_of_a_machine_share_its_free_ram(monkeypatch):
     assert device.free_memory('cpu') == 2 * 2**30
 
 def test_a_gpu_that_is_only_named_after_a_known_one_has_no_peak(monkeypatch):
-    for name, known in (('NVIDIA GeForce RTX 4090', True), ('NVIDIA GeForce RTX 3080 Ti', False), ('NVIDIA GeForce RTX 4090 Laptop GPU', False)):
+    for name, known in (('NVIDIA GeForce RTX 4090', True), ('NVIDIA GeForce RTX 3080 Ti', False), ('NVIDIA GeForce RTX 4090 Laptop GPU', False),
+                        ('NVIDIA H100 80GB HBM3', True), ('NVIDIA H100 NVL', False), ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', False),
+                        ('NVIDIA GeForce RTX 4090 D', False)):
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda at: name)
         assert (device.peak_flops('cuda', 'bfloat16') is not None) == known
 

@@ -102,6 +102,16 @@ def test_a_picture_is_drawn_in_a_notebook_whose_matplotlib_has_parts_that_ours_l
     run('plot.py', tmp_path, env={'MPLBACKEND': 'inline_missing'})
     assert (tmp_path / 'loss.png').read_bytes()[:4] == b'\x89PNG'
 
+def test_a_loss_that_is_no_number_is_not_the_lowest(train, tmp_path):
+    out = train('--max_iters=4', '--eval_interval=2').out_dir
+    rows = [line.split(',') for line in (out / 'log.csv').read_text().splitlines()]
+    rows[1][-1] = 'nan'
+    (out / 'log.csv').write_text(''.join(','.join(row) + '\n' for row in rows))
+    log.write_report(str(out))
+    best = min(float(row[-1]) for row in rows[2:] if row[-1])
+    assert f'The best validation loss is {best:.4f}, at iteration 4' in (out / 'report.md').read_text()
+    assert min(plot.read_log(str(out))['val_loss'][1]) == best
+
 def test_a_picture_tells_the_lowest_loss_and_leaves_out_a_row_that_was_cut(tmp_path, monkeypatch):
     labels, draw = [], Axes.plot
     monkeypatch.setattr(Axes, 'plot', lambda self, *args, **options: (labels.append(options.get('label')), draw(self, *args, **options))[1])
