@@ -175,7 +175,8 @@ def load_base(origin):
                              f"--base={quote(one.name)} to compare them all the same")
         return one
     except (OSError, ValueError, ImportError) as error:
-        print(f"no comparison with its base: {' '.join(str(error).split())}", file=sys.stderr)
+        moved = '; if it has moved, type --base=ITS_FOLDER' if isinstance(error, FileNotFoundError) else ''
+        print(f"no comparison with its base: {' '.join(str(error).split())}{moved}", file=sys.stderr)
 
 items = [] if task == 'perplexity' else read_items(lambada if task == 'lambada' else hellaswag)
 first = load(init_from)

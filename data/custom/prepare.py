@@ -77,6 +77,8 @@ def main():
     print(f"{shorten(folder)}: {n - n_val:,} tokens to train on, {n_val:,} to validate on{where}")
     config = f"config/{'train_shakespeare_char_cpu' if chars else 'finetune/gpt2_small'}.py"
     tell_run(config, name, n - n_val, n_val)
+    if tokenizer not in ('gpt2', 'char'):
+        print("that is a new model; to finetune one that has these characters, add --init_from=ITS_FOLDER")
 
 if __name__ == '__main__': # not in the worker processes, which import this file too
     configure(globals())
