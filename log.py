@@ -157,6 +157,10 @@ def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None) ->
         stays = resume_at is not None and (not interval or resume_at % interval > 0)
         keep_samples(os.path.join(out_dir, 'samples.txt'), (resume_at or 0) + stays)
         again = rows.pop() if rows and int(rows[-1]['iter']) == resume_at else None
+        # first, since it is what tells a later run whose log.csv this is
+        with replacing_text(os.path.join(out_dir, 'config.json')) as file:
+            given = {key: value for key, value in config.items() if facts.get(key, value) != value}
+            json.dump({**config, **facts, 'given': given}, file, indent=2)
         with replacing_text(path) as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
@@ -164,9 +168,6 @@ def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None) ->
             if again and again['val_loss']: # kept until its iteration is run, which need not evaluate again
                 open_rows[path] = again, file.tell()
                 writer.writerow(again)
-        with replacing_text(os.path.join(out_dir, 'config.json')) as file:
-            given = {key: value for key, value in config.items() if facts.get(key, value) != value}
-            json.dump({**config, **facts, 'given': given}, file, indent=2)
     except (KeyError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} is no log of train.py ({error}); move it away and "
                          "type this again") from None

@@ -172,7 +172,7 @@ def test_peft_loads_an_adapter(run, hf_dir, tmp_path):
     ('--to={root}/file.pt', 'is a file'),
     ('--to={root}/file.pt --weights_only=True', 'type --overwrite=True'),
     ('--to={root}/new --weights_only=True --adapter=True', 'type one of them'),
-    ('--to={root}/new --dtype=int8', "no dtype 'int8'"),
+    ('--to={root}/new --dtype=int8', "dtype is 'int8'"),
     ('--to={root}/new --adapter=True', 'holds no adapter'),
     ('--to={root}/new --out_dir={root}/none', 'there is no checkpoint in'),
 ])

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 
 import log
 import plot
+from checkpoint import DEFAULTS, check_new
 from configurator import quote
 from log import Best, Clock, epoch_times, start_wandb
 
@@ -21,6 +22,19 @@ def test_the_best_that_could_not_be_saved_is_not_the_best(tmp_path):
     for at, better in ((now, True), (now.after(20, 3.5)[0], True), (now.after(20, 2.5)[0], True), (now.after(20, 1.5)[0], False)):
         told = at.describe('out', 20, 20, ended=True)
         assert ('a better model, of val loss 2.0000, could not be saved' in told) == better and 'no evaluation was better' not in told
+
+@pytest.mark.parametrize('n', [1, 2])
+def test_a_start_that_is_killed_before_its_nth_file_is_in_place_can_be_typed_again(tmp_path, monkeypatch, n):
+    replace, config = os.replace, {'init_from': 'scratch', 'sample_interval': 0}
+    def killed(*paths):
+        if len(os.listdir(tmp_path)) == n: # with the one that is not in place yet
+            raise KeyboardInterrupt
+        replace(*paths)
+    monkeypatch.setattr(os, 'replace', killed)
+    with pytest.raises(KeyboardInterrupt):
+        log.start_log(str(tmp_path), config, {'model_args': dict.fromkeys(DEFAULTS, 1)}, None)
+    check_new(str(tmp_path), 'scratch', False)
+    assert len(list(tmp_path.iterdir())) == n - 1
 
 @pytest.mark.parametrize('evaluated, iter_num, file, says', [
     ((0,), 9, '/last.pt', 'nothing was evaluated since iteration 0: what was learned is in last.pt alone'),
