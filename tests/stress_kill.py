@@ -3,6 +3,8 @@ Kills training by SIGKILL again and again, resumes it each time, and holds what 
 nothing interrupted; exits with 1 where anything differs:
 
 $ python tests/stress_kill.py --kills=50
+Before each use of a file, one after the other, instead of at random moments:
+$ python tests/stress_kill.py --each=True --runs=samples,lora
 A worker of torchrun's, which starts all of them again; an agent and its worker of two, as on two machines:
 $ python tests/stress_kill.py --kills=4 --procs=2
 $ python tests/stress_kill.py --kills=2 --nodes=2
@@ -11,6 +13,7 @@ $ python tests/stress_kill.py --kills=2 --nodes=2
 # options
 
 kills = 50 # how often, at least
+each = False # kill a run before its first use of a file, the next one before its second, and so on
 runs = '' # which of RUNS below, such as dropout,muon; empty for all
 procs = 1 # processes of a job of torchrun's, one of which is killed
 nodes = 1 # agents of torchrun's with a process each, one of which is killed with its process
@@ -188,7 +191,7 @@ def compare(out_dir, whole, tolerance, states=True):
 
 def options_of(name):
     own = RUNS[name][0].replace('BASE', str(work / 'base')).split()
-    return [f"--dataset={work / 'chars'}", *TINY, '--max_iters=24', '--eval_interval=3', *own]
+    return [f"--dataset={work / 'chars'}", *TINY, f'--max_iters={9 if each else 24}', '--eval_interval=3', *own]
 
 def pick(length):
     """ how a run of so many seconds is killed next, and in words """
@@ -221,20 +224,36 @@ def killed_run(name, number, whole, length, most):
         print(f"kill {killed.total()}, {name}: {words}; last.pt of iteration {at}"
               f"{', left ' + ', '.join(unfinished) if unfinished else ''}")
 
+def whole_run(name):
+    """ run `name` without kills: its folder, and how many seconds it took """
+    length, status = live(options_of(name), work / name)
+    if status is None:
+        raise Differs(f"{name} did not end by itself")
+    return work / name, length
+
 def stress(names):
     """ kill runs of these names in turn until there were `kills` """
     wholes = {}
-    if 'lora' in names:
-        live(options_of('dropout'), work / 'base')
     for number, name in enumerate(itertools.cycle(names)):
         if killed.total() >= kills:
             break
-        if name not in wholes:
-            length, status = live(options_of(name), work / name)
-            if status is None:
-                raise Differs(f"{name} did not end by itself")
-            wholes[name] = work / name, length
+        wholes[name] = wholes.get(name) or whole_run(name)
         killed_run(name, number, *wholes[name], min(kills - killed.total(), -(-kills // len(names))))
+
+def stress_each(name):
+    """ kill run `name` before its nth use of a file and let it end, for n = 1, 2, ... up to its last use """
+    whole, args = whole_run(name)[0], options_of(name)
+    for n in itertools.count(1):
+        out_dir = work / f'{name}-{n}'
+        _, status = live(args, out_dir, 'file', n)
+        if status == 0:
+            return
+        check_whole(out_dir, -1)
+        killed[name] += 1
+        amid.update(path.name for path in out_dir.glob('*.tmp'))
+        live(resuming(args, out_dir), out_dir)
+        print(f"{name}: before use {n} of a file; largest difference {compare(out_dir, whole, RUNS[name][1])}")
+        shutil.rmtree(out_dir)
 
 # -----------------------------------------------------------------------------
 # several
@@ -301,7 +320,13 @@ if set(names) - set(RUNS):
 sys.stdout.reconfigure(line_buffering=True)
 write_chars(work / 'chars')
 try:
-    stress(names) if procs == nodes == 1 else stress_jobs()
+    if 'lora' in names and procs == nodes == 1:
+        live(options_of('dropout'), work / 'base')
+    if each:
+        for name in names:
+            stress_each(name)
+    else:
+        stress(names) if procs == nodes == 1 else stress_jobs()
 except Differs as difference:
     sys.exit(f"{difference}\nseed {seed}; what is left is in {work}")
 print(f"{killed.total()} kills in {time.time() - begin:.0f} s "
