@@ -376,7 +376,7 @@ def read_text(path: str) -> str:
         raise bad_utf8(path, error) from None
 
 NO_TEXT = {b'\x1f\x8b': 'compressed by gzip', b'PK\3\4': 'a zip file, as .docx, .odt and .epub are',
-           b'%PDF': 'a PDF'} # what files begin with that are often taken for texts
+           b'%PDF': 'a PDF', b'PAR1': 'a Parquet file'} # what files begin with that are often taken for texts
 
 def bad_utf8(path: str, error: UnicodeDecodeError, before: int = 0) -> ValueError:
     """ the error for a file that is not UTF-8, found in the bytes after the first `before` ones """
@@ -387,7 +387,8 @@ def bad_utf8(path: str, error: UnicodeDecodeError, before: int = 0) -> ValueErro
             head = file.read(4)
     for start, what in NO_TEXT.items():
         if head.startswith(start):
-            return ValueError(f"{shorten(path)} is {what}, no text; convert it to text in UTF-8 first")
+            return ValueError(f"{shorten(path)} is {what}, no text; convert it to text in UTF-8 first, "
+                              "or rows to .jsonl")
     wide = byte == 0 and error.object[:2] in (b'\xff\xfe', b'\xfe\xff')
     if b'\0' in error.object and not wide:
         return ValueError(f"{shorten(path)} holds zero bytes, which no text in UTF-8 does; take another "

@@ -36,9 +36,10 @@ def test_bad_utf8_is_told_with_its_byte(tmp_path, monkeypatch, size, data, byte)
 
 def test_what_is_no_text_is_called_what_it_is_also_where_a_later_block_shows_it(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, 'BLOCK', 4)
-    (tmp_path / 'a.txt').write_bytes(b'%PDF-1.4 and on\xff')
-    with pytest.raises(ValueError, match='a.txt is a PDF, no text'):
-        texts(str(tmp_path / 'a.txt'))
+    for head, kind in ((b'PAR1', 'a Parquet file'), (b'%PDF', 'a PDF')):
+        (tmp_path / 'a.txt').write_bytes(head + b'-1.4 and on\xff')
+        with pytest.raises(ValueError, match=f'a.txt is {kind}, no text'):
+            texts(str(tmp_path / 'a.txt'))
     if hasattr(os, 'mkfifo'): # Windows has none
         os.mkfifo(tmp_path / 'pipe')
     for name in ('the pipe', str(tmp_path / 'pipe')): # which cannot be read again
