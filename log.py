@@ -114,12 +114,20 @@ class Steady:
     """ a stream that shows each line at once, and survives a closed pipe or a full disk """
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream, self.held = stream, '' # held: what could not be written yet
 
     def write(self, text):
-        with contextlib.suppress(OSError):
+        try:
             self.stream.write(text)
             self.stream.flush()
+        except RuntimeError: # in a signal's handler, amid another write
+            self.held += text
+        except OSError:
+            pass
+        else:
+            if self.held and text.endswith('\n'):
+                held, self.held = self.held, ''
+                self.write(held)
         return len(text)
 
     def flush(self):

@@ -1,6 +1,7 @@
 """
 What a run tells of itself: the best so far, its speed, and what to type next.
 """
+import io
 import os
 
 import pytest
@@ -110,6 +111,22 @@ def test_what_the_disk_did_not_take_is_tried_again_at_the_end_of_a_run(tmp_path,
     (tmp_path / 'log.csv').write_text('row 8\n')
     log.finish_log(False)
     assert (tmp_path / 'log.csv').read_text() == 'row 8\nrow 9\n' and not log.waiting
+
+def test_what_a_signal_s_handler_prints_amid_another_line_comes_with_the_next():
+    written, steady = [], None
+    class Pipe(io.RawIOBase):
+        def writable(self):
+            return True
+        def write(self, data):
+            written.append(bytes(data))
+            if len(written) == 1:
+                print('stopping', file=steady)
+            return len(data)
+    steady = log.Steady(io.TextIOWrapper(io.BufferedWriter(Pipe())))
+    for line in ('iter 1', 'iter 2'):
+        print(line, file=steady)
+    steady.flush()
+    assert b''.join(written).splitlines() == [b'iter 1', b'stopping', b'iter 2'] and not steady.held
 
 def test_a_picture_is_drawn_in_a_notebook_whose_matplotlib_has_parts_that_ours_lacks(run, tmp_path):
     (tmp_path / 'log.csv').write_text('iter,loss,train_loss,val_loss\n0,4,4,4.5\n10,2,2,2.5\n')
