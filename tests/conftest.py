@@ -73,7 +73,7 @@ def forks(tmp_path_factory):
     out, err = (tmp_path_factory.mktemp('printed') / name for name in ('out', 'err'))
     def run(script, args, cwd, timeout, processes):
         job = {'script': script, 'args': args, 'cwd': str(cwd), 'timeout': timeout, 'stdout': str(out), 'stderr': str(err),
-               'processes': processes}
+               'processes': processes, 'transformers': script == 'export.py' or any('hf' in str(arg) for arg in args)}
         server.stdin.write(json.dumps(job) + '\n')
         server.stdin.flush()
         status = json.loads(server.stdout.readline())['status']
