@@ -12,19 +12,16 @@ import torch
 
 from checkpoint import load_model
 from conftest import TINY
-from test_train import TORCHRUN
 
 def load(path):
     return torch.load(path, weights_only=True)
 
 @pytest.fixture(scope='module')
-def base(clone, tmp_path_factory):
+def base(clone, forks, tmp_path_factory):
     """ a tiny run to finetune from """
-    import subprocess
-    import sys
     out_dir = tmp_path_factory.mktemp('base') / 'out'
-    subprocess.run([sys.executable, 'train.py', '--dataset=chars', *TINY, '--max_iters=20', f'--out_dir={out_dir}'],
-                   cwd=clone, check=True, capture_output=True)
+    status, _, err = forks('train.py', ['--dataset=chars', *TINY, '--max_iters=20', f'--out_dir={out_dir}'], clone, 120, 1)
+    assert status == 0, err
     return out_dir
 
 @pytest.fixture(scope='module')
@@ -220,7 +217,7 @@ def test_masked_losses_are_the_same_for_any_split_and_the_template_travels(train
     options = ('--dataset=masked', '--eval_iters=0')
     one = train(*options, '--batch_size=8', '--gradient_accumulation_steps=1')
     many = train(*options, '--batch_size=1', '--gradient_accumulation_steps=8', out_dir='many')
-    two = train(*options, launch=TORCHRUN, out_dir='two')
+    two = train(*options, processes=2, out_dir='two')
     for other in (many, two):
         for name in ('loss', 'val_loss'):
             a, b = ([float(v) for v in result.column(name) if v] for result in (one, other))

@@ -24,15 +24,14 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 @pytest.fixture(scope='module')
-def whole(clone, tmp_path_factory):
+def whole(clone, forks, tmp_path_factory):
     """ the log and the last checkpoint of a run with dropout that nothing interrupted """
     out_dir = tmp_path_factory.mktemp('whole') / 'out'
-    done = subprocess.run([sys.executable, 'train.py', '--dataset=chars', *TINY, '--dropout=0.2', f'--out_dir={out_dir}'],
-                          cwd=clone, capture_output=True, encoding='utf-8')
-    assert done.returncode == 0, done.stderr
+    status, out, err = forks('train.py', ['--dataset=chars', *TINY, '--dropout=0.2', f'--out_dir={out_dir}'], clone, 120, 1)
+    assert status == 0, err
     import csv
     with open(out_dir / 'log.csv', newline='') as file:
-        return {'rows': list(csv.DictReader(file)), 'out_dir': out_dir, 'out': done.stdout}
+        return {'rows': list(csv.DictReader(file)), 'out_dir': out_dir, 'out': out}
 
 def test_a_run_leaves_what_it_promises(whole):
     assert sorted(os.listdir(whole['out_dir'])) == ['.lock', 'ckpt.pt', 'config.json', 'last.pt', 'log.csv', 'loss.png',
