@@ -10,6 +10,7 @@ import signal
 import string
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -65,19 +66,55 @@ class Result:
         with open(self.out_dir / 'log.csv', newline='') as file:
             return [row[name] for row in csv.DictReader(file)]
 
+class Started:
+    """ a script in a fork that goes on, with what subprocess.Popen has of it; its output and errors are in one pipe """
+    def __init__(self, forks, script, args, cwd, pipe):
+        os.mkfifo(pipe)
+        self.ask, self.returncode = forks.ask, None
+        self.pid = self.ask({'script': script, 'args': args, 'cwd': str(cwd), 'stdout': str(pipe), 'stderr': str(pipe)})
+        self.stdout = open(pipe, encoding='utf-8')
+
+    def poll(self):
+        if self.returncode is None:
+            self.returncode = self.ask({'pid': self.pid})
+        return self.returncode
+
+    def wait(self, timeout=60):
+        end = time.time() + timeout
+        while self.poll() is None:
+            assert time.time() < end, f'{self.pid} did not end'
+            time.sleep(0.01)
+        return self.returncode
+
+    def communicate(self, timeout=60):
+        end = time.time() + timeout
+        out = self.stdout.read()
+        self.wait(max(end - time.time(), 0.1))
+        assert time.time() < end, f'{self.pid} took too long'
+        return out, ''
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
 @pytest.fixture(scope='session')
 def forks(tmp_path_factory):
     """ run a script in a fork of a process that has imported torch: (status, its output, its errors) """
     server = subprocess.Popen([sys.executable, os.path.join(ROOT, 'tests', 'forks.py')], stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE, encoding='utf-8')
     out, err = (tmp_path_factory.mktemp('printed') / name for name in ('out', 'err'))
+    def ask(job):
+        server.stdin.write(json.dumps(job) + '\n')
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())['status']
     def run(script, args, cwd, timeout, processes):
         job = {'script': script, 'args': args, 'cwd': str(cwd), 'timeout': timeout, 'stdout': str(out), 'stderr': str(err),
                'processes': processes, 'transformers': script == 'export.py' or any('hf' in str(arg) for arg in args)}
-        server.stdin.write(json.dumps(job) + '\n')
-        server.stdin.flush()
-        status = json.loads(server.stdout.readline())['status']
-        return status, *(path.read_bytes().decode('utf-8') for path in (out, err))
+        return ask(job), *(path.read_bytes().decode('utf-8') for path in (out, err))
+    run.ask = ask
     yield run
     server.stdin.close()
     server.wait()

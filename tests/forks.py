@@ -4,6 +4,7 @@ own takes three; it reads a line of JSON for each and answers with one. A job of
 environment that torchrun gives.
 """
 import gc
+import io
 import json
 import os
 import runpy
@@ -21,6 +22,8 @@ def become(job):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdout, sys.stderr = (open(n, 'w', encoding='utf-8', closefd=False) for n in (1, 2))
     sys.stderr.reconfigure(line_buffering=True)
+    if job['stdout'] == job['stderr']: # as by python -u
+        sys.stdout = io.TextIOWrapper(open(1, 'wb', 0, closefd=False), encoding='utf-8', write_through=True)
     sys.argv, sys.path[0] = [job['script'], *job['args']], os.path.dirname(os.path.abspath(job['script']))
     try:
         runpy.run_path(job['script'], run_name='__main__')
@@ -66,14 +69,27 @@ def serve(jobs, answers):
     gc.freeze() # else a fork that collects garbage copies all of this
     for line in jobs:
         job = json.loads(line)
+        how = status_so_far if 'pid' in job else start if job['stdout'] == job['stderr'] else status_of
         if job.get('transformers'):
             other = other or with_transformers()
             other.write(json.dumps({**job, 'transformers': False}) + '\n')
             other.flush()
             answers.write(other.readline() or '{}\n') # nothing if it has ended
         else:
-            answers.write(json.dumps({'status': status_of(job)}) + '\n')
+            answers.write(json.dumps({'status': how(job)}) + '\n')
         answers.flush()
+
+def start(job):
+    """ begin a job that is told to end by signals: its process """
+    pid = os.fork()
+    if pid == 0:
+        become(job)
+    return pid
+
+def status_so_far(job):
+    """ of what was started; None while it runs """
+    ended, status = os.waitpid(job['pid'], os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
 
 def status_of(job):
     """ run a job in forks, and wait for them """

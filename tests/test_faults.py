@@ -16,15 +16,30 @@ import torch
 
 from checkpoint import load
 from saver import Saver, save
-from conftest import TINY
+from conftest import Started, TINY
 from log import append
 
 resource = pytest.importorskip('resource', reason="Windows has neither such signals nor such limits")
 
 ENDLESS = ('--max_iters=1000000', '--eval_interval=20', '--eval_iters=1', '--decay_lr=False', '--log_interval=10')
 
+@pytest.fixture
+def started(forks):
+    """ a run in a fork, with its lines as they come """
+    @contextlib.contextmanager
+    def started(clone, out_dir, *options, script='train.py'):
+        pipe = f'{out_dir}.pipe'
+        process = Started(forks, script, ['--dataset=chars', *TINY, f'--out_dir={out_dir}', *options], clone, pipe)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+    return started
+
 @contextlib.contextmanager
-def started(clone, out_dir, *options, script='train.py'):
+def started_alone(clone, out_dir, *options, script='train.py'):
     """ a run in a process of its own, with its lines as they come """
     process = subprocess.Popen([sys.executable, '-u', script, '--dataset=chars', *TINY, f'--out_dir={out_dir}', *options],
                                cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8')
@@ -52,7 +67,7 @@ def limit_files(process, size):
 # disks
 
 @pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason="only Linux limits the files of a process that runs")
-def test_a_run_outlives_a_disk_that_is_full_for_a_while(clone, tmp_path):
+def test_a_run_outlives_a_disk_that_is_full_for_a_while(clone, started, tmp_path):
     out = tmp_path / 'out'
     with started(clone, out, *ENDLESS) as run:
         wait_for(run, 'iter 10:')
@@ -74,7 +89,7 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(clone, tmp_path):
 
 @pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason="only Linux limits the files of a process that runs")
 def test_a_run_that_could_save_nothing_ends_with_an_error(clone, tmp_path):
-    with started(clone, tmp_path / 'out', '--max_iters=200', '--eval_interval=100') as run:
+    with started_alone(clone, tmp_path / 'out', '--max_iters=200', '--eval_interval=100') as run:
         limit_files(run, 10000)
         out = run.communicate(timeout=60)[0]
     lines = out.splitlines()
@@ -118,7 +133,7 @@ def test_a_full_disk_under_the_terminal_s_output_ends_no_run(clone, tmp_path):
 
 def test_a_run_whose_reader_is_gone_saves_on_ctrl_c(clone, tmp_path):
     """ as in `train.py | tee log`, where Ctrl-C ends tee first """
-    with started(clone, tmp_path / 'out', *ENDLESS, '--eval_interval=1000000') as run:
+    with started_alone(clone, tmp_path / 'out', *ENDLESS, '--eval_interval=1000000') as run:
         wait_for(run, 'iter 10:')
         run.stdout.close()
         time.sleep(0.5)
@@ -241,7 +256,7 @@ def test_the_fifth_in_a_row_that_is_no_number_ends_the_run(inject, losses, gradi
 # -----------------------------------------------------------------------------
 # signals
 
-def test_sigusr1_saves_and_goes_on(clone, tmp_path):
+def test_sigusr1_saves_and_goes_on(clone, started, tmp_path):
     with started(clone, tmp_path / 'out', *ENDLESS, '--eval_interval=1000000') as run:
         wait_for(run, 'iter 10:')
         run.send_signal(signal.SIGUSR1)
@@ -252,7 +267,7 @@ def test_sigusr1_saves_and_goes_on(clone, tmp_path):
 
 @pytest.mark.parametrize('options, at', [(('--gradient_accumulation_steps=30000',), 'step 0:'),
                                          (('--eval_interval=30', '--eval_iters=0', '--batch_size=1'), 'iter 20:')])
-def test_an_end_waits_for_no_long_iteration_or_evaluation(clone, tmp_path, options, at):
+def test_an_end_waits_for_no_long_iteration_or_evaluation(clone, started, tmp_path, options, at):
     with started(clone, tmp_path / 'out', *ENDLESS, *options) as run:
         wait_for(run, at)
         time.sleep(0.3)
@@ -266,21 +281,21 @@ def test_an_end_waits_for_no_long_iteration_or_evaluation(clone, tmp_path, optio
 def test_a_terminal_that_goes_ends_a_run_in_order_unless_nohup_is_there(clone, tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL) # where these tests run under nohup, too
     try:
-        with started(clone, tmp_path / 'out', *ENDLESS) as run:
+        with started_alone(clone, tmp_path / 'out', *ENDLESS) as run:
             wait_for(run, 'iter 10:')
             run.send_signal(signal.SIGHUP)
             out = run.communicate(timeout=60)[0]
         assert run.returncode == 0
         assert load(tmp_path / 'out' / 'last.pt')['iter_num'] == int(out.split('stopped at iteration ')[1].split()[0])
         signal.signal(signal.SIGHUP, signal.SIG_IGN) # as nohup leaves it to what it starts
-        with started(clone, tmp_path / 'nohup', *ENDLESS) as run:
+        with started_alone(clone, tmp_path / 'nohup', *ENDLESS) as run:
             wait_for(run, 'iter 10:')
             run.send_signal(signal.SIGHUP)
             wait_for(run, 'iter 60:')
     finally:
         signal.signal(signal.SIGHUP, before)
 
-def test_a_folder_that_a_run_writes_to_is_no_other_s(clone, train, tmp_path):
+def test_a_folder_that_a_run_writes_to_is_no_other_s(clone, started, train, tmp_path):
     with started(clone, tmp_path / 'out', *ENDLESS) as run:
         wait_for(run, 'iter 30:') # saved at 20
         rows = len((tmp_path / 'out' / 'log.csv').read_bytes())
@@ -311,7 +326,7 @@ def test_a_run_of_another_user_s_is_gone_on_with(train):
     (out_dir / '.lock').chmod(0o444)
     train('--init_from=resume', '--max_iters=8')
 
-def test_a_second_ctrl_c_leaves_at_once(clone, tmp_path):
+def test_a_second_ctrl_c_leaves_at_once(clone, started, tmp_path):
     slow = clone / f'slow_{os.getpid()}.py' # saves for a minute
     slow.write_text("import runpy, time, saver\nsave = saver.save\n"
                     "saver.save = lambda c, path: (save(c, path), time.sleep(60 * (c['iter_num'] > 0)))\n"
@@ -337,7 +352,7 @@ def test_a_new_run_in_an_old_one_s_place_leaves_none_of_its_checkpoints(train):
     train('--overwrite=True', '--max_iters=2', '--learning_rate=1', '--min_lr=1')
     assert {p.name: load(p)['iter_num'] for p in old.out_dir.glob('*.pt*')} == {'last.pt': 2, 'ckpt.pt': 0}
 
-def test_a_resume_with_fewer_iterations_than_were_made_ends(clone, train, tmp_path):
+def test_a_resume_with_fewer_iterations_than_were_made_ends(clone, started, train, tmp_path):
     with started(clone, tmp_path / 'out', *ENDLESS, '--eval_interval=1000000') as run:
         wait_for(run, 'iter 10:')
         run.send_signal(signal.SIGTERM)
@@ -350,7 +365,7 @@ def test_gradients_that_stay_no_number_end_a_run_in_float16_too(inject):
     done = inject([], range(1000), '--dtype=float16', '--max_iters=60', status=2)
     assert 'five iterations in a row were not finite, up to 20;' in done.err # after 16 halvings of 65536
 
-def test_sigusr1_saves_once(clone, tmp_path):
+def test_sigusr1_saves_once(clone, started, tmp_path):
     with started(clone, tmp_path / 'out', *ENDLESS, '--eval_interval=1000000') as run:
         wait_for(run, 'iter 10:')
         run.send_signal(signal.SIGUSR1)
