@@ -178,13 +178,14 @@ def test_a_leaner_plan_is_never_predicted_to_take_more(device, dropout, freeze, 
         peaks = [memory.peak(plan, memory.shape_of(gpt, 1024, dropout, half, device=device), B) for plan in memory.PLANS[:3]]
         assert peaks == sorted(peaks, reverse=True)
 
-def test_a_limit_on_a_cpu_leaves_the_prediction_and_a_dry_run_s_is_a_card_s(run):
+def test_a_limit_on_a_cpu_leaves_the_prediction_and_a_dry_run_s_is_a_card_s(run, tmp_path):
+    (tmp_path / 'ends.py').write_text("import dataset, sys\ndataset.open_split = lambda *args, **options: sys.exit(0)\n") # once it is told
     def expected(*options): # with dropout, attention is kept on a CPU alone
-        out = run('train.py', '--dataset=chars', '--device=cpu', '--n_layer=8', '--n_head=4', '--n_embd=32', '--block_size=512',
+        out = run('train.py', tmp_path / 'ends.py', '--dataset=chars', '--device=cpu', '--n_layer=8', '--n_head=4', '--n_embd=32', '--block_size=512',
                   '--batch_size=64', '--gradient_accumulation_steps=1', '--dropout=0.1', '--max_iters=0', '--eval_iters=1',
                   '--dtype=float32', '--plan=selective', *options).out
         return re.search(r'([\d.]+) GiB expected|selective +64 +([\d.]+)', out).group(1, 2)
-    assert expected() == expected('--memory_gb=2', '--overwrite=True') == ('0.40', None)
+    assert expected() == expected('--memory_gb=2') == ('0.40', None)
     assert expected('--memory_gb=2', '--dry_run=True') == (None, '0.37')
 
 def test_the_fastest_plan_that_fits_is_chosen_with_the_largest_micro_batch():
