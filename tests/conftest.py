@@ -100,9 +100,18 @@ class Started:
     def kill(self):
         self.send_signal(signal.SIGKILL)
 
+def alone(script, args, cwd, timeout, launch=(), env={}):
+    """ run a script in a Python of its own: (status, its output, its errors) """
+    done = subprocess.run([sys.executable, *launch, script, *args], cwd=cwd, capture_output=True, encoding='utf-8', timeout=timeout,
+                          env={**os.environ, 'PYTHONIOENCODING': 'utf-8', **env})
+    return done.returncode, done.stdout, done.stderr
+
 @pytest.fixture(scope='session')
 def forks(tmp_path_factory):
-    """ run a script in a fork of a process that has imported torch: (status, its output, its errors) """
+    """ the same in a fork of a process that has imported torch, or in several as torchrun starts them """
+    if not hasattr(os, 'fork'):
+        yield lambda script, args, cwd, timeout, processes: alone(script, args, cwd, timeout)
+        return
     server = subprocess.Popen([sys.executable, os.path.join(ROOT, 'tests', 'forks.py')], stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE, encoding='utf-8')
     out, err = (tmp_path_factory.mktemp('printed') / name for name in ('out', 'err'))
@@ -112,7 +121,7 @@ def forks(tmp_path_factory):
         return json.loads(server.stdout.readline())['status']
     def run(script, args, cwd, timeout, processes):
         job = {'script': script, 'args': args, 'cwd': str(cwd), 'timeout': timeout, 'stdout': str(out), 'stderr': str(err),
-               'processes': processes, 'transformers': script == 'export.py' or any('hf' in str(arg) for arg in args)}
+               'processes': processes, 'transformers': script == 'export.py' or 'hf' in ' '.join(args)} # such as hf_dir
         return ask(job), *(path.read_bytes().decode('utf-8') for path in (out, err))
     run.ask = ask
     yield run
@@ -129,13 +138,9 @@ def run(clone, tmp_path, forks):
         out_dir = tmp_path / out_dir
         if script in ('train.py', 'sample.py') and not any(str(a).startswith('--out_dir') for a in args):
             args = (*args, f'--out_dir={out_dir}')
-        if launch or env is not None or not hasattr(os, 'fork'):
-            command = [sys.executable, *launch, script, *map(str, args)]
-            done = subprocess.run(command, cwd=clone, capture_output=True, encoding='utf-8', timeout=timeout,
-                                  env={**os.environ, 'PYTHONIOENCODING': 'utf-8', **(env or {})})
-            result = Result(done.returncode, done.stdout, done.stderr, out_dir)
-        else:
-            result = Result(*forks(script, [*map(str, args)], clone, timeout, processes), out_dir)
+        command = script, [*map(str, args)], clone, timeout
+        done = forks(*command, processes) if not launch and env is None else alone(*command, launch, env or {})
+        result = Result(*done, out_dir)
         assert status is None or result.status == status, f"{script} {args}\n{result.out}\n{result.err}"
         return result
     return run
