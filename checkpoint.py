@@ -14,7 +14,7 @@ import re
 import reprlib
 import struct
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 
 import torch
 
@@ -256,16 +256,16 @@ def is_of(out_dir: str, launch: str | None) -> bool:
     """ whether the run in out_dir was started by this same command in this same torchrun job """
     return launch is not None and any(peek(path).get('launch') == launch for path in checkpoints_in(out_dir))
 
-def config_of(source: str, out_dir: str, scratch: GPTConfig, say=print) -> GPTConfig:
-    """ the shape of the model that `source` names, without its weights; 'resume' is the run in out_dir, and
-    'scratch' gives `scratch`, the shape that the options ask for; `say` tells where another one differs """
-    config = scratch if source == 'scratch' else read_config(source, out_dir)
-    asked, has = asdict(scratch), asdict(config)
-    kept = [f'{key} stays {has[key]}, not {asked[key]}' for key, default in DEFAULTS.items()
-            if asked[key] not in (default, has[key])]
+def config_of(source: str, out_dir: str, asked: dict, say=print) -> GPTConfig:
+    """ the shape of the model that `source` names, without its weights, and the dropout `asked` for; 'resume'
+    is the run in out_dir, 'scratch' the shape asked for; `say` tells where another one differs from that """
+    asked = {field.name: asked[field.name] for field in fields(GPTConfig)}
+    config = GPTConfig(**asked) if source == 'scratch' else read_config(source, out_dir)
+    kept = [f'{key} stays {getattr(config, key)}, not {asked[key]}' for key, default in DEFAULTS.items()
+            if asked[key] not in (default, getattr(config, key))]
     if kept:
         say(f"warning: a loaded model keeps its shape: {'; '.join(kept)}")
-    return config
+    return replace(config, dropout=asked['dropout'])
 
 def read_config(source: str, out_dir: str) -> GPTConfig:
     """ config_of for what is not from scratch """
@@ -276,8 +276,8 @@ def read_config(source: str, out_dir: str) -> GPTConfig:
     if paths == [None]:
         return pretrained.config_of(source)
     for path in paths:
-        with contextlib.suppress(Exception):
-            return GPTConfig(**peek(path)['model_args'])
+        with contextlib.suppress(Exception), torch.device('meta'): # the whole model, as n_embd may be 16.0
+            return GPT(GPTConfig(**peek(path)['model_args'])).config
     # an old format, or damaged: a full load reads the one and reports the other, unless it can still resume
     return (latest(out_dir, 0.0, lambda text: None, False) if source == 'resume'
             else load_model(source))[0].config

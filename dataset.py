@@ -240,8 +240,8 @@ def find_datasets(dataset: str) -> dict[str, float]:
             weight = float(weight or 1)
         except ValueError:
             weight = 0.0
-        there = [os.path.abspath(folder) for folder in folders]
-        if not (name and 0 < weight < math.inf and os.path.abspath(folder) not in there):
+        again = any(os.path.abspath(folder) == os.path.abspath(other) for other in folders)
+        if not (name and 0 < weight < math.inf) or again:
             raise ValueError(f"dataset is {dataset!r}; type --dataset=NAME, or --dataset=A:0.7,B:0.3 with "
                              "weights above 0, each dataset once")
         folders[folder] = weight
@@ -387,8 +387,8 @@ def bad_utf8(path: str, error: UnicodeDecodeError, before: int = 0) -> ValueErro
             head = file.read(4)
     for start, what in NO_TEXT.items():
         if head.startswith(start):
-            return ValueError(f"{shorten(path)} is {what}, no text; convert it to text in UTF-8 first, "
-                              "or rows to .jsonl")
+            return ValueError(f"{shorten(path)} is {what}, no text; convert it first, to text in UTF-8 "
+                              "or, if it has rows, to .jsonl")
     wide = byte == 0 and error.object[:2] in (b'\xff\xfe', b'\xfe\xff')
     if b'\0' in error.object and not wide:
         return ValueError(f"{shorten(path)} holds zero bytes, which no text in UTF-8 does; take another "

@@ -114,7 +114,7 @@ class Steady:
     """ a stream that shows each line at once, and survives a closed pipe or a full disk """
 
     def __init__(self, stream):
-        self.stream, self.held = stream, '' # held: what could not be written yet
+        self.stream, self.held = stream, '' # held: what a handler printed amid another line
 
     def write(self, text):
         try:

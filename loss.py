@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 def rows_at_once(N: int, V: int, itemsize: int) -> tuple[int, int]:
     """ how many rows of logits, with elements of itemsize bytes, to compute at once: of a product, where many
-    are faster, and of a softmax that is not compiled, where few fit in a CPU's cache """
+    are faster, and, in equal parts, of a softmax that is not compiled, where few fit in a CPU's cache """
     rows = min(N, max(N // (2 * itemsize), 2**22 // V, 1))
     few = min(rows, max(rows // 8, 2**22 // V, 1))
     return rows, math.ceil(rows / math.ceil(rows / few))

@@ -95,7 +95,7 @@ from device import (DTYPES, Signals, autocast, compile_model, describe_machine, 
                     pick_dtype, train_fast)
 from log import (Best, Clock, append_row, append_sample, epoch_times, finish_log, is_logged, need_wandb,
                  start_log, start_wandb, steady_output)
-from model import GPT, GPTConfig, check_length
+from model import GPT, check_length
 from saver import Saver
 from tokenizer import check_match, count_ids, from_state
 
@@ -139,8 +139,7 @@ place = 'cuda' if elsewhere else device
 budget = parallel.least(memory_to_fill(device, memory_gb, elsewhere)) # the same plan for all
 plans = memory.plans_for(config, place, world_size)
 
-scratch = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
-model_config = checkpoints.config_of(init_from, out_dir, scratch, say)
+model_config = checkpoints.config_of(init_from, out_dir, {**config, 'vocab_size': vocab_size}, say)
 check_length(block_size, model_config.block_size)
 with torch.device('meta'): # shapes only: there are no weights yet
     model = GPT(model_config)
@@ -184,7 +183,7 @@ lr_decay_iters = lr_decay_iters or max_iters
 loaded = {} # what a checkpoint holds besides the weights
 if init_from == 'scratch':
     torch.manual_seed(seed)
-    model = GPT(scratch)
+    model = GPT(model_config)
 elif init_from == 'resume':
     model, loaded = checkpoints.resume(out_dir, config, say)
 else:

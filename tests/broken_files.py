@@ -68,7 +68,7 @@ def write_checkpoints(root):
     for name, changes in {
             'good': {}, 'list': {'model': []}, 'noargs': {'model_args': None}, 'newer': {'version': 99},
             'textargs': args(n_layer='1'), 'negative': args(block_size=-1), 'vocabulary': args(vocab_size=10**15),
-            'layers': args(n_layer=2), 'tensorargs': args(n_layer=torch.zeros(3)),
+            'layers': args(n_layer=2), 'floatargs': args(n_embd=8.0), 'tensorargs': args(n_layer=torch.zeros(3)),
             'textweight': {'model': {**good['model'], wte: 'abc'}},
             'nan': {'model': {name: tensor * float('nan') for name, tensor in good['model'].items()}},
             'nochars': {'tokenizer': {'name': 'char'}}, 'numberchars': {'tokenizer': {'name': 'char', 'chars': 5}},

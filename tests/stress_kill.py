@@ -13,7 +13,7 @@ $ python tests/stress_kill.py --kills=2 --nodes=2
 # options
 
 kills = 50 # how often, at least
-each = False # kill a run before its first use of a file, the next one before its second, and so on
+each = False # kill one process before its first use of a file, the next before its second, ...; not by `kills`
 runs = '' # which of RUNS below, such as dropout,muon; empty for all
 procs = 1 # processes of a job of torchrun's, one of which is killed
 nodes = 1 # agents of torchrun's with a process each, one of which is killed with its process

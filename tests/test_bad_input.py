@@ -132,6 +132,7 @@ CASES = [ # script, options, part of what is said
     ('train.py', '--init_from={root}/file', 'no checkpoint'),
     ('train.py', '--init_from={root}/list.pt', 'has no model'),
     ('train.py', '--init_from={root}/noargs.pt', 'has no model_args'),
+    ('train.py', '--init_from={root}/floatargs.pt', 'does not fit together'),
     ('train.py', '--init_from={root}/bare.pt', 'has no model and no model_args'),
     ('train.py', '--init_from={root}/hostile.pt', 'could run code'),
     ('train.py', '--init_from={root}/hostile_pickle.pt', 'no checkpoint'),

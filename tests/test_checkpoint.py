@@ -4,6 +4,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -46,8 +47,8 @@ def test_the_shape_of_a_model_is_told_without_its_weights(tmp_path, monkeypatch)
     saver.save(dictionary, str(tmp_path / 'last.pt'))
     (tmp_path / 'ckpt.pt').write_bytes(b'damaged')
     monkeypatch.setattr(checkpoints, 'load', None)
-    assert checkpoints.config_of('resume', str(tmp_path), GPTConfig()) == model.config
-    assert checkpoints.config_of(str(tmp_path / 'last.pt'), '', GPTConfig()) == model.config
+    assert checkpoints.config_of('resume', str(tmp_path), asdict(GPTConfig())) == model.config
+    assert checkpoints.config_of(str(tmp_path / 'last.pt'), '', asdict(GPTConfig())) == model.config
 
 def test_the_keys_are_nanogpt_s():
     model, dictionary = make()

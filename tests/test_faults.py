@@ -366,8 +366,9 @@ def test_gradients_that_stay_no_number_end_a_run_in_float16_too(inject):
     assert 'five iterations in a row were not finite, up to 20;' in done.err # after 16 halvings of 65536
 
 def test_sigusr1_saves_once(clone, started, tmp_path):
-    with started(clone, tmp_path / 'out', *ENDLESS, '--eval_interval=1000000') as run:
+    with started(clone, tmp_path / 'out', *ENDLESS, '--eval_interval=1000000', '--keep_checkpoints=True') as run:
         wait_for(run, 'iter 10:')
         run.send_signal(signal.SIGUSR1)
         wait_for(run, 'saved')
+        assert [path.name for path in (tmp_path / 'out').glob('iter_*')] == ['iter_000000.pt'] # of evaluations alone
         assert 'iter' in wait_for(run, 'saved', 'tok/s') and 'saved' not in wait_for(run, 'saved', 'tok/s')

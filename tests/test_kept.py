@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -96,15 +97,25 @@ def test_a_template_txt_that_is_a_text_outlives_the_dataset_made_beside_it(clone
 def test_a_model_in_a_folder_of_a_size_s_name_is_the_one_that_is_planned_for(hf_dir, tmp_path, monkeypatch):
     shutil.copytree(hf_dir, tmp_path / 'gpt2')
     monkeypatch.chdir(tmp_path)
-    assert config_of('gpt2', '', GPTConfig()) == load_model('gpt2')[0].config
+    assert config_of('gpt2', '', asdict(GPTConfig())) == load_model('gpt2')[0].config
 
-def test_a_loaded_model_s_shape_is_told_where_another_was_typed(train, tmp_path):
+def test_a_loaded_model_s_shape_is_told_where_another_was_typed(run, train, tmp_path):
     told = 'warning: a loaded model keeps its shape'
     assert told not in train('--n_layer=1', '--n_embd=8').out
     assert told not in train('--n_layer=1', '--n_embd=8', '--init_from=resume', '--max_iters=8').out
     assert f'{told}: n_layer stays 1, not 3' in train('--n_layer=3', '--n_embd=8', '--init_from=resume', '--max_iters=9').out
     later = train(f"--init_from={tmp_path / 'out'}", '--bias=True', '--dry_run=True', out_dir='later')
     assert f'{told}: n_layer stays 1, not 2; n_embd stays 8, not 16; bias stays False, not True\n' in later.out
+    odd = train(f"--init_from={tmp_path / 'out'}", '--n_head=5', out_dir='odd') # which would not divide n_embd
+    assert 'n_head stays 2, not 5' in odd.out
+    assert 'finished at iteration 8' in run('train.py', '--init_from=resume', '--max_iters=8', out_dir='odd').out
+
+def test_a_latest_checkpoint_whose_sizes_are_no_sizes_leaves_the_best_to_go_on_from(train, tmp_path):
+    train()
+    latest = torch.load(tmp_path / 'out' / 'last.pt')
+    (tmp_path / 'out' / 'last.pt').unlink()
+    torch.save({**latest, 'model_args': {**latest['model_args'], 'n_embd': 16.0}}, tmp_path / 'out' / 'last.pt')
+    assert 'going on from' in train('--init_from=resume', '--max_iters=8').out
 
 def test_a_best_that_could_not_be_saved_is_not_told_to_be_the_best(train, tmp_path):
     (tmp_path / 'spy.py').write_text(

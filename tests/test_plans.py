@@ -56,18 +56,19 @@ def test_offloaded_adamw_equals_adamw_with_clipping_and_accumulation():
     assert all(a_opt['state'][i]['exp_avg'].equal(b_opt['state'][i]['exp_avg']) for i in a_opt['state'])
 
 def test_offload_clips_no_update_by_the_norm_of_one_that_was_left_out():
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(16, 50, 2, 2, 16))
-    opt = make_optimizer('adamw', gpt, 1e-2, 0.0, 0.1, (0.9, 0.95), offload_to=('cpu', torch.float32))
-    idx = torch.randint(50, (2, 16))
-    for scale in (float('nan'), 1e-9):
-        gpt(idx, idx, scale=scale)[1].backward()
-        opt.collect()
-        norm = clip_gradients(opt, 1.0)
-        if norm == norm:
-            opt.step()
-        opt.zero_grad()
-    assert all(weight.isfinite().all() for weight in weights(gpt, opt).values())
+    trained, idx = [], torch.arange(32).view(2, 16)
+    for scales in ((1e20, 1e-3), (1e-3,)):
+        torch.manual_seed(0)
+        gpt = GPT(GPTConfig(16, 50, 2, 2, 16))
+        opt = make_optimizer('adamw', gpt, 1e-2, 0.0, 0.1, (0.9, 0.95), offload_to=('cpu', torch.float32))
+        for scale in scales:
+            gpt(idx, idx, scale=scale)[1].backward()
+            opt.collect()
+            if clip_gradients(opt, 1.0) < 1: # as train.py leaves out an update that is not finite
+                opt.step()
+            opt.zero_grad()
+        trained.append(weights(gpt, opt))
+    assert all(trained[0][name].equal(weight) for name, weight in trained[1].items())
 
 def test_each_plan_s_losses_are_bit_for_bit_those_of_the_device_s(train, tmp_path):
     train('--max_iters=20', '--lr_decay_iters=1000', out_dir='start')

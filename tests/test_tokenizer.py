@@ -26,6 +26,7 @@ def test_characters_go_there_and_back_and_an_unknown_one_is_named():
     chars = CharTokenizer(list('abé'))
     assert chars.encode('béa') == [1, 2, 0] and chars.decode([1, 2, 0]) == 'béa'
     assert b''.join(map(chars.token_bytes, [1, 2])) == 'bé'.encode()
+    assert chars.first == 0 and CharTokenizer(list('ab\n')).first == 2
     with pytest.raises(ValueError, match="'x' is not in this model's vocabulary of 3"):
         chars.encode('abx')
 
