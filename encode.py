@@ -58,10 +58,10 @@ def cut_jobs(documents, tokenizer):
         yield job
 
 def cut_text(blocks, tokenizer):
-    """ recut the blocks of one text into pieces of similar length whose joined ids are those of the whole text
+    """ recut the blocks of one text into pieces of similar length, whose joined ids are the whole text's
 
     GPT-2 splits text into words before it merges bytes, and white space after anything else starts a new
-    word, so a cut before it changes nothing. A block that has none is cut where the kind of character changes.
+    word, so a cut before it changes nothing. A block without any is cut where the kind of character changes.
     """
     held, before = [], '' # the blocks since the last cut, and the character before this block
     for block in blocks:

@@ -320,7 +320,7 @@ def epoch_times(out_dir: str, config: dict) -> dict[str, float]:
     try:
         with open(os.path.join(out_dir, 'config.json')) as file:
             settings = json.load(file)
-        settings |= {key: settings['given'].get(key, settings[key]) for key in DEFAULTS} # as given, like config
+        settings |= {key: settings['given'].get(key, settings[key]) for key in DEFAULTS} # as given
         with open(os.path.join(out_dir, 'log.csv'), newline='') as file:
             rows = [row for row in csv.DictReader(file) if row['time_ms']]
         kinds = [each['device'].partition(':')[0] for each in (settings, config)] # cuda:1 is as fast as cuda

@@ -14,7 +14,7 @@ VERSION = 1 # of the format; raised when older readers would go wrong
 
 @contextlib.contextmanager
 def replacing(path: str, mode: str, **options):
-    """ open a file that replaces `path` once it is complete and on the disk; after an error, nothing is left """
+    """ open a file that replaces `path` once it is complete and on the disk; an error leaves nothing """
     try:
         with open(path + '.tmp', mode, **options) as file:
             yield file

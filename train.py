@@ -279,7 +279,8 @@ def evaluate():
 # logging
 
 def save(is_best=None):
-    """ write last.pt and, if it is the best, make ckpt.pt the same file; return whether that succeeded """
+    """ write last.pt and, if it is the best (None: it was not evaluated), make ckpt.pt the same file; return
+    whether that succeeded """
     state = checkpoints.adapter_state(raw_model) if lora_rank else {'model': optim.weights(raw_model, opt)}
     moments = parallel.whole(opt.state_dict())
     done = parallel.in_any(master and saver({

@@ -23,32 +23,27 @@ resource = pytest.importorskip('resource', reason="Windows has neither such sign
 
 ENDLESS = ('--max_iters=1000000', '--eval_interval=20', '--eval_iters=1', '--decay_lr=False', '--log_interval=10')
 
-@pytest.fixture
-def started(forks):
-    """ a run in a fork, with its lines as they come """
-    @contextlib.contextmanager
-    def started(clone, out_dir, *options, script='train.py'):
-        pipe = f'{out_dir}.pipe'
-        process = Started(forks, script, ['--dataset=chars', *TINY, f'--out_dir={out_dir}', *options], clone, pipe)
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()
-    return started
-
 @contextlib.contextmanager
-def started_alone(clone, out_dir, *options, script='train.py'):
-    """ a run in a process of its own, with its lines as they come """
-    process = subprocess.Popen([sys.executable, '-u', script, '--dataset=chars', *TINY, f'--out_dir={out_dir}', *options],
-                               cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8')
+def ending(process):
     try:
         yield process
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
+
+@pytest.fixture
+def started(forks):
+    """ a run in a fork, with its lines as they come """
+    def started(clone, out_dir, *options, script='train.py'):
+        args = ['--dataset=chars', *TINY, f'--out_dir={out_dir}', *options]
+        return ending(Started(forks, script, args, clone, f'{out_dir}.pipe'))
+    return started
+
+def started_alone(clone, out_dir, *options):
+    """ the same in a Python of its own, with what that does to signals and to a pipe """
+    command = [sys.executable, '-u', 'train.py', '--dataset=chars', *TINY, f'--out_dir={out_dir}', *options]
+    return ending(subprocess.Popen(command, cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8'))
 
 def wait_for(process, *texts):
     """ read on to a line that has one of the texts, and return it """
