@@ -48,8 +48,8 @@ def count_epochs(options, name):
     iters = options['max_iters']
     if options['num_epochs']:
         iters = round(min(iters, max(1, options['num_epochs'] * windows / sequences)))
-    return (f"{iters * sequences / windows:,.1f} epochs of them, in {iters:,} iterations of "
-            f"{sequences * options['block_size']:,} tokens")
+    return (f"{iters * sequences / windows:,.1f} epochs of them, in {iters:,} iteration{'s' * (iters > 1)} "
+            f"of {sequences * options['block_size']:,} tokens")
 
 def tell_run(config, name, n_train, n_val, longest=0):
     """ print what a run with `config` makes of so many tokens, in items of which the longest has `longest` if
@@ -65,7 +65,7 @@ def tell_run(config, name, n_train, n_val, longest=0):
     suits = suiting(options, n_train, count_windows(options, name) if longest else 0)
     fitting |= suits
     if suits:
-        little = "warning: that is little, and a model soon knows it by heart; " if n_train < LITTLE else ''
+        little = "warning: a model soon knows so little text by heart; " if n_train < LITTLE else ''
         makes = [f"makes at most {count_epochs(options | fitting, name)}"] if 'num_epochs' in suits else []
         if 'patience' in suits:
             makes.append(f"ends after {suits['patience']} evaluations without a better one")

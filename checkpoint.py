@@ -155,8 +155,9 @@ def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> G
     try:
         model, beneath = load_model(base, dropout)
     except OSError as error:
-        raise FileNotFoundError(f"{path} holds an adapter for {base}, which cannot be had: {error}; "
-                                "put it there, or its folder beside the adapter's") from None
+        why = f'cannot be had: {error}' if os.path.exists(base) or not os.path.isabs(base) else 'is missing'
+        raise FileNotFoundError(f"{path} holds an adapter for {base}, which {why}; put it there, or its "
+                                "folder beside the adapter's") from None
     if not lora.is_base(model, beneath, checkpoint):
         raise ValueError(f"{base} is no longer the model that the adapter in {path} was trained on; put "
                          "that one back there")
@@ -172,10 +173,10 @@ def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> G
     return model
 
 def tokenizer_beside(path: str, vocab_size: int) -> dict:
-    """ {'tokenizer': its state} if a meta.pkl of so many characters lies beside a checkpoint; else {} """
+    """ {'tokenizer': its state} if a meta.pkl of so many tokens lies beside a checkpoint; else {} """
     with contextlib.suppress(ValueError, OSError): # another program's
         state = read_tokenizer_state(os.path.dirname(os.path.abspath(path)))
-        if state['name'] == 'char' and count_ids(state) == vocab_size:
+        if state['name'] != 'gpt2' and count_ids(state) == vocab_size:
             return {'tokenizer': state}
     return {}
 
@@ -239,12 +240,13 @@ def latest(out_dir: str, dropout: float, say, moments: bool) -> tuple[GPT, dict]
     except ValueError as error:
         raise ValueError(f"{paths[0]} cannot be used, and neither can the other: {error}") from None
 
-def way_back(out_dir: str) -> str:
+def way_back(out_dir: str, dtype: str) -> str:
     """ what to type after iterations that were not finite: start anew from the best model of out_dir, since
     a later one may be spoiled, or, if there is none, repeat the same command """
     path = find(out_dir)
     again = f"--init_from={quote(path)} --out_dir=ANOTHER{OTHERS}" if path else 'the same'
-    return f"nothing of them is in a checkpoint of {out_dir}; type {again}"
+    exact = '' if dtype == 'float32' else ', or --dtype=float32'
+    return f"nothing of them is in a checkpoint of {out_dir}; type {again} with a lower --learning_rate{exact}"
 
 def peek(path: str) -> dict:
     """ a checkpoint whose tensors stay on the disk; {} if it cannot be read that way """
@@ -276,7 +278,7 @@ def read_config(source: str, out_dir: str) -> GPTConfig:
     if paths == [None]:
         return pretrained.config_of(source)
     for path in paths:
-        with contextlib.suppress(Exception), torch.device('meta'): # the whole model, as n_embd may be 16.0
+        with contextlib.suppress(Exception), torch.device('meta'): # built, to reject an n_embd of 16.0
             return GPT(GPTConfig(**peek(path)['model_args'])).config
     # an old format, or damaged: a full load reads the one and reports the other, unless it can still resume
     return (latest(out_dir, 0.0, lambda text: None, False) if source == 'resume'
@@ -384,8 +386,6 @@ def is_same_data(before: dict, config: dict) -> bool:
     if before.get('data', config['data']) != config['data']:
         return False
     names = before.get('dataset', config['dataset']), config['dataset']
-    if names[0] == names[1]:
-        return True
     was, now = ({os.path.abspath(folder): round(weight / sum(its.values()), 6)
                  for folder, weight in its.items()} for its in map(find_datasets, names))
     return was == now

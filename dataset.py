@@ -2,14 +2,14 @@
 Token files, and the order in which training reads them.
 
 A dataset is a folder with train.bin and val.bin (raw little-endian uint16 token ids, nothing else) and, for
-character data, meta.pkl (a dict with vocab_size, stoi and itos). This is nanoGPT's format. train_mask.bin
-and val_mask.bin, if present, hold one byte per token: 0 for a token that is read but is not a target, 2 for
-a target that ends an item, 1 for the other targets.
+tokens other than GPT-2's, meta.pkl (a dict with vocab_size and, if they are characters, stoi and itos). This
+is nanoGPT's format. train_mask.bin and val_mask.bin, if present, hold one byte per token: 0 for a token that
+is read but is not a target, 2 for a target that ends an item, 1 for the other targets.
 
 A window is block_size tokens to read and, as targets, the token after each. An epoch cuts the split into
 windows, starting at a random offset and wrapping around the end of the file, and shuffles them: every token
 is a target once per epoch. Where a mask marks items, a window begins with one instead, as a prompt does, and
-holds whole ones. Offset and order are drawn from (seed, epoch), and iteration i takes windows
+holds whole ones. Offset and order are drawn from (seed, epoch), and iteration i of S windows takes
 [i*S, (i+1)*S) of the endless series of epochs, so (seed, i) determines what an iteration trains on.
 """
 import bisect
@@ -24,10 +24,10 @@ import zlib
 
 import numpy as np
 
-from configurator import quote, script
-from tokenizer import are_characters
+from configurator import ROOT, quote, script
+from tokenizer import state_of_meta
 
-DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
+DATA = os.path.join(ROOT, 'data')
 ENDS_ITEM = 2 # the mask's byte for a target that ends an item
 ANY_TEXT = {'custom', 'instruct'} # folders of data/ that make a dataset of any text
 
@@ -141,8 +141,8 @@ class Split:
 
 class Mix(Split):
     """ several splits read as one, in proportion to their weights: of every ROUND windows each split gives a
-    fixed number, in an order drawn from (seed, round). A window's start counts on from split to split. Of the
-    methods not defined here, only training_windows and batches apply to a Mix. """
+    fixed number, in an order drawn from (seed, round). A window's start counts the earlier splits' tokens.
+    Of the methods not defined here, only training_windows and batches apply to a Mix. """
     ROUND = 1000
 
     def __init__(self, splits: list[Split], weights: list[float], seed: int):
@@ -318,23 +318,20 @@ class PlainUnpickler(pickle.Unpickler):
         raise ValueError(f"it names {module}.{name}, and could run code")
 
 def read_tokenizer_state(folder: str) -> dict:
-    """ a dataset's tokenizer state: GPT-2's BPE or meta.pkl's characters; ValueError for a bad meta.pkl """
+    """ a dataset's tokenizer state: its meta.pkl's, or GPT-2's; raises ValueError for a bad meta.pkl """
     path = os.path.join(folder, 'meta.pkl')
     if not os.path.exists(path):
         return {'name': 'gpt2'}
     try:
         with open(path, 'rb') as file:
-            meta = PlainUnpickler(file).load()
-        chars = [meta['itos'][i] for i in range(meta['vocab_size'])]
-        if not are_characters(chars):
-            raise ValueError('an id is no character, or no other than an earlier one')
-        return {'name': 'char', 'chars': chars}
+            return state_of_meta(PlainUnpickler(file).load())
     except Exception as error: # a broken pickle may raise anything
-        raise ValueError(f"cannot use {shorten(path)} ({error}); expected a plain dict with vocab_size, stoi "
-                         "and itos; prepare the dataset again") from None
+        raise ValueError(f"cannot use {shorten(path)} ({error}); expected a plain dict with vocab_size and, "
+                         "for characters, stoi and itos; prepare the dataset again") from None
 
 def read_shared_state(folders) -> dict:
     """ the tokenizer state that all datasets of a mixture share; raises ValueError if they differ """
+    folders = [folder for folder in folders if os.path.isdir(folder)] or folders # open_tokens tells who lacks
     states = [read_tokenizer_state(folder) for folder in folders]
     names = [shorten(folder) for folder in folders]
     for name, state in zip(names, states):

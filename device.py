@@ -110,8 +110,9 @@ def fetch(x, y, device: str):
     """ inputs and targets, numpy arrays (B, T), as tensors on the device """
     x, y = torch.from_numpy(x), torch.from_numpy(y)
     pinned = device.startswith('cuda') # pinned memory is copied while the GPU computes
-    if pinned: # other memory is copied before going on, since MPS may read it after it is freed
+    if pinned:
         x, y = x.pin_memory(), y.pin_memory()
+    # other memory is copied before going on, since MPS may read it after it is freed
     return x.to(device, non_blocking=pinned), y.to(device, non_blocking=pinned)
 
 def pick_compile(choice, device: str) -> bool:

@@ -32,11 +32,11 @@ class Documents:
     <|endoftext|>) tell what was read so far
 
     `name` is the path of a file or folder, - for a pipe, or the id of a hub dataset, whose train split is
-    read. Rows have their text in the field text_field.
+    read. Rows have their text in the field text_field. With `lines`, each line of plain text is a document.
     """
 
-    def __init__(self, name: str, text_field: str = 'text', subset: str = ''):
-        self.name, self.text_field, self.subset = name, text_field, subset
+    def __init__(self, name: str, text_field: str = 'text', subset: str = '', lines: bool = False):
+        self.name, self.text_field, self.subset, self.lines = name, text_field, subset, lines
         self.count, self.characters, self.has_eot = 0, 0, False
         self.paths = find_source(name, SUFFIXES) if name != '-' else []
 
@@ -55,15 +55,17 @@ class Documents:
 
     def counted(self, blocks):
         """ yield the same blocks, counting their characters """
+        end = '' # of what came before, where the token may begin
         for block in blocks:
             self.characters += len(block)
-            self.has_eot = self.has_eot or '<|endoftext|>' in block
+            self.has_eot = self.has_eot or '<|endoftext|>' in end + block
+            end = (end + block)[-12:]
             yield block
 
     def read(self, progress):
         """ yield all documents; `progress` is called with the number of bytes read at each step """
         if self.name == '-':
-            yield 'the pipe', self.plain(read_blocks(sys.stdin.buffer, 'the pipe', progress), 'the pipe')
+            yield from self.plain(sys.stdin.buffer, 'the pipe', progress)
         elif not self.paths:
             yield from map(self.text_of, hub_rows(self.name, self.subset, progress))
         for path in self.paths:
@@ -73,13 +75,16 @@ class Documents:
                 yield from map(self.text_of, rows(path, progress))
             else:
                 with open(path, 'rb') as file:
-                    yield shorten(path), self.plain(read_blocks(file, path, progress), shorten(path))
+                    yield from self.plain(file, shorten(path), progress)
 
-    def plain(self, blocks, place):
+    def plain(self, file, place, progress):
+        """ yield the one document of an open file of text, or its lines as documents """
+        blocks = self.watched(read_blocks(file, place, progress), place)
+        return split_lines(blocks, place) if self.lines else [(place, blocks)]
+
+    def watched(self, blocks, place):
         """ yield the same blocks, with a warning if they begin with a JSON row rather than with text """
-        first = next(blocks, None)
-        if first is None:
-            return
+        first = next(blocks, '')
         if self.text_field in first_object(first):
             print(f"warning: {place} begins with a JSON object that has {self.text_field!r}, but is read "
                   "as plain text, braces and all; for its rows save it under a name that ends in .jsonl, "
@@ -93,11 +98,24 @@ class Documents:
         text = fields.get(self.text_field)
         if self.text_field not in fields:
             also = ', or run data/instruct/prepare.py, which takes questions and answers'
-            raise ValueError(f"{place} has no field {self.text_field!r}; its fields are {', '.join(fields)}; "
-                             f"type --text_field=NAME with one of these{also if is_item(fields) else ''}")
+            header = ', as the first line names them,' if re.search(r'[.][ct]sv, line \d+$', place) else ''
+            raise ValueError(f"{place} has no field {self.text_field!r}; its fields{header} are "
+                             f"{', '.join(fields)}; type --text_field=NAME with one of these"
+                             + (also if is_item(fields) else ''))
+        if text is None: # as blank as a field of .csv that is empty
+            return place, []
         if not isinstance(text, str):
-            raise ValueError(f"{place} has {text!r} as its {self.text_field}; expected text")
+            raise ValueError(f"{place} has {str(text)[:80]} as its {self.text_field}; expected text; take "
+                             "that row out, or type --text_field with another field")
         return place, (replace_surrogates(text[i:i + BLOCK]) for i in range(0, len(text), BLOCK))
+
+def split_lines(blocks, place: str):
+    """ yield each line of a text as a document: its place, and the line without its end """
+    held, number = '', 0
+    for block in itertools.chain(blocks, '\n'):
+        *lines, held = (held + block).split('\n')
+        for number, line in enumerate(lines, number + 1):
+            yield f'{place}, line {number}', [line]
 
 def next_text(blocks) -> list[str]:
     """ the next blocks, up to and including the first that is not blank; [] if all are blank """
@@ -129,7 +147,7 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
     raises OSError if `path` cannot be read, ValueError if there are no such files """
     if not os.path.isdir(path):
         return [path]
-    paths, seen = [], set()
+    paths, others, seen = [], [], set()
     for folder, folders, files in os.walk(path, onerror=stop, followlinks=True):
         if os.path.realpath(folder) in seen: # a loop of symbolic links
             folders.clear()
@@ -137,13 +155,16 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
         seen.add(os.path.realpath(folder))
         folders[:] = [name for name in folders if name[0] != '.'] # hidden folders hold no text of the user's
         folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name)) # links come last
-        paths += [os.path.join(folder, file) for file in files if file.lower().endswith(suffixes)
-                  and file[0] != '.']
-    paths.sort()
+        for file in files:
+            if file[0] != '.':
+                (paths if file.lower().endswith(suffixes) else others).append(os.path.join(folder, file))
+    kinds = sorted({os.path.splitext(file)[1] or 'nothing' for file in others})
+    passed = f"{len(others)} that end in {', '.join(kinds[:5])}{' ...' * (len(kinds) > 5)}" if others else ''
     if not paths:
-        raise ValueError(f"there is no text in {path}; expected files that end in {', '.join(suffixes)}")
-    print(f"{len(paths)} file{'s' if len(paths) > 1 else ''} in {path}")
-    return paths
+        raise ValueError(f"there is no text in {path}{passed and ', but '}{passed}; expected files that end "
+                         f"in {', '.join(suffixes)}; rename or convert them")
+    print(f"{len(paths)} file{'s' if len(paths) > 1 else ''} in {path}{passed and ', passing over '}{passed}")
+    return sorted(paths)
 
 def stop(error):
     raise error # otherwise os.walk skips what it cannot read
@@ -250,11 +271,11 @@ def csv_rows(path: str, progress=lambda n: None):
     of Europe) or tab.
     """
     lines = (line.replace('\r\n', '\n') for line in read_lines(path, progress)) # also within "quotes"
-    first = next(lines, '')
+    head = next_text(lines) # the header, below any blank lines
     tabs = path.lower().endswith('.tsv')
-    bare = re.sub(r'(^|[,;\t])"(?:[^"]|"")*"?', r'\1', first) # quoted separators do not count
+    bare = re.sub(r'(^|[,;\t])"(?:[^"]|"")*"?', r'\1', ''.join(head[-1:])) # quoted separators do not count
     separator = '\t' if tabs else max(',;\t', key=bare.count)
-    reader = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
+    reader = csv.reader(itertools.chain(head, lines), delimiter=separator, strict=True)
     name, header, begin = shorten(path), None, 1 # begin is the first line of a row
     try:
         for fields in reader:

@@ -16,7 +16,7 @@ task = 'perplexity' # perplexity, lambada or hellaswag
 dataset = '' # for perplexity: a dataset's name or path; '' for the one the model was trained on
 split = 'val' # of the dataset: val or train
 file = '' # a text to use instead of a dataset; for lambada and hellaswag, their .jsonl as published
-limit = 0 # use only the first `limit` tokens of a text, or items of a task; 0 for all
+limit = 0 # use only the first `limit` tokens of each file, or items of a task; 0 for all
 # how
 block_size = 0 # tokens that the model sees at once; 0 for its maximum
 stride = 0 # tokens by which the window advances; 0 for half of block_size; smaller is slower
@@ -182,7 +182,8 @@ items = [] if task == 'perplexity' else read_items(lambada if task == 'lambada' 
 first = load(init_from)
 models = [one for one in (first, load_base(first.origin)) if one]
 alike = first.tokenizer.state == models[-1].tokenizer.state
-if task == 'perplexity' and not alike and (limit or not file):
+has_bytes = all(one.tokenizer.state['name'] != 'numbers' for one in models) # else nobody knows of what text
+if task == 'perplexity' and not alike and (limit or not file or not has_bytes):
     raise ValueError(f"{first.name} and {models[-1].name} have different tokens, and can be compared on a "
                      "whole text only; type --file=PATH of one, without --limit, or --base=none")
 plain = ', as plain text, without its template' if first.loaded.get('template') else ''
@@ -248,11 +249,12 @@ def measure(one):
         acc, acc_norm = ((loss.argmin(dim=1) == labels).double().mean() for loss in (nats, nats / lengths))
         return {**figures, 'acc': acc, 'acc_norm': acc_norm, 'scores': -nats}
     nats, n, size = nats.sum(), int(n.sum()), int(size.sum())
-    if not size:
+    if not (size if has_bytes else n):
         more = f'--limit with more than {limit}' if limit else '--file or --dataset of a longer text'
         raise ValueError(f"there is nothing to score in {source}; type {more}")
-    return {'context': one.T, 'stride': one.stride, 'tokens': n, 'bytes': size, 'nats/token': nats / n,
-            'perplexity': (nats / n).exp(), 'bits/byte': nats / np.log(2) / size}
+    figures = {'context': one.T, 'stride': one.stride, 'tokens': n, 'bytes': size, 'nats/token': nats / n,
+               'perplexity': (nats / n).exp(), 'bits/byte': nats / np.log(2) / size}
+    return {key: value for key, value in figures.items() if has_bytes or 'byte' not in key}
 
 results = [{'model': one.name, **measure(one)} for one in models] # values: text, ints and tensors
 columns = [key for key in results[0] if key != 'scores']

@@ -30,6 +30,9 @@ if weights_only and adapter:
     raise ValueError("weights_only and adapter are both True; type one of them")
 if not to:
     raise ValueError("there is no place to write to; type --to=FOLDER, or --weights_only=True --to=FILE.pt")
+if not weights_only and to.endswith(('.pt', '.pth', '.bin', '.safetensors', '.gguf', '.onnx')):
+    raise ValueError(f"to is {to!r}, but a folder is written; type --to=FOLDER, or --weights_only=True for a "
+                     "checkpoint in one file")
 path = os.path.abspath(to)
 if weights_only and to.endswith(os.sep) or os.path.exists(path) and os.path.isdir(path) == weights_only:
     raise FileExistsError(f"{to} is a {'folder' if weights_only else 'file'}; type --to with the name of a "
@@ -101,6 +104,9 @@ def make_tokenizer(state, block_size):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
     options = dict(model_max_length=block_size, clean_up_tokenization_spaces=False)
+    if state['name'] == 'numbers':
+        raise ValueError("the model's tokens are known by number alone, and transformers has no tokenizer "
+                         "of numbers; type --weights_only=True")
     if state['name'] == 'char':
         words = Tokenizer(models.WordLevel({char: i for i, char in enumerate(state['chars'])}))
         words.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated') # each character is a word

@@ -7,6 +7,7 @@ Instructions and answers as text for a model to continue: a prompt, made by a te
 A template is text with {instruction} in it and, if the data have inputs, {input}. It belongs to a dataset
 and to the models trained on it, which expect the same wording in a prompt.
 """
+import json
 import re
 
 from dataset import ENDS_ITEM
@@ -58,8 +59,8 @@ def read_turns(item: dict) -> list[tuple[str, str, str]]:
     if talk is None:
         system, instruction, input, output = (read_part(item, names) for names in NAMES.values())
         if instruction is None or output is None:
-            raise ValueError(f"has the fields {', '.join(item)}; expected text in instruction and output, "
-                             "and perhaps in input, or else messages")
+            raise ValueError(f"has the fields {', '.join(item)}; expected instruction and output, and "
+                             "perhaps input, or else messages; data/instruct/readme.md lists other names")
         instruction = f'{system}\n\n{instruction}' if (system or '').strip() else instruction
         return check_asked([(instruction, input or '', output)])
     messages, turns, said = item[talk], [], []
@@ -76,11 +77,15 @@ def read_turns(item: dict) -> list[tuple[str, str, str]]:
     return check_asked(turns)
 
 def read_part(item: dict, names: tuple[str, ...]) -> str | None:
-    """ the first of these fields that is there, or None; raises ValueError if it is no text """
+    """ the first of these fields that is there, as text, or None; raises ValueError for lists and objects """
     name = next((name for name in names if item.get(name) is not None), None)
-    if name and not isinstance(item[name], str):
-        raise ValueError(f"has {str(item[name])[:80]} as its {name}; expected text")
-    return item.get(name)
+    value = item.get(name)
+    if isinstance(value, (int, float)):
+        return json.dumps(value)
+    if not isinstance(value, (str, type(None))):
+        raise ValueError(f"has {str(value)[:80]} as its {name}; expected text; take that item out, or rename "
+                         "the field")
+    return value
 
 def check_asked(turns: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
     """ the same turns; raises ValueError if one answers nothing """

@@ -13,7 +13,7 @@ import re
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from checkpoint import DEFAULTS
 from configurator import quote, script
@@ -52,8 +52,8 @@ class Best:
 
     def without(self, before: 'Best') -> 'Best':
         """ the same counts, but the best as it was before, since the latest could not be saved """
-        lost = min(before.lost, self.best_val_loss)
-        return Best(before.best_val_loss, before.best_iter, self.n_worse, self.evaluated, lost)
+        return replace(self, best_val_loss=before.best_val_loss, best_iter=before.best_iter,
+                       lost=min(before.lost, self.best_val_loss))
 
     def describe(self, out_dir: str, iter_num: int, max_iters: int, ended: bool, asked: bool = False) -> str:
         """ a summary for the end of a run, or of a part of it, and what to type next; `asked` says that the
@@ -89,7 +89,7 @@ class Clock:
     """ how fast a run goes, and when it will end """
     tokens: int # per iteration
     flops: float # per iteration
-    peak: float | None # FLOP/s of all devices together, if known
+    peak: float # FLOP/s of all devices together; 0 if unknown
     last: int # the iteration at which the run ends
     begin: tuple[int, float] | None = None # the first iteration that was reported, and when it began
 
@@ -157,7 +157,8 @@ def start_log(out_dir: str, config: dict, facts: dict, resume_at: int | None) ->
         rows = []
         if resume_at is not None and os.path.exists(path):
             with open(path, newline='') as file:
-                rows = [row for row in csv.DictReader(file) # skips a row that was cut short
+                whole = (line for line in file if line.endswith('\n')) # the last may be cut short
+                rows = [row for row in csv.DictReader(whole)
                         if None not in row.values() and int(row['iter']) <= resume_at]
             if rows and list(rows[0]) != COLUMNS:
                 raise ValueError('other columns')

@@ -141,7 +141,7 @@ def fingerprint(tensors, total: int = 0) -> int:
         total = zlib.crc32(p.detach().flatten()[:1024].float().cpu().numpy().tobytes(), total)
     return total
 
-SUMS = 'base_fingerprint', 'base_adapter' # how a checkpoint knows its base
+SUMS = 'base_adapter', 'base_fingerprint' # how a checkpoint knows its base: the first that both have counts
 
 def known_by(model, loaded: dict) -> dict:
     """ the checksums by which runs know this model as their base: of its weights and, since those of a merged
@@ -152,5 +152,5 @@ def known_by(model, loaded: dict) -> dict:
 def is_base(model, loaded: dict, checkpoint: dict) -> bool:
     """ whether this model is the base of what is in a checkpoint, as far as that is recorded """
     now = known_by(model, loaded)
-    known = [key for key in ('base_adapter', 'base_fingerprint') if key in now and key in checkpoint]
+    known = [key for key in SUMS if key in now and key in checkpoint]
     return not known or checkpoint[known[0]] == now[known[0]]

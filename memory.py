@@ -7,7 +7,7 @@ The plans, the one that recomputes least first:
              recomputed
   recompute  only the input of each block is kept, and backward runs the block again: a third more products,
              or a fifth if it is not compiled (with frozen matrices, up to half more)
-  offload    as recompute, but the device holds the matrices, except the positions, only in half precision;
+  offload    as recompute, but the device holds the matrices, except the positions, in the products' dtype;
              the float32 weights, the gradients and AdamW's moments are in RAM, where the CPU updates them
 Every plan keeps S, the number of sequences in an iteration, and computes the same.
 
@@ -36,7 +36,7 @@ class Shape:
     dropout: float = 0.0
     half: bool = True # matrix products in bfloat16 or float16
     frozen: int = 0 # how many of params are not trained
-    lora: bool = False # the frozen ones are half-precision matrices, with LoRA's beside them
+    lora: bool = False # frozen matrices are in the products' dtype, with LoRA's beside them
     head: bool = True # the tied matrix is trained
     muon: int | None = None # elements that have one moment, Muon's, not AdamW's two; None without Muon
     shards: int = 1 # number of processes that share weights, gradients and moments

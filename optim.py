@@ -104,7 +104,6 @@ class OffloadedAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, model, device: str, half: torch.dtype, groups, **options):
-        named = {p: name for name, p in model.named_parameters()}
         self.pinned = device.startswith('cuda')
         self.stream = torch.cuda.Stream(device) if self.pinned else None
         here = (torch.cuda.set_device, (self.stream.device,)) if self.pinned else () # else it uses GPU 0
@@ -115,7 +114,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         # not pinned, since pinning rounds sizes up to powers of two
         self.masters = {p: torch.nn.Parameter(p.detach().to('cpu', torch.float32))
                         for group in groups for p in group['params']}
-        self.names = {named[p]: master for p, master in self.masters.items()}
+        self.names = {name: self.masters[p] for name, p in model.named_parameters()}
         self.copies = {master: p for p, master in self.masters.items()}
         super().__init__([{**group, 'params': [self.masters[p] for p in group['params']]}
                           for group in groups],
@@ -269,8 +268,8 @@ def make_optimizer(name: str, model, learning_rate: float, muon_learning_rate: f
     products in float32.
     """
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    hidden = [p for n, p in params.items() if p.dim() == 2 and '.h.' in n] if name == 'muon' else []
-    rest = [p for p in params.values() if not any(p is h for h in hidden)]
+    hidden = {n: p for n, p in params.items() if name == 'muon' and p.dim() == 2 and '.h.' in n}
+    rest = [p for n, p in params.items() if n not in hidden]
     groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=weight_decay),
               dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
     if offload_to:
@@ -280,7 +279,7 @@ def make_optimizer(name: str, model, learning_rate: float, muon_learning_rate: f
     if not hidden:
         return adamw
     muon = WideMuon if wide else torch.optim.Muon
-    return Pair(muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay), adamw)
+    return Pair(muon([*hidden.values()], lr=muon_learning_rate, weight_decay=weight_decay), adamw)
 
 def set_lr(optimizer, factor: float) -> None:
     """ set every group's learning rate to `factor` times its initial one """

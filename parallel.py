@@ -30,8 +30,9 @@ def start_processes(backend: str, device: str) -> tuple[int, int, str]:
     if device == 'cuda':
         gpus, wanted = torch.cuda.device_count(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         if wanted > gpus:
-            raise ValueError(f"{wanted} processes share {gpus} GPUs; type --nproc_per_node={gpus}")
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+            raise ValueError(f"this node has {wanted} processes, but each sees {gpus} of its GPUs; start one "
+                             f"torchrun on a node, and type --nproc_per_node={gpus}")
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if backend == 'auto': # Windows has no NCCL
         backend = 'nccl' if device.startswith('cuda') and dist.is_nccl_available() else 'gloo'
@@ -102,17 +103,16 @@ def share(sequences: int, world_size: int, config: dict) -> int:
     """ how many sequences of an iteration each process gets; raises ValueError if they do not divide evenly,
     except for an evaluation, which shares in another way, or if `shard` is set where it cannot be """
     if config['shard'] and not can_shard(world_size, config):
-        raise ValueError("shard is for several processes and adamw, without LoRA; start train.py by "
-                         "torchrun, or type --shard=False")
+        do = 'start train.py by torchrun' if world_size == 1 else 'type --optimizer=adamw and no --lora_rank'
+        raise ValueError(f"shard is for several processes and adamw, without LoRA; {do}, or --shard=False")
     if sequences % world_size and not config['eval_only']:
         low = sequences // world_size * world_size
         advice = f"make it {low} or {low + world_size}" if low else f"make it {world_size}"
         if config['init_from'] == 'resume': # then an iteration keeps its size
             *less, most = [str(n) for n in range(1, sequences + 1) if sequences % n == 0]
             advice = f"start it with {', '.join(less)}{' or ' * bool(less)}{most} of them"
-        raise ValueError(f"an iteration has {sequences} sequences (batch_size * "
-                         f"gradient_accumulation_steps), which {world_size} processes cannot share evenly; "
-                         + advice)
+        raise ValueError(f"batch_size * gradient_accumulation_steps is {sequences}, which {world_size} "
+                         f"processes cannot share evenly; {advice}")
     return max(1, sequences // world_size)
 
 def can_shard(world_size: int, config: dict) -> bool:

@@ -45,6 +45,8 @@ def config_of(source: str) -> GPTConfig:
 # -----------------------------------------------------------------------------
 # Hugging Face
 
+HUB_NAMES = *GPT2_SHAPES, 'distilgpt2' # without an owner
+
 def find_hugging_face(source: str) -> tuple[str, str]:
     """ (directory or hub id, revision) that `source` names; raises FileNotFoundError if it can be neither """
     folder = os.path.dirname(source) or '.' if source.endswith('.safetensors') else source
@@ -55,13 +57,16 @@ def find_hugging_face(source: str) -> tuple[str, str]:
         raise FileNotFoundError(f"{source} is a model's weights alone; type --init_from={quote(folder)}, the "
                                 "folder with its config.json")
     if os.path.isdir(source) and not os.path.exists(os.path.join(source, 'config.json')):
+        within = glob.glob(os.path.join(glob.escape(source), 'checkpoint-*', 'config.json')) # Trainer's
+        latest = os.path.dirname(max(within, key=os.path.getmtime, default=''))
+        known = quote(latest) if latest else 'a folder that train.py wrote'
         raise FileNotFoundError(f"{source} holds neither ckpt.pt nor last.pt nor a Hugging Face model nor "
-                                "TensorFlow's; type a folder that train.py wrote")
+                                f"TensorFlow's; type {known}")
     name, revision = split_revision(source)
-    on_hub = name in GPT2_SHAPES or re.fullmatch(r'[\w.-]+/[\w.-]+(?<!\.pt)', name)
+    on_hub = name in HUB_NAMES or re.fullmatch(r'[\w.-]+/[\w.-]+(?<!\.pt)', name)
     if not os.path.isdir(source) and not on_hub:
         raise FileNotFoundError(f"there is no model {source!r}; expected a checkpoint, a folder, a hub id "
-                                f"(owner/name), or one of {', '.join(GPT2_SHAPES)}")
+                                f"(owner/name), or one of {', '.join(HUB_NAMES)}")
     return name, revision or 'main'
 
 @contextlib.contextmanager

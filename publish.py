@@ -130,8 +130,8 @@ def tell_place(pieces: np.ndarray, ends: np.ndarray) -> str:
     if len(ends) == 1:
         return ''
     if len(pieces) == 1 and pieces[0, 1] == ends[-1]:
-        return ', its end'
-    return f", {len(pieces):,} documents from all parts of it" if len(pieces) > 1 else ', a document of it'
+        return ', the end of the text'
+    return f", {len(pieces):,} documents from all its parts" if len(pieces) > 1 else ', one of its documents'
 
 def split_off(folder: str, stem: str, pieces: np.ndarray, dtype: str) -> None:
     """ move the `pieces` that `choose` returns from trainSTEM to valSTEM, a block at a time """

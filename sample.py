@@ -57,7 +57,8 @@ if input and not instruction:
     raise ValueError(f"input is {input!r}, but there is no instruction that it is for; type "
                      "--instruction=TEXT, too, or --start=TEXT instead")
 
-sys.stdout.reconfigure(errors='replace') # for characters that the terminal's encoding lacks
+if hasattr(sys.stdout, 'reconfigure'): # not a notebook's
+    sys.stdout.reconfigure(errors='replace') # for characters that the terminal's encoding lacks
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 

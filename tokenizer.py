@@ -1,12 +1,12 @@
 """
-Text to token ids and back: GPT-2's byte-pair encoding, or characters.
+Text to token ids and back: GPT-2's byte-pair encoding, characters, or plain numbers.
 
 >>> tokenizer = CharTokenizer(['a', 'b', 'c'])
 >>> tokenizer.encode('cab'), tokenizer.decode([2, 0, 1])
 ([2, 0, 1], 'cab')
 
-A tokenizer travels in a checkpoint as a plain dict, its `state`: {'name': 'gpt2'}, or {'name': 'char',
-'chars': [...]}. Two tokenizers are the same if their states are equal.
+A tokenizer travels in a checkpoint as a plain dict, its `state`: {'name': 'gpt2'}, {'name': 'char',
+'chars': [...]}, or {'name': 'numbers', 'n_vocab': N}. Two tokenizers are the same if their states are equal.
 """
 import importlib.util
 import os
@@ -64,22 +64,58 @@ class CharTokenizer:
     def decode(self, ids) -> str:
         return ''.join(self.chars[i] for i in ids)
 
+class NumberTokenizer:
+    """ the ids themselves as numbers, '3 17 5', where only their maker knows what they stand for """
+    eot, first = None, 0
+
+    def __init__(self, n_vocab: int):
+        self.n_vocab = n_vocab
+        self.state = {'name': 'numbers', 'n_vocab': n_vocab}
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """ the ids in `text`; raises ValueError for a word that is none of them """
+        for word in text.split():
+            if not (word.isdecimal() and int(word) < self.n_vocab):
+                raise ValueError(f"{word!r} is no token of this model, whose tokens are known by number "
+                                 f"alone; type numbers from 0 to {self.n_vocab - 1}, such as '0 1'")
+        return [int(word) for word in text.split()]
+
+    def token_bytes(self, token: int) -> bytes:
+        return f' {token}'.encode()
+
+    def decode(self, ids) -> str:
+        return ' '.join(map(str, ids))
+
 def are_characters(chars) -> bool:
     """ whether this is a vocabulary of characters: a non-empty list of them, without duplicates """
     return (isinstance(chars, list) and all(isinstance(char, str) and len(char) == 1 for char in chars)
             and len(set(chars)) == len(chars) > 0)
 
 def is_state(state: dict) -> bool:
-    """ whether this describes one of the two tokenizers """
-    return state.get('name') == 'gpt2' or state.get('name') == 'char' and are_characters(state.get('chars'))
+    """ whether this describes one of the tokenizers """
+    return (state.get('name') == 'gpt2' or state.get('name') == 'char' and are_characters(state.get('chars'))
+            or state.get('name') == 'numbers' and state.get('n_vocab') in range(1, 2**16 + 1))
 
-def from_state(state: dict) -> BPETokenizer | CharTokenizer:
+def state_of_meta(meta: dict) -> dict:
+    """ the state that nanoGPT's meta.pkl describes: characters or, if it has other tokens or only counts
+    them, numbers; raises ValueError, or whatever its contents cause """
+    n_vocab = meta['vocab_size']
+    chars = [meta['itos'][i] for i in range(n_vocab)] if 'itos' in meta else []
+    state = {'name': 'char', 'chars': chars} if are_characters(chars) else {}
+    state = state or {'name': 'numbers', 'n_vocab': n_vocab}
+    if not is_state(state):
+        raise ValueError(f'its vocab_size is {n_vocab!r}')
+    return state
+
+def from_state(state: dict) -> BPETokenizer | CharTokenizer | NumberTokenizer:
     """ the tokenizer that a checkpoint or a dataset describes """
-    return BPETokenizer() if state['name'] == 'gpt2' else CharTokenizer(state['chars'])
+    if state['name'] == 'gpt2':
+        return BPETokenizer()
+    return CharTokenizer(state['chars']) if state['name'] == 'char' else NumberTokenizer(state['n_vocab'])
 
 def count_ids(state: dict) -> int:
     """ how many ids a tokenizer has, without building it """
-    return len(state['chars']) if state['name'] == 'char' else BPETokenizer.n_vocab
+    return state.get('n_vocab') or len(state.get('chars', ())) or BPETokenizer.n_vocab
 
 def check_match(model_state: dict | None, vocab_size: int, data_state: dict, dataset: str) -> None:
     """ raise ValueError if a model cannot read a dataset; model_state is None if it is not known """

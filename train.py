@@ -416,8 +416,8 @@ while True:
         n_bad = 0 # a resumed run may have five more
         save()
         log_evaluation()
-        raise ValueError(f"five iterations in a row were not finite, up to {iter_num}; "
-                         f"{checkpoints.way_back(out_dir)} with a lower --learning_rate, or --dtype=float32")
+        raise ValueError(f"five iterations in a row were not finite, the last being {iter_num}; "
+                         + checkpoints.way_back(out_dir, dtype))
     opt.zero_grad(set_to_none=model is raw_model) # under DDP, gradients must stay in its buckets
 
     # report: everything below is only bookkeeping

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import dataset
 from dataset import Split, find_datasets, open_split, read_text, read_tokenizer_state
 from publish import fetch, publish, write_dataset
-from tokenizer import CharTokenizer
+from tokenizer import CharTokenizer, count_ids
 
 def make_split(folder, n, block_size, **options):
     np.arange(n, dtype='<u2').tofile(folder / 'train.bin') # each token is its own position
@@ -142,6 +142,20 @@ def test_a_hostile_meta_pkl_runs_nothing(tmp_path):
     with pytest.raises(ValueError, match='could run code'):
         read_tokenizer_state(str(tmp_path))
     assert not os.path.exists(marker)
+
+@pytest.mark.parametrize('meta, state', [
+    ({'vocab_size': 3}, {'name': 'numbers', 'n_vocab': 3}),
+    ({'vocab_size': 2, 'stoi': {'ab': 0, 'c': 1}, 'itos': {0: 'ab', 1: 'c'}}, {'name': 'numbers', 'n_vocab': 2}),
+    ({'vocab_size': 2, 'itos': ['b', 'a']}, {'name': 'char', 'chars': ['b', 'a']})])
+def test_a_meta_pkl_of_other_tokens_than_characters_gives_their_number(tmp_path, meta, state):
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    assert read_tokenizer_state(str(tmp_path)) == state and count_ids(state) == meta['vocab_size']
+
+@pytest.mark.parametrize('n_vocab', [0, 2**16 + 1, '3', 2.5, None])
+def test_a_meta_pkl_of_no_possible_number_of_tokens_is_refused(tmp_path, n_vocab):
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': n_vocab}))
+    with pytest.raises(ValueError, match='vocab_size is'):
+        read_tokenizer_state(str(tmp_path))
 
 def test_written_characters_are_nanogpt_s_format(tmp_path):
     write_dataset(str(tmp_path), 'hello world', CharTokenizer(sorted(set('hello world'))), val_fraction=0.3)

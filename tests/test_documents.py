@@ -74,7 +74,7 @@ def test_what_is_quoted_in_a_csv_s_header_separates_nothing(tmp_path, text):
 
 @pytest.mark.parametrize('comma', [';', '\t'])
 def test_csv_with_other_separators_is_read_too(tmp_path, comma):
-    (tmp_path / 'a.csv').write_text(f'id{comma}text\n1{comma}one, two\n2{comma}"three{comma} four"\n')
+    (tmp_path / 'a.csv').write_text(f'\nid{comma}text\n1{comma}one, two\n2{comma}"three{comma} four"\n')
     assert [row['text'] for _, row in csv_rows(str(tmp_path / 'a.csv'))] == ['one, two', f'three{comma} four']
 
 BROKEN = [('a.jsonl', '{"text": "a"}\n{"text": "b"', 'line 2 is not JSON'), ('a.jsonl', '[1]', 'line 1 is no JSON object'),
@@ -82,12 +82,12 @@ BROKEN = [('a.jsonl', '{"text": "a"}\n{"text": "b"', 'line 2 is not JSON'), ('a.
           ('a.jsonl', '{"prompt": "a"}', 'type --text_field=NAME with one of these$'),
           ('a.jsonl', '{"query": "a", "answer": "b"}', 'these, or run data/instruct/prepare.py'),
           ('a.jsonl', '{"conversations": []}', 'these, or run data/instruct/prepare.py'),
-          ('a.jsonl', '{"text": null}', 'line 1 has None as its text'), ('a.jsonl', '[' * 10**5, 'line 1 is not JSON'),
+          ('a.jsonl', '{"text": [1]}', r'line 1 has \[1\] as its text'), ('a.jsonl', '{"text": null}', 'there is no text'), ('a.jsonl', '[' * 10**5, 'line 1 is not JSON'),
           ('a.json', '{"text": "a"}\n{"text": "b"}', 'a.json is not one JSON value .* to end in .jsonl if'),
           ('a.json', '{"text": "a"}', 'a.json is no list of objects'), ('a.json', '["a"]', 'a.json is no list of objects'),
           ('a.json', '[' * 10**5, 'a.json is no list of objects'), ('a.json', '[]', 'there is no text'),
           ('a.json', '[{"text": "a"}, {"body": "b"}]', "item 2 has no field 'text'; its fields are body; type --text_field"),
-          ('a.csv', 'id,body\n1,a\n', "line 2 has no field 'text'; its fields are id, body"),
+          ('a.csv', 'id,body\n1,a\n', "line 2 has no field 'text'; its fields, as the first line names them, are id, body"),
           ('a.csv', 'text,n\na,1\nb, c,2\n', 'line 3 has 3 fields, but the header has 2'),
           ('a.csv', 'text\na\n"b\nc', 'line 3 is not CSV'), ('a.csv', 'text\n', 'there is no text')]
 
@@ -108,6 +108,23 @@ def test_a_folder_s_links_are_followed_and_what_is_hidden_is_left_out(tmp_path):
     (tmp_path / 'in' / 'z' / 'c.txt').write_text('c')
     (tmp_path / 'in' / 'b').symlink_to(tmp_path / 'in' / 'z') # the folder itself comes first
     assert [place for place, _ in Documents(str(tmp_path / 'in'))][-1].endswith(os.path.join('z', 'c.txt'))
+
+def test_a_folder_s_files_of_other_kinds_are_told(tmp_path, capsys):
+    for name in ('a.html', 'b.text', 'c.HTML', '.hidden', 'd'):
+        (tmp_path / name).write_text('x')
+    with pytest.raises(ValueError, match=r'but 4 that end in \.HTML, \.html, \.text, nothing; expected files that end in \.txt'):
+        texts(str(tmp_path))
+    (tmp_path / 'e.txt').write_text('x')
+    assert texts(str(tmp_path)) == ['x'] and 'passing over 4 that end in .HTML' in capsys.readouterr().out
+
+@pytest.mark.parametrize('block', [2**20, 3])
+def test_each_line_is_a_document_if_asked_for(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(documents, 'BLOCK', block)
+    (tmp_path / 'a.txt').write_bytes(b'one, two\r\n\r\n  three\n \nfour\x0bfive')
+    (tmp_path / 'b.jsonl').write_text('{"text": "a\\nb"}') # a row stays one
+    read = Documents(str(tmp_path), lines=True)
+    assert [(os.path.basename(place), ''.join(blocks)) for place, blocks in read] == [
+        ('a.txt, line 1', 'one, two'), ('a.txt, line 3', '  three'), ('a.txt, line 5', 'four\x0bfive'), ('b.jsonl, line 1', 'a\nb')]
 
 def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
     (tmp_path / 'a.txt').write_text('a')
@@ -195,10 +212,12 @@ def test_a_field_ends_with_its_last_character_wherever_blocks_end(tmp_path, monk
     (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n{"text": "abcde"}\n{"text": "abcd"}\n')
     assert texts(str(tmp_path / 'a.jsonl')) == ['a', 'abcde', 'abcd']
 
-def test_a_tsv_is_rows_and_the_end_of_text_that_a_text_spells_out_is_seen(tmp_path):
+def test_a_tsv_is_rows_and_the_end_of_text_that_a_text_spells_out_is_seen(tmp_path, monkeypatch):
     (tmp_path / 'a.tsv').write_text('text, by whom; when\ttext\n1\tone, two\n2\tthree\n')
     read = Documents(str(tmp_path))
     assert [''.join(blocks) for _, blocks in read] == ['one, two', 'three'] and not read.has_eot
     (tmp_path / 'b.txt').write_text('a\n<|endoftext|>\nb')
-    read = Documents(str(tmp_path))
-    assert [''.join(blocks) for _, blocks in read][2:] == ['a\n<|endoftext|>\nb'] and read.has_eot
+    for block in (2**20, 5):
+        monkeypatch.setattr(documents, 'BLOCK', block)
+        read = Documents(str(tmp_path))
+        assert [''.join(blocks) for _, blocks in read][2:] == ['a\n<|endoftext|>\nb'] and read.has_eot

@@ -169,7 +169,7 @@ def test_peft_loads_an_adapter(run, hf_dir, tmp_path):
     ('--to={root}/full --overwrite=True', 'holds mine.txt, which no export wrote'),
     ('--to={root}/full --weights_only=True --overwrite=True', 'is a folder'),
     ('--to={root}/theirs --overwrite=True', 'holds tsconfig.json, which no export wrote'),
-    ('--to={root}/file.pt', 'is a file'),
+    ('--to={root}/file.pt', 'but a folder is written'),
     ('--to={root}/file.pt --weights_only=True', 'type --overwrite=True'),
     ('--to={root}/new --weights_only=True --adapter=True', 'type one of them'),
     ('--to={root}/new --dtype=int8', "dtype is 'int8'"),

@@ -48,7 +48,8 @@ def test_turns_of_a_conversation_are_told_apart():
     ({'system_prompt': ' ', 'query': 'Capital?', 'response': 'Paris.'}, ('Capital?', '', 'Paris.')),
     ({'prompt': 'all', 'instruction': 'Capital?', 'context': 'no', 'input': 'France', 'answer': 'no', 'output': 'Paris.'},
      ('Capital?', 'France', 'Paris.')),
-    ({'instruction': None, 'prompt': 'Capital?', 'output': 'Paris.', 'messages': None}, ('Capital?', '', 'Paris.'))])
+    ({'instruction': None, 'prompt': 'Capital?', 'output': 'Paris.', 'messages': None}, ('Capital?', '', 'Paris.')),
+    ({'question': '2 + 2?', 'context': 2.5, 'answer': 4}, ('2 + 2?', '2.5', '4')), ({'query': 'True?', 'answer': False}, ('True?', '', 'false'))])
 def test_an_item_may_have_the_names_of_other_datasets(item, turn):
     assert read_turns(item) == [turn]
 
@@ -62,14 +63,14 @@ def test_a_conversation_of_sharegpt_is_one_of_messages():
 def message(role, content):
     return {'role': role, 'content': content}
 
-BROKEN = [{}, {'instruction': 'a'}, {'instruction': 1, 'output': 'b'}, {'instruction': ' ', 'output': 'b'},
-          {'instruction': 'a', 'input': 3, 'output': 'b'}, {'messages': []}, {'messages': 'hi'}, {'messages': None},
+BROKEN = [{}, {'instruction': 'a'}, {'instruction': ['a'], 'output': 'b'}, {'instruction': ' ', 'output': 'b'},
+          {'instruction': 'a', 'input': {}, 'output': 'b'}, {'messages': []}, {'messages': 'hi'}, {'messages': None},
           {'messages': [message('user', 'a')]}, {'messages': [message('assistant', 'a')]}, {'messages': [{'role': 'user'}]},
           {'messages': [message('user', 'a'), message('assistant', 'b'), message('assistant', 'c')]},
           {'messages': [message('tool', 'a'), message('assistant', 'b')]}, {'messages': [message('user', ['a'])]},
           {'messages': [message(['user'], 'a')]}, {'conversations': [{'from': 'observation', 'value': 'a'}]},
           {'conversations': [{'from': 'human', 'content': 'a'}]}, {'prompt': [message('user', 'a')], 'completion': 'b'},
-          {'prompt': 'a', 'answer': ['b']}, {'system': 3, 'question': 'a', 'answer': 'b'},
+          {'prompt': 'a', 'answer': ['b']}, {'system': [3], 'question': 'a', 'answer': 'b'},
           {'messages': [message('user', ' '), message('assistant', 'b')]}, {'prompt': 'a', 'context': ['b'], 'answer': 'c'}]
 
 @pytest.mark.parametrize('item', BROKEN, ids=str)
@@ -242,7 +243,7 @@ def test_few_items_are_given_a_run_that_fits_them(run, tmp_path):
     items = [{'instruction': f'Add one to {i}.', 'output': f'{i + 1}, of course.'} for i in range(40)]
     (tmp_path / 'items.jsonl').write_text('\n'.join(map(json.dumps, items)))
     lines = run('data/instruct/prepare.py', f"--input={tmp_path / 'items.jsonl'}", '--name=few').out.splitlines()
-    assert any(line.startswith('warning: that is little') for line in lines)
+    assert any('so little text by heart' in line for line in lines)
     command = lines[-1].removeprefix('next: python ').split()
     shape = ('--init_from=scratch', '--n_layer=1', '--n_head=1', '--n_embd=8', '--device=cpu', '--compile=False', '--lora_rank=0')
     out = run(*command, *shape, f"--out_dir={tmp_path / 'out'}").out

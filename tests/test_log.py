@@ -37,6 +37,15 @@ def test_a_start_that_is_killed_before_its_nth_file_is_in_place_can_be_typed_aga
     check_new(str(tmp_path), 'scratch', False)
     assert len(list(tmp_path.iterdir())) == n - 1
 
+@pytest.mark.parametrize('end', ['', '\n'])
+def test_a_row_of_log_csv_that_was_cut_short_is_left_out_of_a_resumed_run_s(tmp_path, end):
+    rows = [f'{i},' + ','.join(['1.25'] * (len(log.COLUMNS) - 1)) for i in range(3)]
+    cut = rows[2][:-1] if not end else rows[2][:-9] # in the last cell, which looks whole, or before it
+    (tmp_path / 'log.csv').write_text('\n'.join([','.join(log.COLUMNS), *rows[:2], cut]) + end)
+    config = {'init_from': 'resume', 'sample_interval': 0}
+    log.start_log(str(tmp_path), config, {'model_args': dict.fromkeys(DEFAULTS, 1)}, 9)
+    assert (tmp_path / 'log.csv').read_text().splitlines()[1:] == rows[:2]
+
 @pytest.mark.parametrize('evaluated, iter_num, file, says', [
     ((0,), 9, '/last.pt', 'nothing was evaluated since iteration 0: what was learned is in last.pt alone'),
     ((0, 10), 12, '', 'no evaluation was better than that of the model it started from'), ((0,), 0, '', '')])
@@ -66,7 +75,7 @@ def test_another_program_s_config_json_is_no_earlier_run(tmp_path):
 def test_what_is_left_of_a_run_is_told_without_what_came_before_it(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr('time.perf_counter', lambda: now[0])
-    clock = Clock(2048, 1.0, None, last=100)
+    clock = Clock(2048, 1.0, 0, last=100)
     now[0] += 500 + 2 # an evaluation, and an iteration of 2 seconds
     assert clock.lap(40, 0.1, 2.0)[1].endswith('eta 0:01:58')
     now[0] += 10 * 2 + 20 # ten more, and an evaluation between them

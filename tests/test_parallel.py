@@ -140,9 +140,10 @@ def test_a_sharded_run_s_checkpoint_is_any_run_s(train):
     for result in (one, four):
         assert losses(result)['loss'] == pytest.approx(losses(whole)['loss'], abs=1e-5)
 
-@pytest.mark.parametrize('options, processes', [((), 1), (('--optimizer=muon',), 2)])
-def test_what_cannot_be_sharded_is_told(train, options, processes):
-    assert 'start train.py by torchrun' in train('--shard=True', *options, processes=processes, status=2).err
+@pytest.mark.parametrize('options, processes, says', [((), 1, 'start train.py by torchrun'),
+                                                      (('--optimizer=muon',), 2, 'type --optimizer=adamw and no')])
+def test_what_cannot_be_sharded_is_told(train, options, processes, says):
+    assert says in train('--shard=True', *options, processes=processes, status=2).err
 
 REPLICATE = """
     import torch
@@ -231,6 +232,13 @@ def test_the_number_of_a_gpu_is_refused_under_torchrun(monkeypatch):
     monkeypatch.setenv('RANK', '0')
     with pytest.raises(ValueError, match="'cuda:1', but torchrun's processes each take another GPU; type --device=cuda"):
         parallel.start_processes('auto', 'cuda:1')
+
+def test_more_processes_than_gpus_to_be_seen_are_refused(monkeypatch):
+    for name, value in {'RANK': '2', 'LOCAL_RANK': '2', 'LOCAL_WORLD_SIZE': '4'}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 1) # as a scheduler may show each task
+    with pytest.raises(ValueError, match='has 4 processes, but each sees 1 of its GPUs; start one torchrun on a node, and type --nproc_per_node=1'):
+        parallel.start_processes('auto', 'cuda')
 
 AGREE = """
     import parallel

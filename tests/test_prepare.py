@@ -49,8 +49,8 @@ def test_quickstart_builds_the_same_prose_every_time(run, clone):
 
 def test_shakespeare_uses_the_text_that_is_there(run, clone):
     text = "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 20
-    for name in ('shakespeare', 'shakespeare_char'):
-        (clone / 'data' / name / 'input.txt').write_text(text)
+    (clone / 'data' / 'shakespeare' / 'input.txt').write_text(text)
+    for name in ('shakespeare', 'shakespeare_char'): # which takes the other's
         run(f'data/{name}/prepare.py')
     cut = int(len(text) * 0.9)
     bpe = clone / 'data' / 'shakespeare'
@@ -90,7 +90,7 @@ def test_end_of_text_is_a_token_where_it_is_allowed(run, clone, tmp_path):
     assert ids['train'][-1] == ids['val'][-1] == 50256
     (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps({'text': f'story {i}<|endoftext|>'}) for i in range(40)))
     done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.jsonl'}", '--name=ended', '--allow_special=True')
-    assert '40 documents, ' in done.out and done.out.count('to validate on, 4 documents from all parts of it\n') == 1
+    assert '40 documents, ' in done.out and done.out.count('to validate on, 4 documents from all its parts\n') == 1
     assert BPE.decode(read(clone / 'data' / 'ended', 'val').tolist()).count('story') == 4 # none is a bare end
 
 def kinds(folder):
@@ -104,7 +104,7 @@ def test_sorted_rows_are_validated_on_from_all_parts_or_on_a_file_of_their_own(r
     (tmp_path / 'other.txt').write_text(other)
     done = run('data/custom/prepare.py', f"--input={tmp_path / 'sorted.csv'}", '--name=spread')
     assert kinds(clone / 'data' / 'spread') == [{'A': 810, 'B': 90}, {'A': 90, 'B': 10}]
-    assert re.search(r'tokens to train on, [\d,]+ to validate on, 100 documents from all parts of it\n', done.out)
+    assert re.search(r'tokens to train on, [\d,]+ to validate on, 100 documents from all its parts\n', done.out)
     given = (f"--input={tmp_path / 'sorted.csv'}", f"--val_input={tmp_path / 'other.txt'}")
     done = run('data/custom/prepare.py', *given, '--name=given', '--val_fraction=0.5')
     assert kinds(clone / 'data' / 'given') == [{'A': 900, 'B': 100}, {'A': 0, 'B': 2}]
@@ -124,14 +124,14 @@ def test_a_few_documents_or_one_that_is_most_of_them_are_validated_on_at_their_e
         pieces = choose(ends, 0.1, **options)
         return pieces.tolist(), tell_place(pieces, ends)
     assert choose_of([100]) == ([[90, 100]], '')
-    assert choose_of([10, 10, 10]) == ([[27, 30]], ', its end')
+    assert choose_of([10, 10, 10]) == ([[27, 30]], ', the end of the text')
     assert choose(np.array([10, 20]), 0.7).tolist() == [[6, 20]] # else both, and none to train on
-    assert choose_of([10, 10, 10], whole=True) == ([[20, 30]], ', its end')
+    assert choose_of([10, 10, 10], whole=True) == ([[20, 30]], ', the end of the text')
     (piece,), told = choose_of([10] * 10)
-    assert np.diff(piece) == 10 and told == ', a document of it'
+    assert np.diff(piece) == 10 and told == ', one of its documents'
     n = piece[0] // 10 # which one is drawn
-    assert choose_of([10] * n + [1000] + [10] * (9 - n)) == ([[981, 1090]], ', its end') # it would be nearly all
-    assert choose_of([100] * n + [1] + [100] * (9 - n), whole=True) == ([[801, 901]], ', its end') # and here nearly nothing
+    assert choose_of([10] * n + [1000] + [10] * (9 - n)) == ([[981, 1090]], ', the end of the text') # it would be nearly all
+    assert choose_of([100] * n + [1] + [100] * (9 - n), whole=True) == ([[801, 901]], ', the end of the text') # and here nearly nothing
 
 @pytest.mark.parametrize('period', [8, 10, 21, 34, 50, 55, 89, 100])
 def test_kinds_that_take_turns_are_validated_on_as_random_rows_would_be(period):
@@ -177,7 +177,7 @@ def test_a_row_is_a_document(run, clone, tmp_path):
     for name in ('a.jsonl', 'a.csv'):
         done = run('data/custom/prepare.py', f'--input={tmp_path / name}', '--name=rows', '--text_field=body')
         assert whole(clone / 'data' / 'rows') == [i for row in rows * 4 for i in [*BPE.encode(row), 50256]]
-        assert '12 documents, ' in done.out and 'to validate on, its end\n' in done.out
+        assert '12 documents, ' in done.out and 'to validate on, the end of the text\n' in done.out
 
 def test_it_tells_the_epochs_of_a_default_run_and_warns_of_little_text(run, clone, tmp_path):
     (tmp_path / 'a.txt').write_text('a' + ' a' * 199_998) # with end-of-text 200,000 tokens
@@ -190,7 +190,10 @@ def test_it_tells_the_epochs_of_a_default_run_and_warns_of_little_text(run, clon
     assert done.out.endswith('--batch_size=8 --gradient_accumulation_steps=2 --num_epochs=5 --eval_interval=5 --patience=4\n')
     (tmp_path / 'a.txt').write_text('a' + ' a' * 998)
     done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=much')
-    assert 'warning: that is little' in done.out and '--patience' in done.out
+    assert 'so little text by heart' in done.out and '--patience' in done.out and 'English' not in done.out
+    (tmp_path / 'a.txt').write_text('Все счастливые семьи похожи друг на друга. ' * 20)
+    done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=much')
+    assert 'warning: a token holds 0.9 characters here, but more than 3 in English' in done.out and '--tokenizer=char' in done.out
 
 @pytest.mark.parametrize('n_train, more', [
     (10**7, {'num_epochs': 3, 'eval_interval': 76, 'patience': 3}), (10**9, {'num_epochs': 1, 'eval_interval': 1525, 'eval_iters': 200})])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,6 +126,20 @@ def test_a_nanogpt_checkpoint_samples_with_its_dataset_s_characters(run, clone, 
                 'model_args': model.config.__dict__, 'iter_num': 1, 'best_val_loss': torch.tensor(1.0)}, tmp_path / 'n.pt')
     args = ('--start=def', '--temperature=0', '--max_new_tokens=13', '--num_samples=1', '--device=cpu', '--dtype=float32')
     assert samples(run('sample.py', f"--out_dir={tmp_path / 'n.pt'}", *args)) == [greedy(model, 'def', 13)]
+
+def test_tokens_that_only_their_number_is_known_of_are_learned_sampled_and_scored(run, train, clone, tmp_path):
+    data = clone / 'data' / 'moves' # as nanoGPT takes them: its train.py reads vocab_size alone
+    data.mkdir()
+    (np.arange(3000) * 7 % 90).astype('<u2').tofile(data / 'train.bin')
+    (np.arange(500) * 7 % 90).astype('<u2').tofile(data / 'val.bin')
+    (data / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 90}))
+    result = train('--dataset=moves', '--max_iters=60', '--eval_interval=60', '--learning_rate=1e-2', '--sample_interval=60')
+    assert all(word.isdecimal() for word in (result.out_dir / 'samples.txt').read_text().splitlines()[1].split())
+    out_dir = f'--out_dir={result.out_dir}'
+    sampled, = samples(run('sample.py', out_dir, '--start=3 10', '--temperature=0', '--max_new_tokens=4', '--num_samples=1'))
+    assert sampled == '3 10 17 24 31 38'
+    columns = run('evaluate.py', out_dir).out.splitlines()[1].split()
+    assert columns[-3:] == ['tokens', 'nats/token', 'perplexity'] # bytes of which text?
 
 def test_ids_beyond_the_tokenizer_s_are_never_drawn(run, tmp_path):
     """ nanoGPT pads its vocabulary to 50304 """

@@ -142,6 +142,7 @@ def test_a_revision_stands_behind_a_name_of_the_hub_alone(tmp_path, monkeypatch)
                              'owner/name': ('owner/name', None), 'out@2': ('out@2', None), '/runs/a@b/ckpt.pt': (
                                  '/runs/a@b/ckpt.pt', None), 'gpt2@': ('gpt2@', None)}.items():
         assert pretrained.split_revision(source) == expected
+    assert pretrained.find_hugging_face('distilgpt2') == ('distilgpt2', 'main') # which needs no owner, as gpt2 does not
 
 def test_an_exported_adapter_names_the_revision_of_its_base(run, tmp_path):
     model = GPT(GPTConfig(16, len(CHARS), 1, 1, 8))

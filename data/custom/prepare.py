@@ -1,7 +1,8 @@
 """
-Makes a dataset from your own text, of any size. A document is a text file, a line of .jsonl, an item of a
-list in .json, a row of .csv or of a Hugging Face dataset, or all that comes through a pipe; a folder may hold
-many. Each document is ended by end-of-text, or by a newline if the tokens are characters.
+Makes a dataset from your own text, of any size. A document is a text file (with --lines=True each of its
+lines), a line of .jsonl, an item of a list in .json, a row of .csv or of a Hugging Face dataset, or all that
+comes through a pipe; a folder may hold many. Each document is ended by end-of-text, or by a newline if the
+tokens are characters.
 
 $ python data/custom/prepare.py --input=novel.txt --name=novel
 $ python train.py config/finetune/gpt2_small.py --dataset=novel
@@ -11,6 +12,7 @@ input = '' # a file, a folder (its .txt, .md, .jsonl, .csv, .tsv), a dataset id 
 name = 'custom' # the dataset is written to data/NAME
 text_field = 'text' # the field of a row that holds the text
 subset = '' # which subset of a hub dataset, if it has several
+lines = False # each line of a plain text is a document, such as a joke or a title
 tokenizer = 'gpt2' # gpt2, char (the text's own characters), or a dataset whose characters to reuse
 val_fraction = 0.1 # share to validate on: documents from all parts of the text or, of few, its end
 val_input = '' # validate on another file, folder, ... than input, instead of a share of it
@@ -50,7 +52,7 @@ def main():
         raise ValueError("there is no input; type --input=PATH of a text file or of a folder of them")
     folder = claim(name, 'custom', val_fraction, input, val_input)
     chars = None if tokenizer in ('gpt2', 'char') else known_characters()
-    texts = [Documents(its, text_field, subset) for its in (input, val_input) if its]
+    texts = [Documents(its, text_field, subset, lines) for its in (input, val_input) if its]
     with publish(folder) as place:
         parts = dict(zip((os.path.join(place, f'{split}.bin') for split in ('train', 'val')), texts))
         if tokenizer == 'gpt2':
@@ -73,6 +75,10 @@ def main():
     if any(its.has_eot for its in texts) and tokenizer == 'gpt2' and not allow_special:
         print("warning: <|endoftext|> in the text was read as text; --allow_special=True reads it as the "
               "token that ends a document")
+    if tokenizer == 'gpt2' and characters < 1.8 * n: # as of most other scripts and many languages
+        print(f"warning: a token holds {characters / n:.1f} characters here, but more than 3 in English, "
+              "which GPT-2 was trained on; it hardly knows such text. --tokenizer=char is for a small model "
+              "that learns from it alone")
     where = f', all of {val_input}' if val_input else tell_place(pieces, ends[0])
     print(f"{shorten(folder)}: {n - n_val:,} tokens to train on, {n_val:,} to validate on{where}")
     config = f"config/{'train_shakespeare_char_cpu' if chars else 'finetune/gpt2_small'}.py"
