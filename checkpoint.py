@@ -245,8 +245,8 @@ def way_back(out_dir: str, dtype: str) -> str:
     a later one may be spoiled, or, if there is none, repeat the same command """
     path = find(out_dir)
     again = f"--init_from={quote(path)} --out_dir=ANOTHER{OTHERS}" if path else 'the same'
-    exact = '' if dtype == 'float32' else ', or --dtype=float32'
-    return f"nothing of them is in a checkpoint of {out_dir}; type {again} with a lower --learning_rate{exact}"
+    again += ' with a lower --learning_rate' + ('' if dtype == 'float32' else ', or --dtype=float32')
+    return f"nothing of them is in a checkpoint of {out_dir}; type {again}"
 
 def peek(path: str) -> dict:
     """ a checkpoint whose tensors stay on the disk; {} if it cannot be read that way """

@@ -337,8 +337,9 @@ def read_shared_state(folders) -> dict:
     for name, state in zip(names, states):
         if state != states[0]:
             of = names[0] if 'chars' in states[0] else 'gpt2'
-            raise ValueError(f"{names[0]} and {name} are in different tokens; prepare one with the other's, "
-                             f"as data/custom/prepare.py --tokenizer={of} does")
+            how = (f"prepare one with the other's, as data/custom/prepare.py --tokenizer={of} does"
+                   if 'numbers' not in (states[0]['name'], state['name']) else 'mix others')
+            raise ValueError(f"{names[0]} and {name} are in different tokens; {how}")
     return states[0]
 
 def tell_assumed(folders) -> str:

@@ -98,7 +98,7 @@ class Documents:
         text = fields.get(self.text_field)
         if self.text_field not in fields:
             also = ', or run data/instruct/prepare.py, which takes questions and answers'
-            header = ', as the first line names them,' if re.search(r'[.][ct]sv, line \d+$', place) else ''
+            header = ', as the header names them,' if re.search(r'[.][ct]sv, line \d+$', place, re.I) else ''
             raise ValueError(f"{place} has no field {self.text_field!r}; its fields{header} are "
                              f"{', '.join(fields)}; type --text_field=NAME with one of these"
                              + (also if is_item(fields) else ''))
@@ -110,12 +110,15 @@ class Documents:
         return place, (replace_surrogates(text[i:i + BLOCK]) for i in range(0, len(text), BLOCK))
 
 def split_lines(blocks, place: str):
-    """ yield each line of a text as a document: its place, and the line without its end """
-    held, number = '', 0
+    """ yield each line of a text as a document: its place, and the parts of the line, without its end """
+    parts, number = [], 0
     for block in itertools.chain(blocks, '\n'):
-        *lines, held = (held + block).split('\n')
-        for number, line in enumerate(lines, number + 1):
-            yield f'{place}, line {number}', [line]
+        first, *others = block.split('\n')
+        parts.append(first)
+        for other in others:
+            number += 1
+            yield f'{place}, line {number}', parts
+            parts = [other]
 
 def next_text(blocks) -> list[str]:
     """ the next blocks, up to and including the first that is not blank; [] if all are blank """
@@ -158,12 +161,13 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
         for file in files:
             if file[0] != '.':
                 (paths if file.lower().endswith(suffixes) else others).append(os.path.join(folder, file))
-    kinds = sorted({os.path.splitext(file)[1] or 'nothing' for file in others})
-    passed = f"{len(others)} that end in {', '.join(kinds[:5])}{' ...' * (len(kinds) > 5)}" if others else ''
+    kinds = sorted({os.path.splitext(file)[1] or 'no suffix' for file in others})
+    kinds[5:] = ['...'] if len(kinds) > 5 else []
+    passed = f" (not read: {len(others)}, {', '.join(kinds)})" if others else ''
     if not paths:
-        raise ValueError(f"there is no text in {path}{passed and ', but '}{passed}; expected files that end "
-                         f"in {', '.join(suffixes)}; rename or convert them")
-    print(f"{len(paths)} file{'s' if len(paths) > 1 else ''} in {path}{passed and ', passing over '}{passed}")
+        raise ValueError(f"there is no text in {path}{passed}; expected files that end in "
+                         f"{', '.join(suffixes)}; {'convert them, or ' if others else ''}type --input=FILE")
+    print(f"{len(paths)} file{'s' if len(paths) > 1 else ''} in {path}{passed}")
     return sorted(paths)
 
 def stop(error):
@@ -275,7 +279,8 @@ def csv_rows(path: str, progress=lambda n: None):
     tabs = path.lower().endswith('.tsv')
     bare = re.sub(r'(^|[,;\t])"(?:[^"]|"")*"?', r'\1', ''.join(head[-1:])) # quoted separators do not count
     separator = '\t' if tabs else max(',;\t', key=bare.count)
-    reader = csv.reader(itertools.chain(head, lines), delimiter=separator, strict=True)
+    blank = ['\n'] * (len(head) - 1)
+    reader = csv.reader(itertools.chain(blank, head[-1:], lines), delimiter=separator, strict=True)
     name, header, begin = shorten(path), None, 1 # begin is the first line of a row
     try:
         for fields in reader:

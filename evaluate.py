@@ -184,8 +184,9 @@ models = [one for one in (first, load_base(first.origin)) if one]
 alike = first.tokenizer.state == models[-1].tokenizer.state
 has_bytes = all(one.tokenizer.state['name'] != 'numbers' for one in models) # else nobody knows of what text
 if task == 'perplexity' and not alike and (limit or not file or not has_bytes):
-    raise ValueError(f"{first.name} and {models[-1].name} have different tokens, and can be compared on a "
-                     "whole text only; type --file=PATH of one, without --limit, or --base=none")
+    how = ('and can be compared on a whole text only; type --file=PATH of one, without --limit, or'
+           if has_bytes else 'some of them known by number alone; type')
+    raise ValueError(f"{first.name} and {models[-1].name} have different tokens, {how} --base=none")
 plain = ', as plain text, without its template' if first.loaded.get('template') else ''
 split_texts, source = (None, file + plain) if file else read_dataset(dataset or first.trained_on, first)
 

@@ -31,8 +31,8 @@ if weights_only and adapter:
 if not to:
     raise ValueError("there is no place to write to; type --to=FOLDER, or --weights_only=True --to=FILE.pt")
 if not weights_only and to.endswith(('.pt', '.pth', '.bin', '.safetensors', '.gguf', '.onnx')):
-    raise ValueError(f"to is {to!r}, but a folder is written; type --to=FOLDER, or --weights_only=True for a "
-                     "checkpoint in one file")
+    raise ValueError(f"to is {to!r}, but a folder is written; type --to=FOLDER, or --weights_only=True "
+                     "--to=FILE.pt")
 path = os.path.abspath(to)
 if weights_only and to.endswith(os.sep) or os.path.exists(path) and os.path.isdir(path) == weights_only:
     raise FileExistsError(f"{to} is a {'folder' if weights_only else 'file'}; type --to with the name of a "

@@ -78,8 +78,8 @@ def read_turns(item: dict) -> list[tuple[str, str, str]]:
 
 def read_part(item: dict, names: tuple[str, ...]) -> str | None:
     """ the first of these fields that is there, as text, or None; raises ValueError for lists and objects """
-    name = next((name for name in names if item.get(name) is not None), None)
-    value = item.get(name)
+    name = next((name for name in names if item.get(name) is not None and item[name] == item[name]), None)
+    value = item.get(name) # NaN, as pandas writes a missing one, does not equal itself
     if isinstance(value, (int, float)):
         return json.dumps(value)
     if not isinstance(value, (str, type(None))):

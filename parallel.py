@@ -32,7 +32,9 @@ def start_processes(backend: str, device: str) -> tuple[int, int, str]:
         if wanted > gpus:
             raise ValueError(f"this node has {wanted} processes, but each sees {gpus} of its GPUs; start one "
                              f"torchrun on a node, and type --nproc_per_node={gpus}")
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if 'LOCAL_RANK' not in os.environ:
+            raise ValueError("there is a RANK in the environment, but no LOCAL_RANK; start this by torchrun")
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if backend == 'auto': # Windows has no NCCL
         backend = 'nccl' if device.startswith('cuda') and dist.is_nccl_available() else 'gloo'

@@ -58,7 +58,7 @@ def find_hugging_face(source: str) -> tuple[str, str]:
                                 "folder with its config.json")
     if os.path.isdir(source) and not os.path.exists(os.path.join(source, 'config.json')):
         within = glob.glob(os.path.join(glob.escape(source), 'checkpoint-*', 'config.json')) # Trainer's
-        latest = os.path.dirname(max(within, key=os.path.getmtime, default=''))
+        latest = max(map(os.path.dirname, within), default='', key=lambda folder: (len(folder), folder))
         known = quote(latest) if latest else 'a folder that train.py wrote'
         raise FileNotFoundError(f"{source} holds neither ckpt.pt nor last.pt nor a Hugging Face model nor "
                                 f"TensorFlow's; type {known}")

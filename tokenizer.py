@@ -94,7 +94,8 @@ def are_characters(chars) -> bool:
 def is_state(state: dict) -> bool:
     """ whether this describes one of the tokenizers """
     return (state.get('name') == 'gpt2' or state.get('name') == 'char' and are_characters(state.get('chars'))
-            or state.get('name') == 'numbers' and state.get('n_vocab') in range(1, 2**16 + 1))
+            or state.get('name') == 'numbers' and type(state.get('n_vocab')) is int
+            and 0 < state['n_vocab'] <= 2**16)
 
 def state_of_meta(meta: dict) -> dict:
     """ the state that nanoGPT's meta.pkl describes: characters or, if it has other tokens or only counts

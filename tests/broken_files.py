@@ -124,7 +124,7 @@ FILES = { # a name, and what is in the file
     'export/mine.txt': 'mine', 'columns/log.csv': 'a,b\n1,2\n', 'words/log.csv': 'iter,loss,train_loss,val_loss\nx,y,,\n',
     'binary/log.csv': bytes(range(256)), 'void/log.csv': '', 'rows.JSON': '[]',
     'long/log.csv': 'iter,loss,train_loss,val_loss\n"' + 'x' * 140_000 + '",,,\n',
-    'peft/adapter_config.json': '{}', 'trainer/checkpoint-500/config.json': '{}', 'peft/adapter_model.safetensors': '', 'hf/model.safetensors': '', 'hf/config.json': '{}',
+    'peft/adapter_config.json': '{}', 'trainer/checkpoint-1000/config.json': '{}', 'trainer/checkpoint-500/config.json': '{}', 'peft/adapter_model.safetensors': '', 'hf/model.safetensors': '', 'hf/config.json': '{}',
     'drawn/log.csv': 'iter,loss,train_loss,val_loss\n0,4.5,4.5,4.5\n', 'drawn/loss.png/taken': ''}
 
 def write_all(root, data):

@@ -127,7 +127,7 @@ CASES = [ # script, options, part of what is said
     ('train.py', '--init_from=out-frist/last.pt', "there is no model 'out-frist/last.pt'"), # no id of the hub
     ('train.py', '--init_from=gpt2@', "there is no model 'gpt2@'"),
     ('train.py', '--init_from={root}/nothing', 'nor a Hugging Face model'),
-    ('train.py', '--init_from={root}/trainer', "TensorFlow's; type {root}/trainer/checkpoint-500"),
+    ('train.py', '--init_from={root}/trainer', "TensorFlow's; type {root}/trainer/checkpoint-1000"),
     ('train.py', '--init_from={root}/peft', 'holds an adapter of PEFT'),
     ('train.py', '--init_from={root}/peft/adapter_model.safetensors', 'holds an adapter of PEFT'),
     ('train.py', '--init_from={root}/hf/model.safetensors', "a model's weights alone; type --init_from={root}/hf, the folder"),
@@ -293,7 +293,7 @@ CASES = [ # script, options, part of what is said
     ('data/custom/prepare.py', '--input={root}/list.jsonl', 'line 1 is no JSON object'),
     ('data/custom/prepare.py', '--input={root}/number.jsonl', 'has 5 as its text'),
     ('data/custom/prepare.py', '--input={root}/body.jsonl', "has no field 'text'; its fields are body"),
-    ('data/custom/prepare.py', '--input={root}/columns.csv', "has no field 'text'; its fields, as the first line names them, are id, body"),
+    ('data/custom/prepare.py', '--input={root}/columns.csv', "has no field 'text'; its fields, as the header names them, are id, body"),
     ('data/custom/prepare.py', '--input={root}/quote.csv', 'line 2 is not CSV'),
     ('data/custom/prepare.py', '--input={root}/comma.csv', 'has 3 fields, but the header has 2'),
     ('data/custom/prepare.py', '--val_fraction=1.5', 'between 0 and 1'),

@@ -151,7 +151,7 @@ def test_a_meta_pkl_of_other_tokens_than_characters_gives_their_number(tmp_path,
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
     assert read_tokenizer_state(str(tmp_path)) == state and count_ids(state) == meta['vocab_size']
 
-@pytest.mark.parametrize('n_vocab', [0, 2**16 + 1, '3', 2.5, None])
+@pytest.mark.parametrize('n_vocab', [0, 2**16 + 1, '3', 90.0, True, None])
 def test_a_meta_pkl_of_no_possible_number_of_tokens_is_refused(tmp_path, n_vocab):
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': n_vocab}))
     with pytest.raises(ValueError, match='vocab_size is'):

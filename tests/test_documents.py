@@ -74,7 +74,7 @@ def test_what_is_quoted_in_a_csv_s_header_separates_nothing(tmp_path, text):
 
 @pytest.mark.parametrize('comma', [';', '\t'])
 def test_csv_with_other_separators_is_read_too(tmp_path, comma):
-    (tmp_path / 'a.csv').write_text(f'\nid{comma}text\n1{comma}one, two\n2{comma}"three{comma} four"\n')
+    (tmp_path / 'a.csv').write_text(f' \n\nid{comma}text\n1{comma}one, two\n2{comma}"three{comma} four"\n')
     assert [row['text'] for _, row in csv_rows(str(tmp_path / 'a.csv'))] == ['one, two', f'three{comma} four']
 
 BROKEN = [('a.jsonl', '{"text": "a"}\n{"text": "b"', 'line 2 is not JSON'), ('a.jsonl', '[1]', 'line 1 is no JSON object'),
@@ -87,7 +87,7 @@ BROKEN = [('a.jsonl', '{"text": "a"}\n{"text": "b"', 'line 2 is not JSON'), ('a.
           ('a.json', '{"text": "a"}', 'a.json is no list of objects'), ('a.json', '["a"]', 'a.json is no list of objects'),
           ('a.json', '[' * 10**5, 'a.json is no list of objects'), ('a.json', '[]', 'there is no text'),
           ('a.json', '[{"text": "a"}, {"body": "b"}]', "item 2 has no field 'text'; its fields are body; type --text_field"),
-          ('a.csv', 'id,body\n1,a\n', "line 2 has no field 'text'; its fields, as the first line names them, are id, body"),
+          ('a.csv', 'id,body\n1,a\n', "line 2 has no field 'text'; its fields, as the header names them, are id, body"),
           ('a.csv', 'text,n\na,1\nb, c,2\n', 'line 3 has 3 fields, but the header has 2'),
           ('a.csv', 'text\na\n"b\nc', 'line 3 is not CSV'), ('a.csv', 'text\n', 'there is no text')]
 
@@ -112,10 +112,10 @@ def test_a_folder_s_links_are_followed_and_what_is_hidden_is_left_out(tmp_path):
 def test_a_folder_s_files_of_other_kinds_are_told(tmp_path, capsys):
     for name in ('a.html', 'b.text', 'c.HTML', '.hidden', 'd'):
         (tmp_path / name).write_text('x')
-    with pytest.raises(ValueError, match=r'but 4 that end in \.HTML, \.html, \.text, nothing; expected files that end in \.txt'):
+    with pytest.raises(ValueError, match=r'\(not read: 4, \.HTML, \.html, \.text, no suffix\); expected files that end in \.txt.*; convert them, or'):
         texts(str(tmp_path))
     (tmp_path / 'e.txt').write_text('x')
-    assert texts(str(tmp_path)) == ['x'] and 'passing over 4 that end in .HTML' in capsys.readouterr().out
+    assert texts(str(tmp_path)) == ['x'] and '(not read: 4, .HTML' in capsys.readouterr().out
 
 @pytest.mark.parametrize('block', [2**20, 3])
 def test_each_line_is_a_document_if_asked_for(tmp_path, monkeypatch, block):

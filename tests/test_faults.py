@@ -359,6 +359,7 @@ def test_a_resume_with_fewer_iterations_than_were_made_ends(clone, started, trai
 def test_gradients_that_stay_no_number_end_a_run_in_float16_too(inject):
     done = inject([], range(1000), '--dtype=float16', '--max_iters=60', status=2)
     assert 'five iterations in a row were not finite, the last being 20;' in done.err # after 16 halvings of 65536
+    assert done.err.endswith('with a lower --learning_rate, or --dtype=float32\n')
 
 def test_sigusr1_saves_once(clone, started, tmp_path):
     with started(clone, tmp_path / 'out', *ENDLESS, '--eval_interval=1000000', '--keep_checkpoints=True') as run:

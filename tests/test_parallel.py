@@ -239,6 +239,10 @@ def test_more_processes_than_gpus_to_be_seen_are_refused(monkeypatch):
     monkeypatch.setattr('torch.cuda.device_count', lambda: 1) # as a scheduler may show each task
     with pytest.raises(ValueError, match='has 4 processes, but each sees 1 of its GPUs; start one torchrun on a node, and type --nproc_per_node=1'):
         parallel.start_processes('auto', 'cuda')
+    for name in ('LOCAL_RANK', 'LOCAL_WORLD_SIZE'):
+        monkeypatch.delenv(name)
+    with pytest.raises(ValueError, match='no LOCAL_RANK; start this by torchrun'):
+        parallel.start_processes('auto', 'cuda')
 
 AGREE = """
     import parallel

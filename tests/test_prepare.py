@@ -180,7 +180,7 @@ def test_a_row_is_a_document(run, clone, tmp_path):
         assert '12 documents, ' in done.out and 'to validate on, the end of the text\n' in done.out
 
 def test_it_tells_the_epochs_of_a_default_run_and_warns_of_little_text(run, clone, tmp_path):
-    (tmp_path / 'a.txt').write_text('a' + ' a' * 199_998) # with end-of-text 200,000 tokens
+    (tmp_path / 'a.txt').write_text('a' + ' an' * 199_998) # with end-of-text 200,000 tokens
     done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=much')
     assert 'data/much: 180,000 tokens to train on, 20,000 to validate on' in done.out
     # 176 windows of 1024 an epoch, 64 an iteration: 20 epochs are 55 iterations
@@ -188,12 +188,12 @@ def test_it_tells_the_epochs_of_a_default_run_and_warns_of_little_text(run, clon
     # with what suits so many, 16 an iteration: five epochs are as many iterations, with two evaluations an epoch
     assert 'at most 5.0 epochs of them, in 55 iterations of 16,384 tokens, and ends after 4 evaluations' in done.out
     assert done.out.endswith('--batch_size=8 --gradient_accumulation_steps=2 --num_epochs=5 --eval_interval=5 --patience=4\n')
-    (tmp_path / 'a.txt').write_text('a' + ' a' * 998)
-    done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=much')
+    (tmp_path / 'a.txt').write_text('Yes\nNo\nMaybe\n' * 300)
+    done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=much', '--lines=True')
     assert 'so little text by heart' in done.out and '--patience' in done.out and 'English' not in done.out
     (tmp_path / 'a.txt').write_text('Все счастливые семьи похожи друг на друга. ' * 20)
     done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=much')
-    assert 'warning: a token holds 0.9 characters here, but more than 3 in English' in done.out and '--tokenizer=char' in done.out
+    assert 'warning: a token holds 0.9 characters here, and more than 3 in English' in done.out and '--tokenizer=char' in done.out
 
 @pytest.mark.parametrize('n_train, more', [
     (10**7, {'num_epochs': 3, 'eval_interval': 76, 'patience': 3}), (10**9, {'num_epochs': 1, 'eval_interval': 1525, 'eval_iters': 200})])

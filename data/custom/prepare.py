@@ -12,7 +12,7 @@ input = '' # a file, a folder (its .txt, .md, .jsonl, .csv, .tsv), a dataset id 
 name = 'custom' # the dataset is written to data/NAME
 text_field = 'text' # the field of a row that holds the text
 subset = '' # which subset of a hub dataset, if it has several
-lines = False # each line of a plain text is a document, such as a joke or a title
+lines = False # each line of a plain text is a document, as each row of .csv and .jsonl is anyway
 tokenizer = 'gpt2' # gpt2, char (the text's own characters), or a dataset whose characters to reuse
 val_fraction = 0.1 # share to validate on: documents from all parts of the text or, of few, its end
 val_input = '' # validate on another file, folder, ... than input, instead of a share of it
@@ -75,10 +75,11 @@ def main():
     if any(its.has_eot for its in texts) and tokenizer == 'gpt2' and not allow_special:
         print("warning: <|endoftext|> in the text was read as text; --allow_special=True reads it as the "
               "token that ends a document")
-    if tokenizer == 'gpt2' and characters < 1.8 * n: # as of most other scripts and many languages
-        print(f"warning: a token holds {characters / n:.1f} characters here, but more than 3 in English, "
-              "which GPT-2 was trained on; it hardly knows such text. --tokenizer=char is for a small model "
-              "that learns from it alone")
+    held = characters / (n - count)
+    if tokenizer == 'gpt2' and held < 2.1:
+        print(f"warning: a token holds {held:.1f} characters here, and more than 3 in English, which GPT-2 "
+              "was trained on: it hardly knows such a language, or such codes or numbers; --tokenizer=char is "
+              "for a small model that learns from them alone")
     where = f', all of {val_input}' if val_input else tell_place(pieces, ends[0])
     print(f"{shorten(folder)}: {n - n_val:,} tokens to train on, {n_val:,} to validate on{where}")
     config = f"config/{'train_shakespeare_char_cpu' if chars else 'finetune/gpt2_small'}.py"
