@@ -338,7 +338,7 @@ def read_shared_state(folders) -> dict:
         if state != states[0]:
             of = names[0] if 'chars' in states[0] else 'gpt2'
             how = (f"prepare one with the other's, as data/custom/prepare.py --tokenizer={of} does"
-                   if 'numbers' not in (states[0]['name'], state['name']) else 'mix others')
+                   if 'numbers' not in (states[0]['name'], state['name']) else 'mix those of one kind')
             raise ValueError(f"{names[0]} and {name} are in different tokens; {how}")
     return states[0]
 

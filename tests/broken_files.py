@@ -37,6 +37,7 @@ def write_datasets(data, marker):
     write_dataset(data / 'beyond', chars, train__bin=beyond, val__bin=beyond)
     write_dataset(data / 'bpe', chars, meta__pkl=b'none')
     write_dataset(data / 'noval', chars, val__bin=b'none')
+    write_dataset(data / 'numbered', chars, meta__pkl={'vocab_size': len(CHARS)})
     write_dataset(data / 'binfolder', chars, train__bin=None)
     write_dataset(data / 'maskfolder', chars, train_mask__bin=None)
     write_dataset(data / 'shortmask', chars, train_mask__bin=b'\1' * (n - 1))

@@ -87,6 +87,7 @@ CASES = [ # script, options, part of what is said
     ('train.py', '--dataset=chars:0,bpe', 'with weights above 0'),
     ('train.py', '--dataset=chars:1,chars:2', 'each dataset once'),
     ('train.py', '--dataset=chars,bpe', 'are in different tokens'), ('train.py', '--dataset=bpe,chars', '--tokenizer=gpt2 does'),
+    ('train.py', '--dataset=chars,numbered', 'different tokens; mix those of one kind'),
     ('train.py', '--dataset=chrs', 'did you mean --dataset=chars?'), ('train.py', '--dataset=no', ' bpe, chars, '),
     ('train.py', '--dataset=chars:0.9,bpee', 'did you mean --dataset=bpe?'),
     ('train.py', '--n_head=3', 'type --n_head='),
