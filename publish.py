@@ -131,7 +131,8 @@ def tell_place(pieces: np.ndarray, ends: np.ndarray) -> str:
         return ''
     if len(pieces) == 1 and pieces[0, 1] == ends[-1]:
         return ', the end of the text'
-    return f", {len(pieces):,} documents from all its parts" if len(pieces) > 1 else ', one of its documents'
+    return (f", {len(pieces):,} documents from all parts of the text" if len(pieces) > 1 else
+            ', one of the documents')
 
 def split_off(folder: str, stem: str, pieces: np.ndarray, dtype: str) -> None:
     """ move the `pieces` that `choose` returns from trainSTEM to valSTEM, a block at a time """

@@ -90,7 +90,7 @@ def test_end_of_text_is_a_token_where_it_is_allowed(run, clone, tmp_path):
     assert ids['train'][-1] == ids['val'][-1] == 50256
     (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps({'text': f'story {i}<|endoftext|>'}) for i in range(40)))
     done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.jsonl'}", '--name=ended', '--allow_special=True')
-    assert '40 documents, ' in done.out and done.out.count('to validate on, 4 documents from all its parts\n') == 1
+    assert '40 documents, ' in done.out and done.out.count('to validate on, 4 documents from all parts of the text\n') == 1
     assert BPE.decode(read(clone / 'data' / 'ended', 'val').tolist()).count('story') == 4 # none is a bare end
 
 def kinds(folder):
@@ -104,7 +104,7 @@ def test_sorted_rows_are_validated_on_from_all_parts_or_on_a_file_of_their_own(r
     (tmp_path / 'other.txt').write_text(other)
     done = run('data/custom/prepare.py', f"--input={tmp_path / 'sorted.csv'}", '--name=spread')
     assert kinds(clone / 'data' / 'spread') == [{'A': 810, 'B': 90}, {'A': 90, 'B': 10}]
-    assert re.search(r'tokens to train on, [\d,]+ to validate on, 100 documents from all its parts\n', done.out)
+    assert re.search(r'tokens to train on, [\d,]+ to validate on, 100 documents from all parts of the text\n', done.out)
     given = (f"--input={tmp_path / 'sorted.csv'}", f"--val_input={tmp_path / 'other.txt'}")
     done = run('data/custom/prepare.py', *given, '--name=given', '--val_fraction=0.5')
     assert kinds(clone / 'data' / 'given') == [{'A': 900, 'B': 100}, {'A': 0, 'B': 2}]
@@ -128,7 +128,7 @@ def test_a_few_documents_or_one_that_is_most_of_them_are_validated_on_at_their_e
     assert choose(np.array([10, 20]), 0.7).tolist() == [[6, 20]] # else both, and none to train on
     assert choose_of([10, 10, 10], whole=True) == ([[20, 30]], ', the end of the text')
     (piece,), told = choose_of([10] * 10)
-    assert np.diff(piece) == 10 and told == ', one of its documents'
+    assert np.diff(piece) == 10 and told == ', one of the documents'
     n = piece[0] // 10 # which one is drawn
     assert choose_of([10] * n + [1000] + [10] * (9 - n)) == ([[981, 1090]], ', the end of the text') # it would be nearly all
     assert choose_of([100] * n + [1] + [100] * (9 - n), whole=True) == ([[801, 901]], ', the end of the text') # and here nearly nothing
