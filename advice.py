@@ -48,8 +48,9 @@ def count_epochs(options, name):
     iters = options['max_iters']
     if options['num_epochs']:
         iters = round(min(iters, max(1, options['num_epochs'] * windows / sequences)))
-    return (f"{iters * sequences / windows:,.1f} epochs of them, in {iters:,} iteration{'s' * (iters > 1)} "
-            f"of {sequences * options['block_size']:,} tokens")
+    several = 's' if iters > 1 else ''
+    return (f"{iters * sequences / windows:,.1f} epochs of them, in {iters:,} iteration{several} of "
+            f"{sequences * options['block_size']:,} tokens")
 
 def tell_run(config, name, n_train, n_val, longest=0):
     """ print what a run with `config` makes of so many tokens, in items of which the longest has `longest` if

@@ -31,7 +31,7 @@ def start_processes(backend: str, device: str) -> tuple[int, int, str]:
         gpus, wanted = torch.cuda.device_count(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         if wanted > gpus:
             raise ValueError(f"this node has {wanted} processes, but each sees {gpus} of its GPUs; start one "
-                             f"torchrun on each node, with --nproc_per_node={gpus}")
+                             "torchrun on each node, with --nproc_per_node=N for the N GPUs that it sees")
         if 'LOCAL_RANK' not in os.environ:
             raise ValueError("there is a RANK in the environment, but no LOCAL_RANK; start this by torchrun")
         device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -102,8 +102,9 @@ def state_of_meta(meta: dict) -> dict:
     them, numbers; raises ValueError, or whatever its contents cause """
     n_vocab = meta['vocab_size']
     chars = [meta['itos'][i] for i in range(n_vocab)] if 'itos' in meta else []
-    state = {'name': 'char', 'chars': chars} if are_characters(chars) else {}
-    state = state or {'name': 'numbers', 'n_vocab': n_vocab}
+    if are_characters(chars):
+        return {'name': 'char', 'chars': chars}
+    state = {'name': 'numbers', 'n_vocab': n_vocab}
     if not is_state(state):
         raise ValueError(f'its vocab_size is {n_vocab!r}')
     return state

@@ -71,7 +71,8 @@ def write_checkpoints(root):
             'textweight': {'model': {**good['model'], wte: 'abc'}},
             'nan': {'model': {name: tensor * float('nan') for name, tensor in good['model'].items()}},
             'nochars': {'tokenizer': {'name': 'char'}}, 'numberchars': {'tokenizer': {'name': 'char', 'chars': 5}},
-            'other': characters(CHARS[::-1]), 'numbers': {'tokenizer': {'name': 'numbers', 'n_vocab': len(CHARS)}}, 'bert': {'tokenizer': {'name': 'bert'}},
+            'other': characters(CHARS[::-1]), 'bert': {'tokenizer': {'name': 'bert'}},
+            'numbers': {'tokenizer': {'name': 'numbers', 'n_vocab': len(CHARS)}},
             'samechars': characters(['a'] * len(CHARS)), 'words': characters([c + 'x' for c in CHARS]),
             'asked': {'template': 'ask {instruction}\n'}, 'untemplated': {'template': 'no question'},
             'manylayers': args(n_layer=10**9), 'textversion': {'version': '1'}, 'listconfig': {'config': [1]},
@@ -125,7 +126,8 @@ FILES = { # a name, and what is in the file
     'export/mine.txt': 'mine', 'columns/log.csv': 'a,b\n1,2\n', 'words/log.csv': 'iter,loss,train_loss,val_loss\nx,y,,\n',
     'binary/log.csv': bytes(range(256)), 'void/log.csv': '', 'rows.JSON': '[]',
     'long/log.csv': 'iter,loss,train_loss,val_loss\n"' + 'x' * 140_000 + '",,,\n',
-    'peft/adapter_config.json': '{}', 'trainer/checkpoint-1000/config.json': '{}', 'trainer/checkpoint-500/config.json': '{}', 'peft/adapter_model.safetensors': '', 'hf/model.safetensors': '', 'hf/config.json': '{}',
+    'trainer/checkpoint-1000/config.json': '{}', 'trainer/checkpoint-500/config.json': '{}',
+    'peft/adapter_config.json': '{}', 'peft/adapter_model.safetensors': '', 'hf/model.safetensors': '', 'hf/config.json': '{}',
     'drawn/log.csv': 'iter,loss,train_loss,val_loss\n0,4.5,4.5,4.5\n', 'drawn/loss.png/taken': ''}
 
 def write_all(root, data):

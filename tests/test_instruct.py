@@ -49,7 +49,8 @@ def test_turns_of_a_conversation_are_told_apart():
     ({'prompt': 'all', 'instruction': 'Capital?', 'context': 'no', 'input': 'France', 'answer': 'no', 'output': 'Paris.'},
      ('Capital?', 'France', 'Paris.')),
     ({'instruction': None, 'prompt': 'Capital?', 'output': 'Paris.', 'messages': None}, ('Capital?', '', 'Paris.')),
-    ({'question': '2 + 2?', 'context': 2.5, 'answer': 4}, ('2 + 2?', '2.5', '4')), ({'query': 'True?', 'context': float('nan'), 'answer': False}, ('True?', '', 'false'))])
+    ({'question': '2 + 2?', 'context': 2.5, 'answer': 4}, ('2 + 2?', '2.5', '4')),
+    ({'query': 'True?', 'context': float('nan'), 'answer': False}, ('True?', '', 'false'))])
 def test_an_item_may_have_the_names_of_other_datasets(item, turn):
     assert read_turns(item) == [turn]
 

@@ -127,6 +127,11 @@ def test_a_nanogpt_checkpoint_samples_with_its_dataset_s_characters(run, clone, 
     args = ('--start=def', '--temperature=0', '--max_new_tokens=13', '--num_samples=1', '--device=cpu', '--dtype=float32')
     assert samples(run('sample.py', f"--out_dir={tmp_path / 'n.pt'}", *args)) == [greedy(model, 'def', 13)]
 
+def test_a_notebook_s_output_is_no_file(run, chars, tmp_path):
+    (tmp_path / 'cell.py').write_text("import sys as _sys\nclass _Cell:\n    def __init__(self, out):\n"
+                                      "        self.write, self.flush = out.write, out.flush\n_sys.stdout = _Cell(_sys.stdout)\n")
+    assert len(samples(run('sample.py', tmp_path / 'cell.py', f'--out_dir={chars[1]}', *QUICK))) == 2
+
 def test_tokens_that_only_their_number_is_known_of_are_learned_sampled_and_scored(run, train, clone, tmp_path):
     data = clone / 'data' / 'moves' # as nanoGPT takes them: its train.py reads vocab_size alone
     data.mkdir()
