@@ -41,13 +41,9 @@ class Split:
         self.mask = open_mask(os.path.join(folder, f'{name}_mask.bin'), self.n_tokens)
         self.items = None if self.mask is None else pack_items(self.mask, block_size)
         check_enough(self.path, self.n_tokens, block_size if self.items is None else 1)
-        if self.n_tokens <= block_size: # fill up the only window of items
-            more = 0, block_size + 1 - self.n_tokens
-            self.tokens, self.mask = np.pad(self.tokens, more), np.pad(self.mask, more)
-        self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, block_size + 1) # a view of each
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
         self.epoch_order = functools.lru_cache(maxsize=2)(epoch_order) # a cache per split
-        self.targets = len(self.tokens) - 1 # all tokens but the first, which has none before it
+        self.targets = self.n_tokens - 1 # all tokens but the first, which has none before it
         # per epoch; the last may be short
         self.windows = -(-self.targets // block_size) if self.items is None else len(self.items)
         self.check_ids(self.tokens[:2**28]) # takes less than a second; `batch` checks the rest
@@ -89,7 +85,7 @@ class Split:
 
     def mark(self) -> str:
         """ a fingerprint of the data: the number of tokens, and a checksum of the first and last ones """
-        arrays = [array[:self.n_tokens] for array in (self.tokens, self.mask) if array is not None]
+        arrays = [array for array in (self.tokens, self.mask) if array is not None]
         ends = [end for array in arrays for end in (array[:2**20], array[-2**20:])]
         packed = '' if self.items is None else ':items'
         return f'{self.n_tokens}:{zlib.crc32(np.concatenate(ends)):08x}{packed}'
@@ -111,25 +107,22 @@ class Split:
         filled = np.concatenate([windows, np.zeros((-len(windows) % size, 2), windows.dtype)])
         yield from filled.reshape(-1, size, 2)
 
-    def read(self, tokens: np.ndarray, start: int) -> np.ndarray:
-        """ block_size of the tokens from `start`, wrapping around the end of the split """
+    def read(self, array: np.ndarray, start: int) -> np.ndarray:
+        """ block_size values from `start`, one per target, wrapping around the end of the split """
         if start + self.block_size <= self.targets:
-            return tokens[start:start + self.block_size]
-        return tokens[np.arange(start, start + self.block_size) % self.targets]
+            return array[start:start + self.block_size]
+        return array[np.arange(start, start + self.block_size) % self.targets]
 
     def batch(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """ inputs and targets (B, T), int64; a target that does not count is -1 """
-        starts, last = windows[:, 0], self.targets - self.block_size
-        ids = self.rows[np.minimum(starts, last)]
-        self.check_ids(ids)
-        x, y = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
-        for row in np.flatnonzero(starts > last): # these wrap around, over tokens already checked
-            x[row], y[row] = self.read(self.tokens, starts[row]), self.read(self.tokens[1:], starts[row])
-        for row in np.flatnonzero(windows[:, 1] < self.block_size):
-            y[row, windows[row, 1]:] = -1
-        if self.mask is not None:
-            for row, start in enumerate(starts.tolist()):
+        x, y = np.empty((2, len(windows), self.block_size), np.int64)
+        for row, (start, n) in enumerate(windows.tolist()):
+            x[row], y[row] = self.read(self.tokens, start), self.read(self.tokens[1:], start)
+            y[row, n:] = -1
+            if self.mask is not None:
                 y[row, self.read(self.mask[1:], start) == 0] = -1
+        self.check_ids(x)
+        self.check_ids(y)
         return x, y
 
     def count(self, windows: np.ndarray) -> int:

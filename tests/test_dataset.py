@@ -263,7 +263,7 @@ def test_items_may_be_fewer_than_a_window_holds(tmp_path):
     data = make_split(tmp_path, make_items(tmp_path, [3, 4]), 20)
     assert data.items.tolist() == [[0, 6]] and data.n_tokens == 7 and data.mark().endswith(':items')
     x, y = data.batch(data.training_windows(5, 3))
-    assert x[:, :7].tolist() == [list(range(7))] * 3 and y.tolist() == [[1, 2, -1, 4, 5, 6] + [-1] * 14] * 3
+    assert x[:, :7].tolist() == [[*range(6), 0]] * 3 and y.tolist() == [[1, 2, -1, 4, 5, 6] + [-1] * 14] * 3
     assert data.count(data.items) == 5 == next(data.evaluation_parts(9))[2]
     (tmp_path / 'train_mask.bin').unlink()
     with pytest.raises(ValueError, match='7 tokens, too few for block_size = 20'):
