@@ -71,17 +71,17 @@ class Split:
         n = min(limit, self.windows)
         return self.cut(np.arange(n) * self.windows // n)
 
-    def evaluation_parts(self, limit: int):
-        """ yield (weight of the part's mean loss, windows, how many of their targets count) for each part """
-        for most in (limit, self.windows): # use all windows if no target of the few counts
-            windows = self.evaluation_windows(most)
+    def evaluation_parts(self, limit: int) -> list[tuple[float, np.ndarray, int]]:
+        """ for each part: the weight of its mean loss, its windows, and how many of their targets count """
+        windows = self.evaluation_windows(limit)
+        n = self.count(windows)
+        if not n: # a mask hides them: use all windows
+            windows = self.evaluation_windows(self.windows)
             n = self.count(windows)
-            if n:
-                break
-        else:
+        if not n:
             raise ValueError(f"of {shorten(self.path)} no token that is evaluated counts, by its mask; "
                              "prepare it with more")
-        yield 1.0, windows, n
+        return [(1.0, windows, n)]
 
     def mark(self) -> str:
         """ a fingerprint of the data: the number of tokens, and a checksum of the first and last ones """
@@ -162,10 +162,12 @@ class Mix(Split):
         return out
 
     def evaluation_parts(self, limit):
+        parts = []
         for split, weight, base in zip(self.splits, self.weights, self.bases):
-            part = split.windows if limit >= self.windows else max(1, round(limit * weight))
-            for _, windows, n in split.evaluation_parts(part):
-                yield float(weight), windows + [base, 0], n
+            most = split.windows if limit >= self.windows else max(1, round(limit * weight))
+            (_, windows, n), = split.evaluation_parts(most)
+            parts.append((float(weight), windows + [base, 0], n))
+        return parts
 
     def mark(self):
         return ','.join(split.mark() for split in self.splits)

@@ -170,8 +170,8 @@ check_match(None, model_config.vocab_size, tokenizer, dataset) # before weights 
 read = f'{min(n_evaluated, val_data.windows)} x {block_size} evaluated'
 config['data'] = f'{train_data.mark()} {val_data.mark()}, {read}'
 parallel.check_data(config['data'], dataset)
-for data in (train_data, val_data):
-    list(data.evaluation_parts(n_evaluated)) # raises ValueError if a mask leaves no targets
+evaluated = { # chosen now, since this raises ValueError if a mask leaves no targets
+    'train': train_data.evaluation_parts(n_evaluated), 'val': val_data.evaluation_parts(n_evaluated)}
 if num_epochs:
     max_iters = round(min(max_iters, max(1, num_epochs * train_data.windows / sequences)))
     warmup_iters = min(warmup_iters, max_iters // 10)
@@ -263,7 +263,7 @@ def evaluate():
     losses = {'train': 0.0, 'val': 0.0}
     raw_model.eval()
     for name, data in (('train', train_data), ('val', val_data)):
-        for weight, windows, n in data.evaluation_parts(n_evaluated):
+        for weight, windows, n in evaluated[name]:
             parts = [] # on the device, so that it need not wait for each
             for batch in data.batches(windows, micro_batch * world_size):
                 if parallel.all_sum(signals.asked())[0]:

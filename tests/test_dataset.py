@@ -264,7 +264,7 @@ def test_items_may_be_fewer_than_a_window_holds(tmp_path):
     assert data.items.tolist() == [[0, 6]] and data.n_tokens == 7 and data.mark().endswith(':items')
     x, y = data.batch(data.training_windows(5, 3))
     assert x[:, :7].tolist() == [[*range(6), 0]] * 3 and y.tolist() == [[1, 2, -1, 4, 5, 6] + [-1] * 14] * 3
-    assert data.count(data.items) == 5 == next(data.evaluation_parts(9))[2]
+    assert data.count(data.items) == 5 == data.evaluation_parts(9)[0][2]
     (tmp_path / 'train_mask.bin').unlink()
     with pytest.raises(ValueError, match='7 tokens, too few for block_size = 20'):
         make_split(tmp_path, 7, 20)
@@ -314,7 +314,7 @@ def test_a_weight_of_less_than_a_window_in_a_round_is_an_error(mix):
 def test_a_split_of_which_no_target_counts_is_not_evaluated(tmp_path):
     make_mask(tmp_path, 7, hidden=lambda i: True)
     with pytest.raises(ValueError, match='no token that is evaluated counts'):
-        list(make_split(tmp_path, 7, 4).evaluation_parts(10))
+        make_split(tmp_path, 7, 4).evaluation_parts(10)
 
 def test_datasets_are_named_with_weights_or_without(tmp_path):
     assert list(find_datasets('a:0.7, b:3').values()) == [0.7, 3.0]
