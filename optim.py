@@ -292,22 +292,15 @@ def load_optimizer(optimizer, state: dict) -> None:
     Raises ValueError if the state is of another optimizer or of other parameters.
     """
     parts = optimizer.both if isinstance(optimizer, Pair) else [optimizer]
-    states = state.get('pair', [state])
-    now = [part.state_dict()['param_groups'] for part in parts]
     try:
-        same = [[len(g['params']) for g in groups] for groups in now] == [
-            [len(g['params']) for g in saved['param_groups']] for saved in states]
-        kept = [{i: dict(its) for i, its in saved['state'].items()} for saved in states]
-        same = same and all(0 <= i < sum(len(g['params']) for g in groups)
-                            for its, groups in zip(kept, now) for i in its)
-    except (AttributeError, KeyError, TypeError, ValueError): # not an optimizer's state
-        same = False
-    if not same:
+        for part, saved in zip(parts, state.get('pair', [state]), strict=True):
+            params = [p for group in part.param_groups for p in group['params']]
+            moments = {i: {key: parallel.spread(value, params[i]) for key, value in its.items()}
+                       for i, its in saved['state'].items()}
+            groups = [{**now, 'params': before['params']} for now, before in zip(
+                part.state_dict()['param_groups'], saved['param_groups'], strict=True)]
+            part.load_state_dict({'state': moments, 'param_groups': groups}) # compares the groups' sizes
+    except (AttributeError, LookupError, TypeError, ValueError): # LookupError: a moment of no parameter
         raise ValueError("the checkpoint is of another optimizer or of other trained parameters; type the "
                          "--optimizer it was trained with, or --init_from=ITS_FOLDER --out_dir=ANOTHER and "
-                         "the run's other options to start anew from its weights")
-    for part, its_state, groups in zip(parts, kept, now):
-        params = [p for group in part.param_groups for p in group['params']]
-        moments = {i: {key: parallel.spread(value, params[i]) for key, value in its.items()}
-                   for i, its in its_state.items()}
-        part.load_state_dict({'state': moments, 'param_groups': groups})
+                         "the run's other options to start anew from its weights") from None
