@@ -54,7 +54,6 @@ def restrict(model, config: dict) -> None:
                                  f"--lora_{key}={has}")
         for linear in layers(model):
             linear.lora_dropout = config['lora_dropout']
-        model.draws = config['dropout'] > 0 or config['lora_dropout'] > 0
     elif config['lora_rank']:
         torch.manual_seed(config['seed'])
         add(model, *(config[f'lora_{key}'] for key in ('rank', 'alpha', 'dropout', 'targets')))
@@ -85,7 +84,6 @@ def add(model, rank: int, alpha: float, dropout: float, targets: str) -> None:
     Raises ValueError for a name that read_targets does not know.
     """
     model.requires_grad_(False)
-    model.draws = model.draws or dropout > 0
     if not 0 <= dropout < 1:
         raise ValueError(f"lora_dropout is {dropout}; type --lora_dropout=P with 0 <= P < 1")
     for block in model.transformer.h:
@@ -124,7 +122,6 @@ def merge(model) -> None:
         linear.weight += linear.lora_scale * linear.lora_B @ linear.lora_A
         del linear.lora_A, linear.lora_B
         linear.__class__ = Linear
-    model.draws = model.config.dropout > 0
     model.requires_grad_(True)
 
 def shrink(model, dtype: torch.dtype) -> None:

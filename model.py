@@ -198,7 +198,6 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.draws = config.dropout > 0 # whether a training pass is random
         self.recompute = False # keep only the input of each block, and run the block again in backward
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -272,8 +271,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             self.before(block)
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.draws,
-                               context_fn=partial(block.two_passes, x))
+                x = checkpoint(block, x, use_reentrant=False, context_fn=partial(block.two_passes, x))
             else:
                 x = block(x, cache[i] if cache else None)
         self.before(ln_f)

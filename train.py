@@ -356,8 +356,8 @@ def accumulate(windows, n_targets):
         if signals.end and world_size == 1: # several processes would have to agree
             return None
         x, y = fetch(*train_data.batch(mine[micro_step]), device)
-        if raw_model.draws: # seed by the number of the first sequence, so that a resumed run draws the same
-            torch.manual_seed(seed + iter_num * sequences + rank * share + micro_step * micro_batch)
+        # for dropout: the number of the first sequence, so that a resumed run draws the same
+        torch.manual_seed(seed + iter_num * sequences + rank * share + micro_step * micro_batch)
         if model is not raw_model: # DDP exchanges gradients once, in the last backward
             model.require_backward_grad_sync = micro_step == n_micro_steps - 1
         with autocast(device, dtype):
