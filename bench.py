@@ -198,8 +198,7 @@ def make_training():
         opt.zero_grad(set_to_none=True)
 
     predicted = None if plain else memory.peak(chosen, shape, micro_batch, n_steps > 1) / 2**20
-    compiled = compile_model([net] if plain else model.compiled_parts(), compile,
-                             trial=lambda: iteration(0))
+    compiled = compile and compile_model([net] if plain else model.compiled_parts(), lambda: iteration(0))
     if device.startswith('cuda'): # what the compiler took is not the iterations'
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

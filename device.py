@@ -122,14 +122,12 @@ def pick_compile(choice, device: str) -> bool:
     pays = device.startswith('cuda') and importlib.util.find_spec('triton') is not None
     return pays if choice == 'auto' else choice
 
-def compile_model(modules, wanted: bool, trial) -> bool:
-    """ compile modules in place, if that is wanted; return whether they are compiled
+def compile_model(modules, trial) -> bool:
+    """ compile modules in place; return whether that works here
 
     `trial()` runs them at once, so that a machine without a compiler costs one warning; if it runs out of
     memory, that error is raised.
     """
-    if not wanted:
-        return False
     # all blocks share one code object: frozen or not, training or not, of several batch sizes
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.optimize_ddp = False # it splits a whole model; blocks are small enough

@@ -247,7 +247,7 @@ def one_step(model=raw_model):
         model(x, y)[1].backward()
 
 # compile each block on its own, so that backward releases gradients as it goes and memory stays as planned
-is_compiled = with_room(compile_model, model.compiled_parts(), not eval_only and compile, one_step)
+is_compiled = compile and not eval_only and with_room(compile_model, model.compiled_parts(), one_step)
 opt.zero_grad(set_to_none=True)
 if world_size > 1 and not shard and not eval_only:
     model = with_room(parallel.replicate_model, raw_model, device, one_step)

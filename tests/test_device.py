@@ -99,7 +99,7 @@ def test_a_broken_compiler_costs_one_warning(monkeypatch, capsys, model):
     monkeypatch.setattr(torch._inductor.compile_fx, 'compile_fx', broken)
     x = torch.zeros(1, 8, dtype=torch.long)
     expected = model(x, x)[1]
-    assert not device.compile_model([model], True, lambda: model(x, x))
+    assert not device.compile_model([model], lambda: model(x, x))
     err = capsys.readouterr().err
     assert err.count('warning') == err.count('\n') == 1 and 'no C++ compiler' in err and 'going on without it' in err
     assert model(x, x)[1] == expected # it still runs
@@ -165,7 +165,6 @@ def test_cudnn_s_attention_is_for_training_without_dropout():
 
 def test_compile_is_left_out_on_a_cpu_unless_asked_for(model):
     assert not device.pick_compile('auto', 'cpu') and device.pick_compile(True, 'cpu')
-    assert not device.compile_model([model], False, None)
     with pytest.raises(ValueError, match='--compile=auto, True or False'):
         device.pick_compile('yes', 'cpu')
 
