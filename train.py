@@ -195,34 +195,34 @@ lora.restrict(model, config)
 if lora_rank:
     lora.shrink(model, DTYPES[dtype])
 
-def with_room(work, *args, again=True, leaner=plans):
+def with_room(work, *args, repeatable=True, leaner=plans):
     """ run work(*args); when out of memory, retry with smaller micro-batches, which change only dropout """
     global micro_batch, n_micro_steps
-    alone = again and world_size == 1 # other processes would not repeat it
     while True:
         try:
             return work(*args)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        if alone:
-            opt.zero_grad(set_to_none=True)
-        if not alone or micro_batch == 1:
+        if not repeatable or world_size > 1: # other processes would not repeat it
+            break
+        opt.zero_grad(set_to_none=True)
+        if micro_batch == 1:
+            if saver.saved is not None: # bring this run's checkpoint up to date
+                save()
             break
         was, (micro_batch, n_micro_steps) = micro_batch, memory.split_batch(share, micro_batch // 2)
         say(f"iter {iter_num}: out of memory with {was} sequences at a time; again with {micro_batch}")
-    if alone and saver.saved is not None: # bring this run's checkpoint up to date
-        save()
     raise ValueError(memory.advice(
-        plan, micro_batch, config, plans=leaner, works=again,
+        plan, micro_batch, config, plans=leaner, works=repeatable,
         shards=not shard and parallel.can_shard(world_size, config),
         saved=saver.saved is not None or init_from == 'resume'))
 
 model.follow(plan)
 if shard:
-    with_room(parallel.shard_model, model, world_size, device, again=False)
+    with_room(parallel.shard_model, model, world_size, device, repeatable=False)
 elif plan != 'offload':
-    with_room(model.to, device, again=False)
+    with_room(model.to, device, repeatable=False)
 raw_model = model # not wrapped in DDP
 
 # -----------------------------------------------------------------------------
@@ -230,7 +230,7 @@ raw_model = model # not wrapped in DDP
 
 offload_to = (device, DTYPES[dtype]) if plan == 'offload' else None
 opt = with_room(optim.make_optimizer, optimizer, model, learning_rate, muon_learning_rate, weight_decay,
-                (beta1, beta2), offload_to, dtype != 'bfloat16', again=False)
+                (beta1, beta2), offload_to, dtype != 'bfloat16', repeatable=False)
 updates_on = next(p.device for group in opt.param_groups for p in group['params'])
 scaler = torch.amp.GradScaler(updates_on.type, enabled=dtype == 'float16')
 iter_num, best, n_bad = 0, Best(), 0 # n_bad: iterations in a row that were not finite
@@ -252,7 +252,7 @@ opt.zero_grad(set_to_none=True)
 if world_size > 1 and not shard and not eval_only:
     model = with_room(parallel.replicate_model, raw_model, device, one_step)
 if 'optimizer' in loaded: # only of a run that is resumed, and not to evaluate it
-    with_room(optim.load_optimizer, opt, loaded.pop('optimizer'), again=False)
+    with_room(optim.load_optimizer, opt, loaded.pop('optimizer'), repeatable=False)
 
 # -----------------------------------------------------------------------------
 # evaluation
@@ -408,7 +408,7 @@ while True:
     overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1 # usual in float16
     n_bad = 0 if finite or overflow else n_bad + 1
     if finite:
-        with_room(scaler.step, opt, again=False) # the first step allocates AdamW's moments
+        with_room(scaler.step, opt, repeatable=False) # the first step allocates AdamW's moments
     scaler.update() # in float16, back off after a non-finite gradient
     if not finite:
         say(f"iter {iter_num}: loss {loss}, gradient norm {grad_norm}; no update")
