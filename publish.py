@@ -18,9 +18,7 @@ import psutil
 from dataset import DATA, read_text, shorten
 
 FILES = ('train.bin', 'val.bin', 'meta.pkl', 'template.txt', 'train_mask.bin', 'val_mask.bin')
-
 BLOCK = 2**20 # tokens at a time
-
 FULL = errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC) # the disk, or what a user may take of it
 
 @contextlib.contextmanager
@@ -67,12 +65,11 @@ def clear(folder: str) -> None:
             if mine and not psutil.pid_exists(int(mine[1])):
                 shutil.rmtree(place, ignore_errors=True)
 
-def write_dataset(folder: str, text: str, tokenizer, val_fraction: float = 0.1) -> None:
-    """ write a text held in memory as a dataset; the last val_fraction of its characters is the val split """
-    cut = int(len(text) * (1 - val_fraction))
+def write_dataset(folder: str, text: str, tokenizer) -> None:
+    """ write a text held in memory as a dataset; the last tenth of its characters is the val split """
+    cut = int(len(text) * 0.9)
     if not 1 < cut < len(text) - 1: # a target needs a token before it
-        raise ValueError(f"{len(text)} characters are too few to keep {val_fraction} of them to validate on; "
-                         "add text")
+        raise ValueError(f"{len(text)} characters are too few to keep 0.1 of them to validate on; add text")
     print(f"{len(text):,} characters, a vocabulary of {tokenizer.n_vocab:,}")
     with publish(folder) as place:
         for name, part in (('train.bin', text[:cut]), ('val.bin', text[cut:])):
