@@ -109,10 +109,9 @@ def load(path: str, moments: bool = False) -> dict:
 def misfits(checkpoint: dict):
     """ yield the name and value of each entry, and each option in its config, that no run writes """
     for key, value in checkpoint.items():
-        if key in KINDS and not isinstance(value, KINDS[key]):
-            yield key, value
-        elif (key == 'iter_num' and value < 0 or key == 'tokenizer' and not is_state(value)
-              or key == 'best_val_loss' and isinstance(value, torch.Tensor) and value.numel() != 1):
+        if (not isinstance(value, KINDS.get(key, object)) or key == 'iter_num' and value < 0
+                or key == 'tokenizer' and not is_state(value)
+                or key == 'best_val_loss' and isinstance(value, torch.Tensor) and value.numel() != 1):
             yield key, value
         elif key == 'config':
             yield from ((f"config's {name}", its) for name, its in value.items()
