@@ -202,19 +202,23 @@ def run_file(path: str, names: dict) -> dict:
 
 def check_key(key: str, defaults: dict, where: str) -> None:
     """ raise ValueError, suggesting the closest name, if there is no such option """
-    if key not in defaults:
-        hints = ELSEWHERE.get(key, [])
-        known = [hint for hint in hints if hint.partition('=')[0] in defaults]
-        words = [hint for hint in hints if ' ' in hint.partition('=')[0] and 'sample_interval' in defaults]
-        near = (difflib.get_close_matches(key, defaults, n=1, cutoff=0.75)
-                or [name for name in defaults if key in name.split('_') and len(key) > 2])
-        in_file = where.endswith('.py')
-        hint = (f"here it is {known[0].partition('=')[0]}" if known and in_file
-                else f"type --{known[0]}" if known else words[0] if words
-                else f"did you mean {', '.join(near)}?" if near else "--help lists every option")
-        if in_file:
-            hint = f"a variable of the file's own begins with _, as _{key}; {hint}"
-        raise ValueError(f"unknown option {key!r} {where}; {hint}")
+    if key in defaults:
+        return
+    hints, in_file = ELSEWHERE.get(key, []), where.endswith('.py')
+    known = [hint for hint in hints if hint.partition('=')[0] in defaults]
+    words = [hint for hint in hints if ' ' in hint.partition('=')[0] and 'sample_interval' in defaults]
+    near = (difflib.get_close_matches(key, defaults, n=1, cutoff=0.75)
+            or [name for name in defaults if key in name.split('_') and len(key) > 2])
+    hint = "--help lists every option"
+    if known:
+        hint = f"here it is {known[0].partition('=')[0]}" if in_file else f"type --{known[0]}"
+    elif words:
+        hint = words[0]
+    elif near:
+        hint = f"did you mean {', '.join(near)}?"
+    if in_file:
+        hint = f"a variable of the file's own begins with _, as _{key}; {hint}"
+    raise ValueError(f"unknown option {key!r} {where}; {hint}")
 
 def check_range(key: str, value, least: int) -> None:
     """ raise ValueError for a number below `least`, or a whole number that some library does not accept """
