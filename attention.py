@@ -51,23 +51,26 @@ class HalfAttention(torch.autograd.Function):
 
 SCORES = 2**20 # computed at a time, few enough to fit the cache
 
-def score_rows(n_dropped: int, seed, *tensors):
-    """ compute attention a few sequences, or a few rows of one sequence, at a time; yield the slices of
-    sequences and of rows, these sequences' tensors (q and k come first) in float32 as (heads, T, head_size),
-    the probabilities (heads, rows, tokens seen), and for each of them 1 if dropout keeps it, else 0 """
-    B, n_head, T, head_size = tensors[0].shape
-    generator = torch.Generator().manual_seed(seed.item())
-    many = max(1, SCORES // (n_head * T * T))
-    few = max(1, SCORES // (many * n_head * T))
-    for first in range(0, B, many):
-        sequences = slice(first, first + many)
-        q, k, *others = parts = [tensor[sequences].float().flatten(0, 1) for tensor in tensors]
-        for start in range(0, T, few):
-            rows, stop = slice(start, start + few), min(start + few, T)
-            later = torch.full((stop - start, stop), -math.inf).triu_(start + 1)
-            scores = torch.baddbmm(later, q[:, rows], k[:, :stop].mT, alpha=head_size**-0.5)
-            probs = scores.softmax(-1)
-            yield sequences, rows, parts, probs, draw(probs.shape, generator).ge_(n_dropped - 2**15)
+def few_sequences(*tensors):
+    """ yield a few sequences at a time: the slice of them, and each tensor's part (heads, T, head_size), in
+    float32 """
+    B, n_head, T, _ = tensors[0].shape
+    n = max(1, SCORES // (n_head * T * T))
+    for start in range(0, B, n):
+        some = slice(start, start + n)
+        yield some, [tensor[some].float().flatten(0, 1) for tensor in tensors]
+
+def few_rows(q, k, n_dropped: int, generator):
+    """ yield a few rows of the scores at a time: the slice of them, their probabilities (heads, rows, tokens
+    seen), and for each of these 1 if dropout keeps it, else 0 """
+    heads, T, head_size = q.shape
+    n = max(1, SCORES // (heads * T))
+    for start in range(0, T, n):
+        stop = min(start + n, T)
+        later = torch.full((stop - start, stop), -math.inf).triu_(start + 1)
+        scores = torch.baddbmm(later, q[:, start:stop], k[:, :stop].mT, alpha=head_size**-0.5)
+        probs = scores.softmax(-1)
+        yield slice(start, stop), probs, draw(probs.shape, generator).ge_(n_dropped - 2**15)
 
 def draw(shape, generator):
     """ uniform random int16 of the full range; drawn four at once, much faster than with bernoulli_ """
@@ -79,11 +82,13 @@ def draw(shape, generator):
 def dropped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n_dropped: int,
                       seed: torch.Tensor) -> torch.Tensor:
     """ causal attention; dropout, seeded by `seed` (), drops n_dropped / 2**16 of the probabilities """
-    y, kept_share = torch.empty_like(q), 1 - n_dropped / 2**16
+    y, n_head, kept_share = torch.empty_like(q), q.size(1), 1 - n_dropped / 2**16
+    generator = torch.Generator().manual_seed(seed.item())
     with torch.autocast('cpu', enabled=False):
-        for some, rows, (_, _, v), probs, kept in score_rows(n_dropped, seed, q, k, v):
-            part = torch.bmm(probs.mul_(kept), v[:, :probs.size(2)]).div_(kept_share)
-            y[some, :, rows] = part.unflatten(0, (-1, q.size(1)))
+        for some, (q, k, v) in few_sequences(q, k, v):
+            for rows, probs, kept in few_rows(q, k, n_dropped, generator):
+                part = torch.bmm(probs.mul_(kept), v[:, :rows.stop]).div_(kept_share)
+                y[some, :, rows] = part.unflatten(0, (-1, n_head))
     return y
 
 @torch.library.custom_op('fitgpt::dropped_attention_backward', mutates_args=())
@@ -92,20 +97,20 @@ def dropped_attention_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
                                seed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """ the gradients of q, k and v, as in FlashAttention's appendix B, https://arxiv.org/abs/2205.14135 """
     grads = [torch.empty_like(tensor) for tensor in (q, k, v)]
-    kept_share, scale, n_head = 1 - n_dropped / 2**16, q.size(3)**-0.5, q.size(1)
+    n_head, kept_share, scale = q.size(1), 1 - n_dropped / 2**16, q.size(3)**-0.5
+    generator = torch.Generator().manual_seed(seed.item())
     with torch.autocast('cpu', enabled=False):
-        for some, rows, (q, k, v, y, dy), probs, kept in score_rows(n_dropped, seed, q, k, v, y, dy):
-            if rows.start == 0:
-                dq, dk, dv = (torch.zeros_like(tensor) for tensor in (q, k, v))
-            n, d = probs.size(2), dy[:, rows] / kept_share
-            dscores = torch.bmm(d, v[:, :n].mT).mul_(kept) # gradient of the probabilities
-            dscores.sub_((dy[:, rows] * y[:, rows]).sum(-1, keepdim=True)).mul_(probs) # now of the scores
-            dv[:, :n].baddbmm_(probs.mul_(kept).mT, d)
-            dk[:, :n].baddbmm_(dscores.mT, q[:, rows], alpha=scale)
-            dq[:, rows] = torch.bmm(dscores, k[:, :n]).mul_(scale)
-            if n == q.size(1): # these were the last rows
-                for grad, part in zip(grads, (dq, dk, dv)):
-                    grad[some] = part.unflatten(0, (-1, n_head))
+        for some, (q, k, v, y, dy) in few_sequences(q, k, v, y, dy):
+            dq, dk, dv = (torch.zeros_like(tensor) for tensor in (q, k, v))
+            for rows, probs, kept in few_rows(q, k, n_dropped, generator):
+                n, d = rows.stop, dy[:, rows] / kept_share
+                dscores = torch.bmm(d, v[:, :n].mT).mul_(kept) # gradient of the probabilities
+                dscores.sub_((dy[:, rows] * y[:, rows]).sum(-1, keepdim=True)).mul_(probs) # now of the scores
+                dv[:, :n].baddbmm_(probs.mul_(kept).mT, d)
+                dk[:, :n].baddbmm_(dscores.mT, q[:, rows], alpha=scale)
+                dq[:, rows] = torch.bmm(dscores, k[:, :n]).mul_(scale)
+            for grad, part in zip(grads, (dq, dk, dv)):
+                grad[some] = part.unflatten(0, (-1, n_head))
     return tuple(grads)
 
 @dropped_attention.register_fake

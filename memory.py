@@ -79,52 +79,68 @@ def inputs_of(blocks, n_embd: int) -> tuple[float, float]:
 def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     """ peak bytes on the device in an iteration with micro-batches of B sequences
 
-    accumulates: whether gradients of earlier micro-batches are there, too.
+    accumulates: whether gradients of earlier micro-batches are there, too. The peak is at the loss, at the
+    last block, where backward begins, or at the first, by when all gradients are made.
     """
     s, tokens = shape, B * shape.block_size
     width, E = tokens * s.n_embd, s.vocab_size * s.n_embd
-    matrices, item = 12 * s.n_layer * s.n_embd**2, 2 if s.half else 4
-    trained, head = s.params - s.frozen, 4 * E * s.head # the head's gradient
-    # what a block keeps for backward: 36 bytes per token and channel under autocast, 64 in float32, if all of
-    # it is trained, plus what dropout keeps, with masks of a byte, or on a CPU as wide as their tensors
-    masks = 0 if not s.dropout else 2 * item if s.device == 'cpu' else 2
-    block = int(width * ((24 if s.half else 40) + item * s.inputs + masks))
-    block += int(width * s.dropped * (1.5 if s.device != 'cpu' else 3 if s.half else 4.5))
-    block += 4 * tokens * s.n_head
-    products = width * (18 if s.half else 36) + 4 * tokens * s.n_head * (s.dropout == 0) # kept by selective
-    if s.device == 'cpu' and s.dropout and not s.half: # then attention is kept, too
+    matrices, item = 12 * s.n_embd**2, 2 if s.half else 4 # matrices: elements of those of a block
+
+    # at all times: weights and moments, and gradients of earlier micro-batches
+    if plan == 'offload': # a gradient leaves as soon as it is made
+        state, gathered, made = 4 * s.params - (4 - item) * (matrices * s.n_layer + E), 0, 0
+    else:
+        made = 4 * (s.params - s.frozen)
+        state = 3 * made + (item if s.lora else 4) * s.frozen - 4 * (s.muon or 0)
+        gathered = made if accumulates or s.buckets else 0
+    if s.shards > 1: # plus what is put together: the embeddings and two blocks
+        state, gathered, made = (size // s.shards for size in (state, gathered, made))
+        state += 4 * (s.params - matrices * s.n_layer) + 2 * 4 * matrices
+
+    # until backward comes to a block: what it keeps
+    block, products = block_keeps(s, B)
+    n_blocks = s.n_layer - s.idle
+    if plan == 'device':
+        kept, again = n_blocks * block + 8 * width, 0
+    else:
+        products = products if plan == 'selective' else 0
+        kept = n_blocks * (4 * width + products) + (12 if n_blocks else 8) * width
+        again = block - products if n_blocks else 0 # what the block recomputes
+
+    head = 4 * E * s.head # the head's gradient, which waits for the embedding's
+    casts = 2 if s.half and not s.lora and plan != 'offload' else 0 # bytes of an element's copy in half
+    loss = head + casts * E + chunk(s, tokens)
+
+    work = width * (6 if s.half else 14) # temporaries of a block's backward
+    # the gradients of its matrices, and of those that may be on their way: of two blocks, with shards of one
+    grads = 3 * item if plan == 'offload' else 4 * (not s.lora) + 4 * (s.shards > 1)
+    last = head + (casts + grads) * matrices + again + work
+
+    # all gradients but this block's own; if they accumulate, the head's new one is beside them until then
+    first = made - gathered + max(0, block + work - 4 * matrices)
+    first += head if s.shards > 1 or made == gathered else 0
+    return state + gathered + max(kept + loss, kept + last, first)
+
+def block_keeps(s: Shape, B: int) -> tuple[int, int]:
+    """ the bytes that a block keeps for backward, and those of its products and attention, which a selective
+    block keeps beside its input
+
+    Of each token, in units of n_embd: queries, keys and values (3), attention's result (1), c_fc's (4) and
+    the inputs of trained matrices (6), in the products' dtype; the inputs of both norms (2), in float32.
+    """
+    tokens, item = B * s.block_size, 2 if s.half else 4
+    width, normalizers = tokens * s.n_embd, 4 * tokens * s.n_head
+    on_cpu = s.device == 'cpu'
+    # dropout's masks are of a byte, or on a CPU as wide as their tensors
+    masks = 0 if not s.dropout else 2 * item if on_cpu else 2
+    block = int(width * (8 * item + 2 * 4 + item * s.inputs + masks)) + normalizers
+    block += int(width * s.dropped * (1.5 if not on_cpu else 3 if s.half else 4.5)) # LoRA's dropout
+    products = 9 * item * width + normalizers * (s.dropout == 0) # with attention's c_proj (1)
+    if on_cpu and s.dropout and not s.half: # then mlp.c_proj's is kept, too; on CUDA in place of attention
         products += 4 * width
     if s.device == 'mps': # it has no kernel that avoids keeping T x T scores
         block += int(12.5 * B * s.n_head * s.block_size**2)
-    work = width * (6 if s.half else 14) # temporaries of a block's backward
-    kept_blocks = s.n_layer - s.idle
-    grads = 4 * trained
-    casts = 2 if s.half and not s.lora and plan != 'offload' else 0 # bytes of an element's copy in half
-    loss = head + casts * E + chunk(s, tokens)
-    if plan == 'offload': # a gradient leaves as soon as it is made
-        state, gathered, made = item * (matrices + E) + 4 * (s.params - matrices - E), 0, 0
-    else:
-        state = 12 * trained + (item if s.lora else 4) * s.frozen - 4 * (s.muon or 0)
-        gathered, made = grads if accumulates or s.buckets else 0, grads
-    # gradients of a block's matrices; in offload those of two more may be on their way
-    made_now = 3 * item if plan == 'offload' else 4 * (not s.lora)
-    backward = head + (casts + made_now) * matrices // s.n_layer
-    if s.shards > 1: # plus, gathered: the embeddings, two blocks, and a block's gradient on its way
-        state, gathered, made = (size // s.shards for size in (state, gathered, made))
-        state += 4 * (s.params - matrices) + 8 * matrices // s.n_layer
-        backward += 4 * matrices // s.n_layer
-    # at the first block, the last in backward, all gradients but its own exist; if they accumulate, the
-    # head's new one is beside them until then
-    end = made - gathered + max(0, block + work - 4 * matrices // s.n_layer)
-    end += head if s.shards > 1 or made == gathered else 0
-    # what all blocks keep, and what the current block recomputes
-    if plan == 'device':
-        kept, again = kept_blocks * block + 8 * width, 0
-    else:
-        products = products if plan == 'selective' else 0
-        kept = kept_blocks * (4 * width + products) + (12 if kept_blocks else 8) * width
-        again = block - products if kept_blocks else 0
-    return state + gathered + max(kept + max(loss, backward + again + work), end)
+    return block, products
 
 def chunk(s: Shape, tokens: int) -> int:
     """ what the chunked loss holds: the current rows' logits and, in half precision, the softmax of some of

@@ -8,17 +8,15 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/gp
 Parameter names are nanoGPT's. Shapes: B sequences of T tokens, C = n_embd channels.
 """
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from attention import attend
 from loss import ChunkedLoss, CrossEntropy, Lookup
+from recompute import Linear, run_again, run_partly_again
 from sampling import FixedStep, KVCache, one_row, penalize, sample_token
 
 @dataclass
@@ -40,40 +38,6 @@ GPT2_SHAPES = {
     'gpt2-large': dict(n_layer=36, n_head=20, n_embd=1280), # 774M
     'gpt2-xl': dict(n_layer=48, n_head=25, n_embd=1600), # 1558M
 }
-
-class HalfLinear(torch.autograd.Function):
-    """ a linear layer on half-precision x (..., n_in), weight (n_out, n_in) and bias rounded to its dtype;
-    given `stand_in`, of the result's shape, it returns that, and only what it saves for backward matters """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, stand_in):
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        if stand_in is not None:
-            return stand_in.detach() # a selective checkpoint allows no other op that is new in a second pass
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
-        dx = grad @ weight.to(grad.dtype) if needs_dx else None
-        dw = (rows.t() @ x.flatten(0, -2)).to(weight.dtype) if needs_dw else None
-        return dx, dw, rows.sum(0).float() if needs_db else None, None
-
-class Linear(nn.Linear):
-    """ a Linear that, under autocast, keeps no half-precision copy of its weight for backward, but rounds it
-    again there """
-
-    stand_in = None # set by SecondPass when nothing needs the result
-
-    def forward(self, x):
-        device = x.device.type
-        learns = torch.is_grad_enabled() and torch.is_autocast_enabled(device)
-        if not learns or torch.compiler.is_compiling(): # is_cast does the same in compiled code
-            return super().forward(x)
-        return HalfLinear.apply(x.to(torch.get_autocast_dtype(device)), self.weight, self.bias,
-                                self.stand_in)
 
 class CausalSelfAttention(nn.Module):
 
@@ -105,33 +69,6 @@ class MLP(nn.Module):
     def forward(self, x):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))) # tanh, as in GPT-2
 
-ATTENTION = [getattr(torch.ops.aten, f'_scaled_dot_product_{kind}').default for kind in (
-    'flash_attention', 'efficient_attention', 'cudnn_attention', 'flash_attention_for_cpu')]
-DROPPED_ATTENTION = torch.ops.fitgpt.dropped_attention.default
-PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
-LINEAR = torch.ops.aten.linear.default # the op of a product on MPS
-
-def is_kept(draws, ctx, op, *args, **options):
-    """ whether a selective block keeps the result of `op`: of attention, and of products with its matrices,
-    told from LoRA's (of a rank below n_embd / 4) by shape; of the MLP's c_proj only in float32 with dropout
-    after it, since otherwise the second pass stops before it
-
-    `draws`: whether there is dropout. torch's attention then runs again: skipping it would also skip its
-    random draws and change all later ones. dropped_attention draws its seed beforehand, so it can be kept.
-    torch passes all arguments but `draws`.
-    """
-    keep = op == DROPPED_ATTENTION or op in ATTENTION and not draws
-    if op in PRODUCTS or op == LINEAR:
-        n_in, n_out = args[1].shape[::-1] if op == LINEAR else args[-1].shape
-        keep = n_out // 4 <= n_in <= n_out * (4 if draws and args[0].dtype == torch.float32 else 1)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-def is_cast(ctx, op, *args, **options):
-    """ whether backward of a compiled block recomputes the result of `op`: always a weight's half-precision
-    copy, as in Linear; the compiler decides about the rest """
-    again = op == torch.ops.aten._to_copy.default and args[0].dim() == 2
-    return CheckpointPolicy.MUST_RECOMPUTE if again else CheckpointPolicy.PREFER_SAVE
-
 class Block(nn.Module):
 
     def __init__(self, config):
@@ -148,49 +85,9 @@ class Block(nn.Module):
 
     def forward(self, x, cache=None):
         learns = x.requires_grad or any(p.requires_grad for p in self.parameters())
-        compiles = torch.compiler.is_compiling()
-        if not ((self.selective or compiles) and learns and torch.is_grad_enabled()):
-            return self.layers(x, cache)
-        # compiled code gives each random draw its own seed
-        keep = partial(is_kept, self.attn.dropout > 0 and not compiles) if self.selective else is_cast
-        contexts = partial(create_selective_checkpoint_contexts, keep)
-        if not compiles:
-            contexts = partial(self.two_passes, x, contexts)
-        return checkpoint(self.layers, x, use_reentrant=False, context_fn=contexts)
-
-    def two_passes(self, x, contexts=lambda: (nullcontext(), nullcontext())):
-        """ checkpoint's two contexts: of the forward pass over x, and of its SecondPass for backward """
-        first, second = contexts()
-        return first, SecondPass(self.mlp.c_proj, x, second)
-
-NO_RNG_RESTORED_ON = 'mps' # the device whose random state torch's checkpoint does not restore
-
-class SecondPass:
-    """ the context in which a block runs over x again for backward; under autocast without its last product
-
-    torch stops this run at the last tensor that backward needs, but a HalfLinear saves its tensors only when
-    it returns, so the last one returns a stand-in instead of its product. The stand-in is uninitialized: of
-    what follows it, only dropout's mask matters, which does not depend on its values.
-    """
-
-    def __init__(self, last, x, context):
-        self.last, self.x, self.context = last, x, context
-        self.rng = torch.mps.get_rng_state() if x.device.type == NO_RNG_RESTORED_ON else None
-
-    def __enter__(self):
-        device = self.x.device.type
-        if self.rng is not None:
-            self.later = torch.mps.get_rng_state()
-            torch.mps.set_rng_state(self.rng)
-        if torch.is_autocast_enabled(device):
-            self.last.stand_in = torch.empty_like(self.x, dtype=torch.get_autocast_dtype(device))
-        self.context.__enter__()
-
-    def __exit__(self, *error):
-        self.last.stand_in = None
-        if self.rng is not None:
-            torch.mps.set_rng_state(self.later)
-        return self.context.__exit__(*error)
+        if learns and torch.is_grad_enabled() and (self.selective or torch.compiler.is_compiling()):
+            return run_partly_again(self, x)
+        return self.layers(x, cache)
 
 class GPT(nn.Module):
     """ token ids (B, T) to logits or a loss; raises ValueError if the config's sizes are invalid """
@@ -271,7 +168,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             self.before(block)
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, context_fn=partial(block.two_passes, x))
+                x = run_again(block, x)
             else:
                 x = block(x, cache[i] if cache else None)
         self.before(ln_f)

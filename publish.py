@@ -103,7 +103,7 @@ def claim(name: str, own: str, val_fraction: float, input: str, val_input: str) 
         raise ValueError(f"data/{name} is a dataset of the project's own; type another --name")
     return os.path.join(DATA, name)
 
-def choose(ends: np.ndarray, fraction: float, whole: bool = False) -> np.ndarray:
+def choose_val(ends: np.ndarray, fraction: float, whole: bool = False) -> np.ndarray:
     """ what to validate on: pieces (n, 2) of a text, as starts and ends in tokens; `ends` is where its
     documents end
 
@@ -132,7 +132,7 @@ def tell_place(pieces: np.ndarray, ends: np.ndarray) -> str:
             ', one of the documents')
 
 def split_off(folder: str, stem: str, pieces: np.ndarray, dtype: str) -> None:
-    """ move the `pieces` that `choose` returns from trainSTEM to valSTEM, a block at a time """
+    """ move the `pieces` that `choose_val` returns from trainSTEM to valSTEM, a block at a time """
     edges, size = pieces.ravel(), np.dtype(dtype).itemsize
     done = kept = int(edges[0]) # how far train is read, and how far it is rewritten
     with (open(os.path.join(folder, f'train{stem}'), 'r+b') as train,

@@ -17,6 +17,7 @@ import lora
 import loss as losses
 import memory
 import model
+import recompute
 from model import GPT, GPT2_SHAPES, GPTConfig
 from optim import make_optimizer
 from peak import Peak
@@ -42,7 +43,7 @@ def measure(name, plan, B, n_micro_steps, monkeypatch, rank=0, freeze='', dropou
     monkeypatch.setattr(torch.nn.init, 'normal_', lambda tensor, **options: tensor)
     if device == 'cuda':
         # as it is compiled, and as CUDA's kernels are: masks of bytes, no matrix of scores
-        monkeypatch.setattr(model, 'is_kept', lambda draws, *args, kept=model.is_kept, **options: kept(False, *args, **options))
+        monkeypatch.setattr(recompute, 'is_kept', lambda draws, *args, kept=recompute.is_kept, **options: kept(False, *args, **options))
         monkeypatch.setattr(F, 'dropout', lambda x, p, training, inplace=False: torch.native_dropout(x, p, training)[0] if p else x)
         monkeypatch.setattr(losses, 'MIXED_ADD_COPIES_ON', None)
         monkeypatch.setattr(model, 'attend', lambda q, k, v, dropout, mask: F.scaled_dot_product_attention(q, k, v, is_causal=True))

@@ -11,6 +11,7 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 import lora
 import loss as losses
 import model as model_module
+import recompute
 from model import GPT, GPT2_SHAPES, Block, ChunkedLoss, CrossEntropy, GPTConfig, Linear
 from sampling import sample_token
 
@@ -274,7 +275,7 @@ def test_a_compiled_block_keeps_no_copies_of_its_weights_and_a_selective_one_two
 
 def test_a_selective_block_of_which_nothing_learns_is_not_made_ready_for_backward(monkeypatch):
     block, used = Block(GPTConfig(8, 50, 1, 1, 8, 0.2)).requires_grad_(False), []
-    monkeypatch.setattr(model_module, 'checkpoint', lambda layers, x, **options: used.append(x.requires_grad) or layers(x))
+    monkeypatch.setattr(recompute, 'checkpoint', lambda layers, x, **options: used.append(x.requires_grad) or layers(x))
     block.selective = True
     x = torch.zeros(1, 8, 8)
     for x.requires_grad in (False, True):
@@ -286,7 +287,7 @@ class Products(TorchDispatchMode):
     n = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.n += op in model_module.PRODUCTS
+        self.n += op in recompute.PRODUCTS
         return op(*args, **(kwargs or {}))
 
 @pytest.mark.parametrize('dtype, dropout, rank', [(torch.bfloat16, 0.0, 0), (torch.bfloat16, 0.3, 0), (torch.bfloat16, 0.3, 2),
@@ -334,7 +335,7 @@ def draw(x: torch.Tensor) -> torch.Tensor:
 
 def test_a_selective_block_drops_the_same_where_attention_has_drawn_in_a_kernel_of_its_own(monkeypatch):
     """ as on CUDA, where a kernel for attention that is kept would draw, but not a second time """
-    monkeypatch.setattr(model_module, 'ATTENTION', [torch.ops.tests.draw.default])
+    monkeypatch.setattr(recompute, 'ATTENTION', [torch.ops.tests.draw.default])
     monkeypatch.setattr(model_module, 'attend', lambda q, k, v, *rest: F.scaled_dot_product_attention(q, k, v * draw(v.detach()), is_causal=True))
     torch.manual_seed(0)
     gpt, idx = GPT(GPTConfig(16, 50, 3, 2, 16, 0.2)), torch.randint(50, (2, 16))
@@ -342,12 +343,12 @@ def test_a_selective_block_drops_the_same_where_attention_has_drawn_in_a_kernel_
 
 def test_a_block_that_is_run_again_drops_the_same_where_torch_does_not_repeat_a_device_s_draws(monkeypatch):
     """ as on MPS """
-    monkeypatch.setattr(model_module, 'NO_RNG_RESTORED_ON', 'cpu')
+    monkeypatch.setattr(recompute, 'NO_RNG_RESTORED_ON', 'cpu')
     monkeypatch.setattr(torch.mps, 'get_rng_state', torch.get_rng_state)
     monkeypatch.setattr(torch.mps, 'set_rng_state', torch.set_rng_state)
     torch.manual_seed(0)
     gpt, idx = GPT(GPTConfig(16, 50, 3, 2, 16, 0.2)), torch.randint(50, (2, 16))
-    monkeypatch.setattr(model_module, 'checkpoint', partial(model_module.checkpoint, preserve_rng_state=False)) # torch's own repeating is off
+    monkeypatch.setattr(recompute, 'checkpoint', partial(recompute.checkpoint, preserve_rng_state=False)) # torch's own repeating is off
     expected, then = grads_in('device', gpt, idx), torch.rand(1)
     assert all(map(torch.equal, expected, grads_in('recompute', gpt, idx)))
     assert torch.rand(1) == then # as if nothing had been drawn twice

@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import publish
 from advice import suiting
 from conftest import CHARS, TEXT
-from publish import choose, split_off, tell_place
+from publish import choose_val, split_off, tell_place
 from tokenizer import BPETokenizer
 
 BPE = BPETokenizer()
@@ -121,11 +121,11 @@ def test_sorted_rows_are_validated_on_from_all_parts_or_on_a_file_of_their_own(r
 def test_a_few_documents_or_one_that_is_most_of_them_are_validated_on_at_their_end():
     def choose_of(lengths, **options):
         ends = np.cumsum(lengths)
-        pieces = choose(ends, 0.1, **options)
+        pieces = choose_val(ends, 0.1, **options)
         return pieces.tolist(), tell_place(pieces, ends)
     assert choose_of([100]) == ([[90, 100]], '')
     assert choose_of([10, 10, 10]) == ([[27, 30]], ', the end of the text')
-    assert choose(np.array([10, 20]), 0.7).tolist() == [[6, 20]] # else both, and none to train on
+    assert choose_val(np.array([10, 20]), 0.7).tolist() == [[6, 20]] # else both, and none to train on
     assert choose_of([10, 10, 10], whole=True) == ([[20, 30]], ', the end of the text')
     (piece,), told = choose_of([10] * 10)
     assert np.diff(piece) == 10 and told == ', one of the documents'
@@ -135,7 +135,7 @@ def test_a_few_documents_or_one_that_is_most_of_them_are_validated_on_at_their_e
 
 @pytest.mark.parametrize('period', [8, 10, 21, 34, 50, 55, 89, 100])
 def test_kinds_that_take_turns_are_validated_on_as_random_rows_would_be(period):
-    pieces = choose(np.arange(1, 10**5 + 1), 0.1)
+    pieces = choose_val(np.arange(1, 10**5 + 1), 0.1)
     assert len(pieces) == 10**4 and (np.diff(pieces) == 1).all()
     share = np.bincount(pieces[:, 0] % period, minlength=period) / (10**4 / period)
     assert 0.6 < share.min() and share.max() < 1.4
@@ -147,7 +147,7 @@ def test_kinds_that_take_turns_are_validated_on_as_random_rows_would_be(period):
 def test_what_is_validated_on_is_moved_and_the_rest_stays_in_order(tmp_path_factory, lengths, fraction, block, dtype):
     folder, ids = tmp_path_factory.mktemp('d'), np.arange(sum(lengths)).astype(dtype)
     ids.tofile(folder / 'train.bin')
-    pieces = choose(np.cumsum(lengths), fraction)
+    pieces = choose_val(np.cumsum(lengths), fraction)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(publish, 'BLOCK', block)
         split_off(str(folder), '.bin', pieces, dtype)

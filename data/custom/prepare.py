@@ -46,7 +46,7 @@ def main():
     from dataset import shorten
     from documents import Documents
     from encode import write_characters, write_tokens
-    from publish import choose, claim, publish, split_off, tell_place, write_meta
+    from publish import choose_val, claim, publish, split_off, tell_place, write_meta
     from tokenizer import BPETokenizer
     if not input:
         raise ValueError("there is no input; type --input=PATH of a text file or of a folder of them")
@@ -62,7 +62,7 @@ def main():
             chars, ends = write_characters(parts, chars)
             write_meta(place, chars)
         n = sum(int(its[-1]) for its in ends)
-        pieces = np.array([[ends[0][-1], n]]) if val_input else choose(ends[0], val_fraction)
+        pieces = np.array([[ends[0][-1], n]]) if val_input else choose_val(ends[0], val_fraction)
         n_val = int(np.diff(pieces).sum())
         if not 1 < n_val < n - 1: # a target needs a token before it
             kept = f'the {n_val} of {val_input}' if val_input else f'{val_fraction} of them'

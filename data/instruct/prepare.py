@@ -32,7 +32,7 @@ from advice import tell_run
 from dataset import read_text, shorten
 from documents import csv_rows, find_source, hub_rows, is_list, json_items, json_rows
 from instruct import TEMPLATE, encode, read_turns, render
-from publish import choose, claim, publish, split_off
+from publish import choose_val, claim, publish, split_off
 from tokenizer import BPETokenizer
 
 LONGEST = 1024 # tokens that GPT-2 reads at once
@@ -92,7 +92,7 @@ with publish(folder) as place:
     lengths, counted, blank = np.concatenate(facts).T
     ends = np.cumsum(lengths)
     pieces = (np.array([[facts[0][:, 0].sum(), ends[-1]]]) if val_input
-              else choose(ends, val_fraction, whole=True))
+              else choose_val(ends, val_fraction, whole=True))
     split_off(place, '.bin', pieces, '<u2')
     split_off(place, '_mask.bin', pieces, 'u1')
     with open(os.path.join(place, 'template.txt'), 'w', encoding='utf-8', newline='') as file:
