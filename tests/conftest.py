@@ -35,13 +35,15 @@ TINY = ('--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_
 
 @pytest.fixture(scope='module')
 def clone(tmp_path_factory):
-    """ a copy of the scripts for one file's tests, which write nothing into the project, with characters in data/chars """
+    """ a copy of the scripts for one file's tests, which write nothing into the project, with characters in
+    data/chars """
     root = tmp_path_factory.mktemp('clone')
     for name in os.listdir(ROOT):
         if name.endswith('.py'):
             shutil.copy(os.path.join(ROOT, name), root)
     for folder in ('config', 'data'):
-        shutil.copytree(os.path.join(ROOT, folder), root / folder, ignore=shutil.ignore_patterns('*.bin', '*.pkl', '*.txt'))
+        shutil.copytree(os.path.join(ROOT, folder), root / folder,
+                        ignore=shutil.ignore_patterns('*.bin', '*.pkl', '*.txt'))
     write_chars(root / 'data' / 'chars')
     return root
 
@@ -67,11 +69,13 @@ class Result:
             return [row[name] for row in csv.DictReader(file)]
 
 class Started:
-    """ a script in a fork that goes on, with what subprocess.Popen has of it; its output and errors are in one pipe """
+    """ a script in a fork that goes on, with what subprocess.Popen has of it; its output and errors are in
+    one pipe """
     def __init__(self, forks, script, args, cwd, pipe):
         os.mkfifo(pipe)
         self.ask, self.returncode = forks.ask, None
-        self.pid = self.ask({'script': script, 'args': args, 'cwd': str(cwd), 'stdout': str(pipe), 'stderr': str(pipe)})
+        self.pid = self.ask({'script': script, 'args': args, 'cwd': str(cwd), 'stdout': str(pipe),
+                             'stderr': str(pipe)})
         self.stdout = open(pipe, encoding='utf-8')
 
     def poll(self):
@@ -102,7 +106,8 @@ class Started:
 
 def alone(script, args, cwd, timeout, launch=(), env={}):
     """ run a script in a Python of its own: (status, its output, its errors) """
-    done = subprocess.run([sys.executable, *launch, script, *args], cwd=cwd, capture_output=True, encoding='utf-8', timeout=timeout,
+    done = subprocess.run([sys.executable, *launch, script, *args], cwd=cwd, capture_output=True,
+                          encoding='utf-8', timeout=timeout,
                           env={**os.environ, 'PYTHONIOENCODING': 'utf-8', **env})
     return done.returncode, done.stdout, done.stderr
 
@@ -112,16 +117,17 @@ def forks(tmp_path_factory):
     if not hasattr(os, 'fork'):
         yield lambda script, args, cwd, timeout, processes: alone(script, args, cwd, timeout)
         return
-    server = subprocess.Popen([sys.executable, os.path.join(ROOT, 'tests', 'forks.py')], stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, encoding='utf-8')
+    server = subprocess.Popen([sys.executable, os.path.join(ROOT, 'tests', 'forks.py')],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding='utf-8')
     out, err = (tmp_path_factory.mktemp('printed') / name for name in ('out', 'err'))
     def ask(job):
         server.stdin.write(json.dumps(job) + '\n')
         server.stdin.flush()
         return json.loads(server.stdout.readline())['status']
     def run(script, args, cwd, timeout, processes):
-        job = {'script': script, 'args': args, 'cwd': str(cwd), 'timeout': timeout, 'stdout': str(out), 'stderr': str(err),
-               'processes': processes, 'transformers': script == 'export.py' or 'hf' in ' '.join(args)} # such as hf_dir
+        job = {'script': script, 'args': args, 'cwd': str(cwd), 'timeout': timeout,
+               'stdout': str(out), 'stderr': str(err), 'processes': processes,
+               'transformers': script == 'export.py' or 'hf' in ' '.join(args)} # such as hf_dir
         return ask(job), *(path.read_bytes().decode('utf-8') for path in (out, err))
     run.ask = ask
     yield run
@@ -139,7 +145,8 @@ def run(clone, tmp_path, forks):
         if script in ('train.py', 'sample.py') and not any(str(a).startswith('--out_dir') for a in args):
             args = (*args, f'--out_dir={out_dir}')
         command = script, [*map(str, args)], clone, timeout
-        done = forks(*command, processes) if not launch and env is None else alone(*command, launch, env or {})
+        done = (forks(*command, processes) if not launch and env is None
+                else alone(*command, launch, env or {}))
         result = Result(*done, out_dir)
         assert status is None or result.status == status, f"{script} {args}\n{result.out}\n{result.err}"
         return result

@@ -1,7 +1,7 @@
 """
-A process that has imported torch once and runs scripts in forks of itself, each in a second where a Python of its
-own takes three; it reads a line of JSON for each and answers with one. A job of several processes gets the
-environment that torchrun gives.
+A process that has imported torch once and runs scripts in forks of itself, each in a second where a Python of
+its own takes three; it reads a line of JSON for each and answers with one. A job of several processes gets
+the environment that torchrun gives.
 """
 import gc
 import io
@@ -56,7 +56,8 @@ def with_transformers():
     ours, its = socket.socketpair()
     if os.fork() == 0:
         ours.close()
-        from transformers import AutoConfig, GPT2LMHeadModel, GPT2TokenizerFast, PreTrainedTokenizerFast # noqa
+        from transformers import (AutoConfig, GPT2LMHeadModel, GPT2TokenizerFast, # noqa
+                                  PreTrainedTokenizerFast)
         with its.makefile('rw', encoding='utf-8') as lines:
             serve(lines, lines)
         os._exit(0)
@@ -108,6 +109,7 @@ def status_of(job):
     return next(filter(None, statuses), 0)
 
 if __name__ == '__main__':
-    import matplotlib.pyplot, numpy.random, psutil, torch._dynamo, tqdm # noqa: what the scripts import, and take longest at
+    # what the scripts import, and take longest at
+    import matplotlib.pyplot, numpy.random, psutil, torch._dynamo, tqdm # noqa
     import matplotlib.backends.backend_agg, PIL.features, torch.utils.serialization.config # noqa
     serve(sys.stdin, sys.stdout)

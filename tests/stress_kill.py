@@ -13,7 +13,7 @@ $ python tests/stress_kill.py --kills=2 --nodes=2
 # options
 
 kills = 50 # how often, at least
-each = False # kill one process before its first use of a file, the next before its second, ...; not by `kills`
+each = False # kill one process before its first use of a file, the next before its second, ...; not by kills
 runs = '' # which of RUNS below, such as dropout,muon; empty for all
 procs = 1 # processes of a job of torchrun's, one of which is killed
 nodes = 1 # agents of torchrun's with a process each, one of which is killed with its process
@@ -191,7 +191,8 @@ def compare(out_dir, whole, tolerance, states=True):
 
 def options_of(name):
     own = RUNS[name][0].replace('BASE', str(work / 'base')).split()
-    return [f"--dataset={work / 'chars'}", *TINY, f'--max_iters={9 if each else 24}', '--eval_interval=3', *own]
+    return [f"--dataset={work / 'chars'}", *TINY, f'--max_iters={9 if each else 24}', '--eval_interval=3',
+            *own]
 
 def pick(length):
     """ how a run of so many seconds is killed next, and in words """
@@ -252,7 +253,8 @@ def stress_each(name):
         killed[name] += 1
         amid.update(path.name for path in out_dir.glob('*.tmp'))
         live(resuming(args, out_dir), out_dir)
-        print(f"{name}: before use {n} of a file; largest difference {compare(out_dir, whole, RUNS[name][1])}")
+        print(f"{name}: before use {n} of a file; "
+              f"largest difference {compare(out_dir, whole, RUNS[name][1])}")
         shutil.rmtree(out_dir)
 
 # -----------------------------------------------------------------------------

@@ -12,7 +12,8 @@ def plain(q, k, v, kept=None):
 @pytest.mark.parametrize('T', [1, 2, 257])
 def test_attention_in_bfloat16_is_float64_s_but_for_rounding_and_keeps_no_float32_for_backward(T):
     torch.manual_seed(0)
-    qkv, dy, results, kept = torch.randn(3, 2, 3, T, 16).bfloat16(), torch.randn(2, 3, T, 16).bfloat16(), [], []
+    qkv, dy, results, kept = (torch.randn(3, 2, 3, T, 16).bfloat16(), torch.randn(2, 3, T, 16).bfloat16(),
+                              [], [])
     def pack(tensor):
         kept.append((tensor.dtype, tensor.numel()))
         return tensor
@@ -26,20 +27,24 @@ def test_attention_in_bfloat16_is_float64_s_but_for_rounding_and_keeps_no_float3
         y.backward(dy.to(dtype))
         results.append([y.detach(), *(part.grad for part in parts)])
     for exact, ours in zip(*results):
-        assert ours.dtype == torch.bfloat16 and (ours - exact).norm() <= 0.005 * exact.norm() + 1e-3 * (T == 1)
+        assert (ours.dtype == torch.bfloat16
+                and (ours - exact).norm() <= 0.005 * exact.norm() + 1e-3 * (T == 1))
     wide = [n for dtype, n in kept if dtype == torch.float32] # one number for each of q's rows
     assert wide == [6 * T] and sum(n for _, n in kept) == 4 * 6 * T * 16 + 6 * T
 
-@pytest.mark.parametrize('scores', [2**20, 2 * 3 * 24 * 24, 3 * 24 * 7]) # all at once, two sequences and one, 7 rows with a rest of 3
+# all at once, two sequences and one, 7 rows with a rest of 3
+@pytest.mark.parametrize('scores', [2**20, 2 * 3 * 24 * 24, 3 * 24 * 7])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('dropout', [0.1, 0.75])
-def test_dropout_leaves_out_its_share_of_the_probabilities_and_backward_leaves_out_the_same(dropout, dtype, scores, monkeypatch):
+def test_dropout_leaves_out_its_share_of_the_probabilities_and_backward_leaves_out_the_same(
+        dropout, dtype, scores, monkeypatch):
     monkeypatch.setattr(attention, 'SCORES', scores)
     torch.manual_seed(0)
     q, k, v, dy = torch.randn(4, 3, 3, 24, 24).to(dtype)
     same = torch.random.get_rng_state()
     with torch.autocast('cpu', torch.bfloat16):
-        left = attention.attend(q, k, torch.eye(24).expand_as(v).to(dtype), dropout) # probabilities, those that are left
+        # probabilities, those that are left
+        left = attention.attend(q, k, torch.eye(24).expand_as(v).to(dtype), dropout)
     seen = left.new_ones(24, 24).tril().bool().expand_as(left)
     assert abs((left[seen] > 0).float().mean() - (1 - dropout)) < 0.05 and not left[~seen].any()
     results = []
@@ -47,11 +52,13 @@ def test_dropout_leaves_out_its_share_of_the_probabilities_and_backward_leaves_o
         parts = [part.to(kind, copy=True).requires_grad_() for part in (q, k, v)]
         torch.random.set_rng_state(same)
         with torch.autocast('cpu', torch.bfloat16):
-            y = plain(*parts, (left > 0) / (1 - dropout)) if kind == torch.float64 else attention.attend(*parts, dropout)
+            y = (plain(*parts, (left > 0) / (1 - dropout)) if kind == torch.float64
+                 else attention.attend(*parts, dropout))
         y.backward(dy.to(kind))
         results.append([y.detach(), *(part.grad for part in parts)])
     for exact, ours in zip(*results):
-        assert ours.dtype == dtype and (ours - exact).norm() <= (1e-4 if dtype == torch.float32 else 0.005) * exact.norm()
+        assert (ours.dtype == dtype
+                and (ours - exact).norm() <= (1e-4 if dtype == torch.float32 else 0.005) * exact.norm())
 
 def test_dropout_on_a_cpu_keeps_no_scores_for_backward_and_draws_anew_each_time():
     torch.manual_seed(0)
@@ -67,7 +74,8 @@ def test_dropout_on_a_cpu_keeps_no_scores_for_backward_and_draws_anew_each_time(
 def test_each_of_many_draws_is_as_likely_as_the_next():
     draws = attention.draw((5, 7, 10007), torch.Generator().manual_seed(0)).double()
     assert draws.shape == (5, 7, 10007) and len(draws.unique()) > 60000
-    assert draws.min() < -32700 and draws.max() > 32700 and abs(draws.mean()) < 5 * 2**16 / (12 * draws.numel()) ** 0.5
+    assert (draws.min() < -32700 and draws.max() > 32700
+            and abs(draws.mean()) < 5 * 2**16 / (12 * draws.numel()) ** 0.5)
     flat = draws.flatten() - draws.mean()
     for lag in (1, 2, 3, 4, 7, 10007): # no draw tells of another
         assert abs((flat[lag:] * flat[:-lag]).mean() / flat.var()) < 5 / flat.numel() ** 0.5
@@ -77,4 +85,5 @@ def test_each_of_many_draws_is_as_likely_as_the_next():
 def test_the_last_token_sees_all_of_a_cache_also_where_it_could_learn(dropout, dtype):
     q, k, v = (torch.randn(1, 2, T, 8).to(dtype).requires_grad_() for T in (1, 9, 9))
     exact = (q.double() @ k.mT.double() / 8 ** 0.5).softmax(-1) @ v.double()
-    assert torch.allclose(attention.attend(q, k, v, dropout).double(), exact, atol=1e-5 if dtype == torch.float32 else 0.03)
+    assert torch.allclose(attention.attend(q, k, v, dropout).double(), exact,
+                          atol=1e-5 if dtype == torch.float32 else 0.03)

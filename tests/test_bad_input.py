@@ -19,16 +19,23 @@ def broken(clone, tmp_path_factory):
     return root
 
 GPU = '--device=cuda' if not torch.cuda.is_available() else '--device=cuda:99'
-SMALL = '--n_layer=1 --n_head=1 --n_embd=8 --block_size=8 --batch_size=1 --gradient_accumulation_steps=1 --iters=1 --device=cpu'
-GIVEN = {'train.py': ' '.join(('--dataset=chars', *TINY)), 'bench.py': SMALL, 'sample.py': '--out_dir={root}/good.pt --device=cpu',
-         'evaluate.py': '--out_dir={root}/good.pt --device=cpu', 'export.py': '--out_dir={root}/good.pt --to={new}',
-         'data/custom/prepare.py': '--input={root}/text.txt --name=new --tokenizer=char',
-         'data/instruct/prepare.py': '--input={root}/asked.jsonl --name=new'} # before a case's own options, which win
+SMALL = ('--n_layer=1 --n_head=1 --n_embd=8 --block_size=8 --batch_size=1 --gradient_accumulation_steps=1 '
+         '--iters=1 --device=cpu')
+GIVEN = { # before a case's own options, which win
+    'train.py': ' '.join(('--dataset=chars', *TINY)), 'bench.py': SMALL,
+    'sample.py': '--out_dir={root}/good.pt --device=cpu',
+    'evaluate.py': '--out_dir={root}/good.pt --device=cpu',
+    'export.py': '--out_dir={root}/good.pt --to={new}',
+    'data/custom/prepare.py': '--input={root}/text.txt --name=new --tokenizer=char',
+    'data/instruct/prepare.py': '--input={root}/asked.jsonl --name=new'}
 CASES = [ # script, options, part of what is said
     ('train.py', '--batchsize=4', 'did you mean batch_size?'),
-    ('train.py', '--lr=1e-3', 'type --learning_rate=X'), ('sample.py', '--max_length=9', 'type --max_new_tokens=N'),
-    ('train.py', '--max_length=9', 'type --block_size=N'), ('train.py', 'config/eval_gpt2', 'did you mean config/eval_gpt2.py?'),
-    ('train.py', 'config/finetune_shakespeare.py', 'config/finetune/gpt2_medium.py, config/finetune/gpt2_small.py'),
+    ('train.py', '--lr=1e-3', 'type --learning_rate=X'),
+    ('sample.py', '--max_length=9', 'type --max_new_tokens=N'),
+    ('train.py', '--max_length=9', 'type --block_size=N'),
+    ('train.py', 'config/eval_gpt2', 'did you mean config/eval_gpt2.py?'),
+    ('train.py', 'config/finetune_shakespeare.py',
+     'config/finetune/gpt2_medium.py, config/finetune/gpt2_small.py'),
     ('train.py', '--dataset={root}/text.txt', '--input={root}/text.txt --name=text makes a dataset'),
     ('train.py', '--batch_size', 'has no value'),
     ('train.py', '-batch_size=4', 'neither a config file'),
@@ -43,7 +50,8 @@ CASES = [ # script, options, part of what is said
     ('train.py', '--learning_rate=1' + '0' * 400, 'type a finite number'),
     ('train.py', '--overwrite=1', 'takes True or False'),
     ('train.py', '--beta2=1.0', 'both below 1'),
-    ('train.py', '--init_from=gpt2-xl --optimizer=adam --dry_run=True', "no optimizer 'adam'"), # before anything else
+    # before anything else
+    ('train.py', '--init_from=gpt2-xl --optimizer=adam --dry_run=True', "no optimizer 'adam'"),
     ('train.py', '--init_from=gpt2-xl --compile=yes --dry_run=True', 'compile is'),
     ('train.py', '--init_from=gpt2', 'the model reads 50,257 ids, but chars is in char tokens'),
     ('train.py', '--min_lr=1.0', 'is above learning_rate'),
@@ -86,9 +94,11 @@ CASES = [ # script, options, part of what is said
     ('train.py', '--dataset=templatefolder', 'cannot use'),
     ('train.py', '--dataset=chars:0,bpe', 'with weights above 0'),
     ('train.py', '--dataset=chars:1,chars:2', 'each dataset once'),
-    ('train.py', '--dataset=chars,bpe', 'are in different tokens'), ('train.py', '--dataset=bpe,chars', '--tokenizer=gpt2 does'),
+    ('train.py', '--dataset=chars,bpe', 'are in different tokens'),
+    ('train.py', '--dataset=bpe,chars', '--tokenizer=gpt2 does'),
     ('train.py', '--dataset=chars,numbered', 'different tokens; mix those of one kind'),
-    ('train.py', '--dataset=chrs', 'did you mean --dataset=chars?'), ('train.py', '--dataset=no', ' bpe, chars, '),
+    ('train.py', '--dataset=chrs', 'did you mean --dataset=chars?'),
+    ('train.py', '--dataset=no', ' bpe, chars, '),
     ('train.py', '--dataset=chars:0.9,bpee', 'did you mean --dataset=bpe?'),
     ('train.py', '--n_head=3', 'type --n_head='),
     ('train.py', '--n_layer=0', 'at least 1'),
@@ -112,7 +122,8 @@ CASES = [ # script, options, part of what is said
     ('train.py', '--freeze=h.0-9', "there is no 'h.0-9' to freeze"),
     ('train.py', '--freeze=wte,wpe,ln_f,h', 'leaves nothing to train'),
     ('train.py', '--lora_rank=4', 'needs a model to start from'),
-    ('train.py', '--init_from={root}/good.pt --lora_rank=4 --lora_targets=attn', "there is no 'attn' to adapt"),
+    ('train.py', '--init_from={root}/good.pt --lora_rank=4 --lora_targets=attn',
+     "there is no 'attn' to adapt"),
     ('train.py', '--init_from={root}/good.pt --lora_rank=4 --lora_dropout=1', '0 <= P < 1'),
     ('train.py', '--init_from={root}/good.pt --lora_rank=4 --optimizer=muon', 'type --optimizer=adamw'),
     ('train.py', '--sample_interval=1 --sample_start=東', "the character '東' is not in"),
@@ -120,7 +131,8 @@ CASES = [ # script, options, part of what is said
     ('train.py', '--init_from=resume --dataset=none', 'there is no checkpoint in'),
     ('train.py', '--out_dir={root}/text.txt', 'text.txt; expected a run'),
     ('train.py', '--out_dir={root}/good.pt --init_from=resume', 'type --out_dir={root}'),
-    ('train.py', '--out_dir= --overwrite=True', "out_dir is empty; expected a run's folder; type --out_dir=FOLDER"),
+    ('train.py', '--out_dir= --overwrite=True',
+     "out_dir is empty; expected a run's folder; type --out_dir=FOLDER"),
     ('train.py', '--memory_gb=0.5 --dry_run=True', "CUDA's own; type a larger --memory_gb"),
     ('train.py', '--init_from=resume --out_dir={root}/hostile_last', 'could run code'),
     ('train.py', '--init_from=resume --out_dir={root}/hostile_best', 'could run code'),
@@ -131,7 +143,8 @@ CASES = [ # script, options, part of what is said
     ('train.py', '--init_from={root}/trainer', "TensorFlow's; type {root}/trainer/checkpoint-1000"),
     ('train.py', '--init_from={root}/peft', 'holds an adapter of PEFT'),
     ('train.py', '--init_from={root}/peft/adapter_model.safetensors', 'holds an adapter of PEFT'),
-    ('train.py', '--init_from={root}/hf/model.safetensors', "a model's weights alone; type --init_from={root}/hf, the folder"),
+    ('train.py', '--init_from={root}/hf/model.safetensors',
+     "a model's weights alone; type --init_from={root}/hf, the folder"),
     ('train.py', '--init_from={root}/cut.pt', 'cut short'),
     ('train.py', '--init_from={root}/file', 'no checkpoint'),
     ('train.py', '--init_from={root}/list.pt', 'has no model'),
@@ -294,12 +307,14 @@ CASES = [ # script, options, part of what is said
     ('data/custom/prepare.py', '--input={root}/list.jsonl', 'line 1 is no JSON object'),
     ('data/custom/prepare.py', '--input={root}/number.jsonl', 'has 5 as its text'),
     ('data/custom/prepare.py', '--input={root}/body.jsonl', "has no field 'text'; its fields are body"),
-    ('data/custom/prepare.py', '--input={root}/columns.csv', "has no field 'text'; its fields, as the header names them, are id, body"),
+    ('data/custom/prepare.py', '--input={root}/columns.csv',
+     "has no field 'text'; its fields, as the header names them, are id, body"),
     ('data/custom/prepare.py', '--input={root}/quote.csv', 'line 2 is not CSV'),
     ('data/custom/prepare.py', '--input={root}/comma.csv', 'has 3 fields, but the header has 2'),
     ('data/custom/prepare.py', '--val_fraction=1.5', 'between 0 and 1'),
     ('data/custom/prepare.py', '--val_input={root}/nothing', 'there is no text in'),
-    ('data/custom/prepare.py', '--input={root}/text.txt --val_input={root}/./text.txt', 'one is in the other; move it out'),
+    ('data/custom/prepare.py', '--input={root}/text.txt --val_input={root}/./text.txt',
+     'one is in the other; move it out'),
     ('data/custom/prepare.py', '--input={root} --val_input={root}/text.txt', 'one is in the other'),
     ('data/instruct/prepare.py', '--val_input={root}', 'one is in the other'),
     ('train.py', '--val_input=a', 'prepare the data with --val_input=PATH'),
@@ -346,12 +361,14 @@ def listing(*folders):
     """ every file and folder, with the size and the time of the last change of a file """
     paths = [os.path.join(f, n) for top in folders for f, folders, names in os.walk(top)
              for n in folders + names if '__pycache__' not in os.path.join(f, n)]
-    return sorted((path, os.path.isfile(path) and (os.stat(path).st_size, os.stat(path).st_mtime_ns)) for path in paths)
+    return sorted((path, os.path.isfile(path) and (os.stat(path).st_size, os.stat(path).st_mtime_ns))
+                  for path in paths)
 
 @pytest.mark.parametrize('script, options, message', CASES, ids=[f'{s} {o[:99]}' for s, o, _ in CASES])
 def test_one_line_and_status_2(run, clone, broken, hf_dir, tmp_path, script, options, message):
     def fill(text): # not by format(), since some of it is in braces itself
-        return text.replace('{root}', str(broken)).replace('{hf}', str(hf_dir)).replace('{new}', str(tmp_path / 'out'))
+        return (text.replace('{root}', str(broken)).replace('{hf}', str(hf_dir))
+                .replace('{new}', str(tmp_path / 'out')))
     before = listing(clone, broken)
     done = run(script, *shlex.split(fill(f'{GIVEN.get(script, "")} {options}')), status=2)
     lines = done.err.splitlines()

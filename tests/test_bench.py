@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-SMALL = ('--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=32', '--batch_size=2', '--iters=2', '--skip=1',
-         '--gradient_accumulation_steps=2', '--device=cpu', '--json=True')
+SMALL = ('--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=32', '--batch_size=2', '--iters=2',
+         '--skip=1', '--gradient_accumulation_steps=2', '--device=cpu', '--json=True')
 
 def figures(result):
     return json.loads(result.out.splitlines()[-1])
@@ -47,18 +47,21 @@ def test_a_profile_is_a_trace_with_our_products(run, clone):
     events = json.loads((clone / 'trace.json').read_text())['traceEvents']
     assert any(event.get('name') in ('aten::mm', 'aten::addmm') for event in events)
 
-@pytest.mark.parametrize('option', ['--data=x', '--way=transformers', '--work=x', '--iters=0', '--init_from=out',
-                                    '--suite=x', '--plan=x', '--shard=True', '--work=cards', '--lora_rank=4 --plan=offload', '--work=batch --way=nanogpt'])
+@pytest.mark.parametrize('option', [
+    '--data=x', '--way=transformers', '--work=x', '--iters=0', '--init_from=out', '--suite=x', '--plan=x',
+    '--shard=True', '--work=cards', '--lora_rank=4 --plan=offload', '--work=batch --way=nanogpt'])
 def test_one_line_says_what_is_wrong_with(run, option):
     result = run('bench.py', *SMALL, *option.split(), status=2)
     assert result.err.splitlines()[-1].startswith('error: ') and 'Traceback' not in result.err
 
 def test_warm_up_is_not_timed_and_a_ratio_is_ours_to_theirs(clone, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['bench.py', '--work=batch', '--iters=1', '--skip=0', '--batch_size=1', '--block_size=8', '--device=cpu'])
+    monkeypatch.setattr(sys, 'argv', ['bench.py', '--work=batch', '--iters=1', '--skip=0', '--batch_size=1',
+                                      '--block_size=8', '--device=cpu'])
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
     bench = runpy.run_path(str(clone / 'bench.py'), run_name='__main__')
     assert bench['seconds'](lambda i: time.sleep(0.2 * (i < 3)), 2, 3) < 0.1
-    speeds = {'ours': {'tokens_per_sec': 30, 'memory_mb': 1}, 'theirs': {'tokens_per_sec': 10, 'memory_mb': 2}}
+    speeds = {'ours': {'tokens_per_sec': 30, 'memory_mb': 1},
+              'theirs': {'tokens_per_sec': 10, 'memory_mb': 2}}
     monkeypatch.setitem(bench['compare'].__globals__, 'spawn', lambda name: speeds[name])
     capsys.readouterr()
     bench['compare']('work', ['ours'], ['theirs'])

@@ -52,12 +52,14 @@ def test_the_shape_of_a_model_is_told_without_its_weights(tmp_path, monkeypatch)
 
 def test_the_keys_are_nanogpt_s():
     model, dictionary = make()
-    assert set(dictionary['model_args']) == {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
-    block = {f'{part}.{kind}' for part in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj')
+    assert set(dictionary['model_args']) == {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias',
+                                             'vocab_size', 'dropout'}
+    block = {f'{part}.{kind}'
+             for part in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj')
              for kind in ('weight', 'bias')}
     expected = {f'transformer.h.{i}.{name}' for i in range(2) for name in block} | {
-        'transformer.wte.weight', 'transformer.wpe.weight', 'transformer.ln_f.weight', 'transformer.ln_f.bias',
-        'lm_head.weight'}
+        'transformer.wte.weight', 'transformer.wpe.weight',
+        'transformer.ln_f.weight', 'transformer.ln_f.bias', 'lm_head.weight'}
     assert set(dictionary['model']) == expected
 
 @pytest.mark.parametrize('prefix', ['', '_orig_mod.'])
@@ -87,8 +89,8 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(tmp_path):
             "saver.save({'n': 1}, sys.argv[1])\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))\n"
             "saver.save({'n': torch.zeros(1000000)}, sys.argv[1])")
-    done = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'last.pt')], cwd=ROOT, capture_output=True,
-                          encoding='utf-8')
+    done = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'last.pt')], cwd=ROOT,
+                          capture_output=True, encoding='utf-8')
     assert 'OSError: cannot save' in done.stderr
     assert torch.load(tmp_path / 'last.pt')['n'] == 1 and os.listdir(tmp_path) == ['last.pt']
 
@@ -107,12 +109,16 @@ def test_a_hugging_face_model_of_another_vocabulary_is_refused(tmp_path, hf_dir,
 
 def test_tokens_that_others_added_to_gpt_2_s_are_told(tmp_path, hf_dir, capsys):
     shutil.copytree(hf_dir, tmp_path / 'hf')
-    for name, content in (('added_tokens.json', {'<|user|>': 50258}),
-                          ('tokenizer.json', {'model': {'vocab': {'Hello': 15496, 'er': 263, '\u0120the': 262, '\u0120world': 995}},
-                                              'added_tokens': [{'id': 50256, 'content': '<|endoftext|>'}, {'id': 50257, 'content': '<|pad|>'}]})):
+    for name, content in (
+            ('added_tokens.json', {'<|user|>': 50258}),
+            ('tokenizer.json', {
+                'model': {'vocab': {'Hello': 15496, 'er': 263, '\u0120the': 262, '\u0120world': 995}},
+                'added_tokens': [{'id': 50256, 'content': '<|endoftext|>'},
+                                 {'id': 50257, 'content': '<|pad|>'}]})):
         (tmp_path / 'hf' / name).write_text(json.dumps(content))
     assert checkpoints.load_model(str(tmp_path / 'hf'))[1] == {'tokenizer': {'name': 'gpt2'}}
-    assert "warning: its tokenizer adds <|pad|>, <|user|> to GPT-2's tokens; here they are ordinary text" in capsys.readouterr().err
+    assert ("warning: its tokenizer adds <|pad|>, <|user|> to GPT-2's tokens; here they are ordinary text"
+            in capsys.readouterr().err)
 
 @pytest.mark.parametrize('links', [True, False])
 def test_the_best_is_the_latest_file_and_stays_when_that_is_replaced(tmp_path, monkeypatch, links):
@@ -126,7 +132,8 @@ def test_the_best_is_the_latest_file_and_stays_when_that_is_replaced(tmp_path, m
     saver.save({'iter_num': 3}, last)
     assert torch.load(best)['iter_num'] == 2 and torch.load(last)['iter_num'] == 3
 
-def test_a_copy_for_which_the_disk_has_no_room_leaves_nothing_and_the_latest_counts_as_saved(tmp_path, monkeypatch, capsys):
+def test_a_copy_for_which_the_disk_has_no_room_leaves_nothing_and_the_latest_counts_as_saved(
+        tmp_path, monkeypatch, capsys):
     def refuse(*args):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'link', refuse)

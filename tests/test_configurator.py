@@ -19,8 +19,10 @@ def read(arg):
 @pytest.mark.parametrize('arg, expected', [
     ('--batch_size=4', {'batch_size': 4}), ('--learning_rate=1', {'learning_rate': 1.0}),
     ('--learning_rate=1e-3', {'learning_rate': 1e-3}), ('--decay_lr=False', {'decay_lr': False}),
-    ('--decay_lr=true', {'decay_lr': True}), ('--start=a=b', {'start': 'a=b'}), ('--start=5', {'start': '5'}), ('--start=\\n\\n', {'start': '\n\n'}), ('--start=\\nabla', {'start': '\\nabla'}),
-    ('--start=', {'start': ''}), ('--compile=False', {'compile': False}), ('--compile=auto', {'compile': 'auto'})])
+    ('--decay_lr=true', {'decay_lr': True}), ('--start=a=b', {'start': 'a=b'}),
+    ('--start=5', {'start': '5'}), ('--start=\\n\\n', {'start': '\n\n'}),
+    ('--start=\\nabla', {'start': '\\nabla'}), ('--start=', {'start': ''}),
+    ('--compile=False', {'compile': False}), ('--compile=auto', {'compile': 'auto'})])
 def test_an_option_takes_the_type_of_its_default(arg, expected):
     got = read(arg)
     assert got == expected and type(list(got.values())[0]) is type(list(expected.values())[0])
@@ -29,8 +31,9 @@ def test_an_option_takes_the_type_of_its_default(arg, expected):
     ('--batchsize=4', "unknown option 'batchsize' on the command line; did you mean batch_size"),
     ('--zzz=4', '--help lists every option'), ('--batch_size=4.5', 'takes a whole number'),
     ('--batch_size=four', 'takes a whole number'), ('--batch_size=True', 'takes a whole number'),
-    ('--batch_size=', 'takes a whole number'), ('--decay_lr=1', 'takes True or False'), ('--batch_size', 'has no value'),
-    ('--learning_rate=1e999', 'type a finite number'), ('--compile=3', 'takes text'), ('-x', 'neither a config file'),
+    ('--batch_size=', 'takes a whole number'), ('--decay_lr=1', 'takes True or False'),
+    ('--batch_size', 'has no value'), ('--learning_rate=1e999', 'type a finite number'),
+    ('--compile=3', 'takes text'), ('-x', 'neither a config file'),
     ('batch_size=4', 'neither a config file'), ('--batch_size=' + '(' * 5000, 'takes a whole number')])
 def test_a_bad_argument_is_told(arg, message):
     with pytest.raises(ValueError) as error:
@@ -38,12 +41,15 @@ def test_a_bad_argument_is_told(arg, message):
     assert message in str(error.value)
 
 OPTIONS = {'size': 1, 'rate': 0.5, 'flag': True, 'mode': 'auto', 'text': '\n', 'seed': 0} # one of each kind
-ANY_TEXT = st.text(st.characters(exclude_categories=())) # a command line may hold halves of surrogate pairs, too
+# a command line may hold halves of surrogate pairs, too
+ANY_TEXT = st.text(st.characters(exclude_categories=()))
 TYPED = st.one_of(ANY_TEXT, st.integers().map(repr), st.floats().map(repr), st.booleans().map(repr),
                   st.integers(2**31 - 2, 2**32 + 2).map(hex), st.integers(300, 400).map('1e{}'.format),
-                  st.integers(4000, 5000).map(lambda n: '9' * n), st.text('0123456789+-_.eEjxbo()[]{}:,\'"# \n\\', max_size=9))
+                  st.integers(4000, 5000).map(lambda n: '9' * n),
+                  st.text('0123456789+-_.eEjxbo()[]{}:,\'"# \n\\', max_size=9))
 RIGHT = {'size': st.integers(0, 2**31 - 1), 'rate': st.floats(0, allow_infinity=False), 'flag': st.booleans(),
-         'mode': st.sampled_from(['auto', 'offload', True, False]), 'text': ANY_TEXT, 'seed': st.integers(0, 2**32 - 1)}
+         'mode': st.sampled_from(['auto', 'offload', True, False]), 'text': ANY_TEXT,
+         'seed': st.integers(0, 2**32 - 1)}
 
 def call_with(*argv):
     """ the settings, or the status and what is printed, as of a script with OPTIONS """
@@ -67,14 +73,16 @@ def test_whatever_is_typed_is_of_the_right_type_or_refused_in_one_line(key, type
         assert type(got[key]) in ((str, bool) if key == 'mode' else (type(OPTIONS[key]),))
         limits = {'size': 2**31, 'seed': 2**32, 'rate': float('inf')}
         assert key not in limits or 0 <= got[key] < limits[key]
-        assert key != 'text' or got[key] == (typed if typed.replace('\\n', '') else typed.replace('\\n', '\n'))
+        assert (key != 'text'
+                or got[key] == (typed if typed.replace('\\n', '') else typed.replace('\\n', '\n')))
     else:
         status, printed = got
-        assert key != 'text' and status == 2 and printed.startswith(f'error: {key} is ') and printed.count('\n') == 1
+        assert (key != 'text' and status == 2
+                and printed.startswith(f'error: {key} is ') and printed.count('\n') == 1)
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from(list(RIGHT)).flatmap(lambda key: st.tuples(st.just(key), RIGHT[key], st.booleans())),
-                max_size=6))
+@given(st.lists(st.sampled_from(list(RIGHT))
+                .flatmap(lambda key: st.tuples(st.just(key), RIGHT[key], st.booleans())), max_size=6))
 def test_right_values_arrive_unchanged_and_the_last_of_an_option_counts(tmp_path_factory, given):
     folder, argv = tmp_path_factory.mktemp('configs'), []
     for n, (key, value, in_a_file) in enumerate(given):
@@ -85,19 +93,21 @@ def test_right_values_arrive_unchanged_and_the_last_of_an_option_counts(tmp_path
 
 def test_a_config_computes_and_may_import_and_define(tmp_path):
     path = tmp_path / 'c.py'
-    path.write_text("import math\n_k = 2\ndef half(x): return x // 2\nbatch_size = half(_k * 8) + batch_size\n"
-                    "learning_rate = 1\ncompile = False\n")
+    path.write_text("import math\n_k = 2\ndef half(x): return x // 2\n"
+                    "batch_size = half(_k * 8) + batch_size\nlearning_rate = 1\ncompile = False\n")
     assert read(str(path)) == {'batch_size': 20, 'learning_rate': 1.0, 'compile': False}
 
 def test_a_config_s_function_may_assign_by_global(tmp_path):
     path = tmp_path / 'c.py'
-    path.write_text('batch_size = 3\ndef _f():\n    global batch_size, learning_rate\n    batch_size, learning_rate = 5, 0.5\n_f()\n')
+    path.write_text('batch_size = 3\ndef _f():\n    global batch_size, learning_rate\n'
+                    '    batch_size, learning_rate = 5, 0.5\n_f()\n')
     assert read(str(path)) == {'batch_size': 5, 'learning_rate': 0.5} # the last of each
 
 @pytest.mark.parametrize('text, message', [
     ('batch_sise = 4', 'did you mean batch_size'), ('tokens = 4', "file's own begins with _, as _tokens"),
-    ('batch_size = torch.x', "name 'torch' is not defined; mend that line, or import there what it uses"), ('batch_size = "4"', 'takes a whole number'),
-    ('batch_size = ', 'line 1: SyntaxError'), ('\nbatch_size = x', 'line 2: NameError'),
+    ('batch_size = torch.x', "name 'torch' is not defined; mend that line, or import there what it uses"),
+    ('batch_size = "4"', 'takes a whole number'), ('batch_size = ', 'line 1: SyntaxError'),
+    ('\nbatch_size = x', 'line 2: NameError'),
     ('import nothing_of_this_name', 'line 1: ModuleNotFoundError')])
 def test_a_bad_config_is_told(tmp_path, text, message):
     (tmp_path / 'c.py').write_text(text)
@@ -134,11 +144,13 @@ rate = 0.5
 configure(globals())
 """
 
-RESUMES = SCRIPT.replace('configure(globals())', "init_from = 'scratch'\nout_dir = '.'\nconfigure(globals(), resumes=True)\n")
+RESUMES = SCRIPT.replace(
+    'configure(globals())', "init_from = 'scratch'\nout_dir = '.'\nconfigure(globals(), resumes=True)\n")
 
 def call(tmp_path, body, *args, script=SCRIPT):
     (tmp_path / 'script.py').write_text(f'import sys; sys.path.insert(0, {ROOT!r})' + script + body)
-    return subprocess.run([sys.executable, 'script.py', *args], cwd=tmp_path, capture_output=True, encoding='utf-8')
+    return subprocess.run([sys.executable, 'script.py', *args], cwd=tmp_path, capture_output=True,
+                          encoding='utf-8')
 
 def test_arguments_apply_from_left_to_right(tmp_path):
     (tmp_path / 'c.py').write_text('size = 5; rate = size / 2')
@@ -154,26 +166,32 @@ def test_the_options_typed_are_told_by_one_of_a_run_s_processes(monkeypatch, cap
 
 def test_a_resumed_run_s_options_come_before_those_of_a_config_and_the_command_line(tmp_path):
     (tmp_path / 'c.py').write_text('size = size + 1')
-    (tmp_path / 'config.json').write_text('{"size": 9, "rate": 2, "init_from": "gpt2", "other": [], "given": {"size": 5}}')
+    (tmp_path / 'config.json').write_text(
+        '{"size": 9, "rate": 2, "init_from": "gpt2", "other": [], "given": {"size": 5}}')
     def printed(*args):
         return call(tmp_path, 'print(size, rate, init_from)', *args, script=RESUMES).stdout
     assert printed('--rate=3', 'c.py') == '2 3.0 scratch\n'
     assert printed('--init_from=resume') == '5 2.0 resume\n'
-    assert printed('c.py', '--rate=0.5', '--init_from=resume') == '2 0.5 resume\n' # a file computes from the defaults, each time
+    # a file computes from the defaults, each time
+    assert printed('c.py', '--rate=0.5', '--init_from=resume') == '2 0.5 resume\n'
     assert printed('--init_from=resume', '--out_dir=none') == '1 0.5 resume\n'
 
 @pytest.mark.parametrize('text, message', [
-    ('{', 'config.json (Expecting'), ('[' * 100000, 'config.json (maximum recursion'), ('[]', ''), ('{}', ''), ('{"given": 3}', ''), ('{"size": "x"}', ''),
-    ('{"size": "x", "given": {}}', "size is 'x'; it takes a whole number"), ('{"rate": NaN, "given": {}}', 'rate is nan')])
+    ('{', 'config.json (Expecting'), ('[' * 100000, 'config.json (maximum recursion'), ('[]', ''), ('{}', ''),
+    ('{"given": 3}', ''), ('{"size": "x"}', ''),
+    ('{"size": "x", "given": {}}', "size is 'x'; it takes a whole number"),
+    ('{"rate": NaN, "given": {}}', 'rate is nan')])
 def test_a_config_json_that_no_run_wrote_is_passed_over_or_told(tmp_path, text, message):
     (tmp_path / 'config.json').write_text(text)
     done = call(tmp_path, '', '--init_from=resume', script=RESUMES)
     if message:
         assert message in done.stderr and done.returncode == 2 and done.stderr.count('\n') == 1
     else:
-        told = f"no options of the run in .{os.sep}config.json: what is not typed is the default\ninit_from = 'resume'\n"
+        told = (f"no options of the run in .{os.sep}config.json: what is not typed is the default\n"
+                "init_from = 'resume'\n")
         assert (done.returncode, done.stderr) == (0, told)
-    assert call(tmp_path, '', '--init_from=resume', '--size=3', '--rate=3', script=RESUMES).returncode == (2 if text[1:] in ('', '[' * 99999) else 0)
+    assert (call(tmp_path, '', '--init_from=resume', '--size=3', '--rate=3', script=RESUMES).returncode
+            == (2 if text[1:] in ('', '[' * 99999) else 0))
 
 def test_a_config_typed_again_does_not_change_a_resumed_run_s_dataset(tmp_path):
     script = RESUMES.replace('init_from', "dataset = 'openwebtext'\ninit_from")
@@ -183,14 +201,18 @@ def test_a_config_typed_again_does_not_change_a_resumed_run_s_dataset(tmp_path):
         return call(tmp_path, 'print(dataset, size)', *args, '--init_from=resume', script=script)
     refused = resume('c.py')
     assert refused.returncode == 2 and refused.stderr.endswith(
-        "error: c.py names the dataset 'shakespeare', and the run in . reads 'my novel'; type --init_from=resume --out_dir=. without "
-        "c.py, since the run keeps its options, or --dataset='my novel' or --dataset=shakespeare after it\n")
-    assert resume('c.py', '--dataset=other').stdout == 'other 3\n' and resume('c.py', '--dataset=my novel').stdout == 'my novel 3\n'
+        "error: c.py names the dataset 'shakespeare', and the run in . reads 'my novel'; "
+        "type --init_from=resume --out_dir=. without c.py, since the run keeps its options, or "
+        "--dataset='my novel' or --dataset=shakespeare after it\n")
+    assert (resume('c.py', '--dataset=other').stdout == 'other 3\n'
+            and resume('c.py', '--dataset=my novel').stdout == 'my novel 3\n')
     assert resume('--size=4').stdout == 'my novel 4\n'
 
 def test_what_the_terminal_s_encoding_lacks_is_written_out(tmp_path):
-    (tmp_path / 'script.py').write_text(f'import sys; sys.path.insert(0, {ROOT!r})' + SCRIPT + "print('\u5c0f')", encoding='utf-8')
-    done = subprocess.run([sys.executable, 'script.py'], cwd=tmp_path, capture_output=True, env={**os.environ, 'PYTHONIOENCODING': 'cp1252'})
+    (tmp_path / 'script.py').write_text(
+        f'import sys; sys.path.insert(0, {ROOT!r})' + SCRIPT + "print('\u5c0f')", encoding='utf-8')
+    done = subprocess.run([sys.executable, 'script.py'], cwd=tmp_path, capture_output=True,
+                          env={**os.environ, 'PYTHONIOENCODING': 'cp1252'})
     assert done.stdout.split() == [rb'\u5c0f'] and not done.returncode
 
 def test_a_library_s_error_keeps_its_traceback_and_ctrl_c_has_none(tmp_path):
@@ -213,14 +235,16 @@ def test_every_config_sets_only_options_of_train_py():
 def test_the_home_folder_is_found_in_paths_and_nowhere_else():
     home = os.path.expanduser('~')
     options = {'out_dir': 'out', 'dataset': 'x', 'start': '', 'input': '', 'lora_targets': ''}
-    argv = ['--out_dir=~/out', '--dataset=~/a:0.5,~/b~c:0.5', '--start=~/ is home', '--input=~/.ssh?', '--lora_targets=~/x']
+    argv = ['--out_dir=~/out', '--dataset=~/a:0.5,~/b~c:0.5', '--start=~/ is home', '--input=~/.ssh?',
+            '--lora_targets=~/x']
     assert configure(dict(options), argv) == {
         'out_dir': f'{home}/out', 'dataset': f'{home}/a:0.5,{home}/b~c:0.5', 'start': '~/ is home',
         'input': '~/.ssh?', 'lora_targets': '~/x'}
     assert configure(dict(options), ['--start=FILE:~/x.txt', '--out_dir=~'])['start'] == f'FILE:{home}/x.txt'
 
 def test_an_option_without_a_value_is_told_one_that_means_something():
-    for options, argv, message in (({'stream': False}, ['--stream'], 'type --stream=True,'),
-                                   ({'out_dir': 'out'}, ['--out_dir', 'x'], 'type --out_dir=VALUE, with = and no space')):
+    for options, argv, message in (
+            ({'stream': False}, ['--stream'], 'type --stream=True,'),
+            ({'out_dir': 'out'}, ['--out_dir', 'x'], 'type --out_dir=VALUE, with = and no space')):
         with pytest.raises(ValueError, match=message):
             configure(options, argv)

@@ -28,7 +28,8 @@ def test_what_a_killed_process_left_of_a_dataset_goes_the_next_time(tmp_path):
         os.kill(os.getpid(), 9)
     os.waitpid(child, 0)
     left, = (tmp_path / 'd').iterdir()
-    another = left.with_name(left.name.replace(f'-{child}-', f'-2-{child}-')) # of a host whose name only begins alike
+    # of a host whose name only begins alike
+    another = left.with_name(left.name.replace(f'-{child}-', f'-2-{child}-'))
     another.mkdir()
     with publish(str(tmp_path / 'd')), publish(str(tmp_path / 'd')): # of two that are at work neither goes
         assert not left.exists() and another.exists() and len(list((tmp_path / 'd').iterdir())) == 3
@@ -46,8 +47,10 @@ def test_other_data_have_another_mark(tmp_path):
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(2, 150), block_size=st.integers(1, 40), seed=st.integers(0, 2**32 - 1),
        split=st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 4)), epoch=st.integers(0, 10**6))
-def test_every_token_is_a_target_once_an_epoch_whoever_reads_it(tmp_path_factory, n, block_size, seed, split, epoch):
-    """ the iterations that make up some epochs, each shared by processes in micro-batches as train.py shares it """
+def test_every_token_is_a_target_once_an_epoch_whoever_reads_it(
+        tmp_path_factory, n, block_size, seed, split, epoch):
+    """ the iterations that make up some epochs, each shared by processes in micro-batches as train.py shares
+    it """
     data = make_split(tmp_path_factory.mktemp('d'), n, min(block_size, n - 1), seed=seed)
     sequences = math.prod(split) # so many epochs are as many iterations as an epoch has windows
     epochs = [[] for _ in range(sequences)]
@@ -63,9 +66,10 @@ def test_every_token_is_a_target_once_an_epoch_whoever_reads_it(tmp_path_factory
     assert all(sorted(targets) == list(range(1, n)) for targets in epochs) # the first has nothing before it
 
 @settings(max_examples=30, deadline=None)
-@given(n=st.integers(50, 400), block_size=st.integers(1, 9), world_size=st.integers(1, 6), each=st.integers(1, 4),
-       seed=st.integers(0, 9))
-def test_the_shares_of_an_iteration_are_disjoint_and_together_the_whole(tmp_path_factory, n, block_size, world_size, each, seed):
+@given(n=st.integers(50, 400), block_size=st.integers(1, 9), world_size=st.integers(1, 6),
+       each=st.integers(1, 4), seed=st.integers(0, 9))
+def test_the_shares_of_an_iteration_are_disjoint_and_together_the_whole(
+        tmp_path_factory, n, block_size, world_size, each, seed):
     data = make_split(tmp_path_factory.mktemp('d'), n, block_size, seed=seed)
     sequences = min(world_size * each, data.windows // world_size * world_size)
     windows = data.training_windows(0, sequences) # no more than an epoch has
@@ -145,7 +149,8 @@ def test_a_hostile_meta_pkl_runs_nothing(tmp_path):
 
 @pytest.mark.parametrize('meta, state', [
     ({'vocab_size': 3}, {'name': 'numbers', 'n_vocab': 3}),
-    ({'vocab_size': 2, 'stoi': {'ab': 0, 'c': 1}, 'itos': {0: 'ab', 1: 'c'}}, {'name': 'numbers', 'n_vocab': 2}),
+    ({'vocab_size': 2, 'stoi': {'ab': 0, 'c': 1}, 'itos': {0: 'ab', 1: 'c'}},
+     {'name': 'numbers', 'n_vocab': 2}),
     ({'vocab_size': 2, 'itos': ['b', 'a']}, {'name': 'char', 'chars': ['b', 'a']})])
 def test_a_meta_pkl_of_other_tokens_than_characters_gives_their_number(tmp_path, meta, state):
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
@@ -175,7 +180,8 @@ def test_text_is_read_without_a_byte_order_mark_and_bad_utf8_is_placed(tmp_path)
     with pytest.raises(ValueError, match='b.txt is not UTF-8 at byte 4.*latin1'):
         read_text(str(tmp_path / 'b.txt'))
     (tmp_path / 'c.txt').write_bytes('wide'.encode('utf-16'))
-    with pytest.raises(ValueError, match='c.txt is not UTF-8 at byte 0.*iconv -f utf-16 -t utf-8, since it is UTF-16'):
+    with pytest.raises(ValueError, match='c.txt is not UTF-8 at byte 0.*'
+                                         'iconv -f utf-16 -t utf-8, since it is UTF-16'):
         read_text(str(tmp_path / 'c.txt'))
 
 @pytest.fixture
@@ -230,7 +236,8 @@ def test_the_counted_targets_are_those_of_the_batch(tmp_path_factory, n, block_s
 
 def make_items(folder, lengths, n_prompt=1):
     """ items of these lengths, whose first n_prompt tokens, or all but the last, are not targets """
-    mask = [byte for n in lengths for byte in [0] * min(n_prompt, n - 1) + [1] * (n - 1 - min(n_prompt, n - 1)) + [2]]
+    mask = [byte for n in lengths
+            for byte in [0] * min(n_prompt, n - 1) + [1] * (n - 1 - min(n_prompt, n - 1)) + [2]]
     np.array(mask, dtype=np.uint8).tofile(folder / 'train_mask.bin')
     return len(mask)
 
@@ -238,14 +245,17 @@ def test_windows_hold_whole_items_as_many_as_fit(tmp_path):
     data = make_split(tmp_path, make_items(tmp_path, [3, 4, 2, 12, 3]), 6)
     # 3 and 4 fill the first, since its last token is only a target; 12 are too many for one
     assert data.cut(np.arange(data.windows)).tolist() == [[0, 6], [7, 1], [9, 6], [15, 5], [21, 2]]
-    assert sorted(data.training_windows(3, 5).tolist()) == sorted(data.items.tolist()) # an epoch, in an order of its own
+    # an epoch, in an order of its own
+    assert sorted(data.training_windows(3, 5).tolist()) == sorted(data.items.tolist())
     assert data.training_windows(3, 5).tolist() != data.training_windows(4, 5).tolist()
     x, y = data.batch(np.array([[7, 1], [15, 5]]))
     assert x[0, 0] == 7 and y.tolist() == [[8, -1, -1, -1, -1, -1], [16, 17, 18, 19, 20, -1]]
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(2, 30), min_size=2, max_size=40), block_size=st.integers(1, 20), n_prompt=st.integers(1, 5))
-def test_every_answer_is_a_target_once_an_epoch_after_as_much_of_its_item_as_fits(tmp_path_factory, lengths, block_size, n_prompt):
+@given(lengths=st.lists(st.integers(2, 30), min_size=2, max_size=40), block_size=st.integers(1, 20),
+       n_prompt=st.integers(1, 5))
+def test_every_answer_is_a_target_once_an_epoch_after_as_much_of_its_item_as_fits(
+        tmp_path_factory, lengths, block_size, n_prompt):
     folder, seen = tmp_path_factory.mktemp('d'), []
     n = make_items(folder, lengths, n_prompt)
     data = make_split(folder, n, min(block_size, n - 1))

@@ -18,7 +18,8 @@ def test_a_device_or_dtype_that_is_not_there_is_named():
         device.pick_dtype('fp16', 'cpu')
     assert device.pick_device('cpu') == 'cpu' and device.pick_dtype('float16', 'cpu') == 'float16'
 
-@pytest.mark.parametrize('amx, avx, expected', [(True, False, 'bfloat16'), (False, True, 'bfloat16'), (False, False, 'float32')])
+@pytest.mark.parametrize('amx, avx, expected', [(True, False, 'bfloat16'), (False, True, 'bfloat16'),
+                                                (False, False, 'float32')])
 def test_a_cpu_computes_in_bfloat16_only_where_its_hardware_does(monkeypatch, amx, avx, expected):
     monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
     monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: avx)
@@ -26,28 +27,32 @@ def test_a_cpu_computes_in_bfloat16_only_where_its_hardware_does(monkeypatch, am
 
 @pytest.mark.parametrize('emulated, expected', [(False, 'float16'), (True, 'bfloat16')])
 def test_a_gpu_without_bfloat16_computes_in_float16(monkeypatch, emulated, expected):
-    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: including_emulation or emulated)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported',
+                        lambda including_emulation: including_emulation or emulated)
     assert device.pick_dtype('auto', 'cuda') == expected
 
 BUILT = ['sm_75', 'sm_80', 'sm_86', 'sm_90', 'sm_100', 'sm_120'] # as of torch 2.11 for CUDA 13
 
 @pytest.mark.parametrize('built, capability, runs', [
-    (BUILT, (6, 0), False), (BUILT, (7, 0), False), (BUILT, (7, 5), True), (BUILT, (8, 0), True), (BUILT, (8, 9), True),
-    (BUILT, (11, 0), False), (BUILT, (12, 1), True), ([*BUILT, 'compute_120'], (13, 0), True), (BUILT, (13, 0), False),
+    (BUILT, (6, 0), False), (BUILT, (7, 0), False), (BUILT, (7, 5), True), (BUILT, (8, 0), True),
+    (BUILT, (8, 9), True), (BUILT, (11, 0), False), (BUILT, (12, 1), True),
+    ([*BUILT, 'compute_120'], (13, 0), True), (BUILT, (13, 0), False),
     (['sm_90a'], (9, 0), True), (['gfx90a'], (9, 0), True), ([], (6, 0), True)])
 def test_a_gpu_that_this_build_of_torch_has_no_kernels_for_is_refused(monkeypatch, built, capability, runs):
-    for name, value in (('is_available', True), ('device_count', 1), ('get_arch_list', built), ('get_device_name', 'Tesla P100'),
-                        ('get_device_capability', capability)):
+    for name, value in (('is_available', True), ('device_count', 1), ('get_arch_list', built),
+                        ('get_device_name', 'Tesla P100'), ('get_device_capability', capability)):
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
     assert device.has_kernels(capability) == runs
     if runs:
         assert device.pick_device('auto') == device.pick_device('cuda') == 'cuda'
     for name in ('auto', 'cuda') if not runs else ():
-        with pytest.raises(ValueError, match=r'no kernels for Tesla P100, only for sm_75, .*; run pip install .*/cu126 for older'):
+        with pytest.raises(ValueError, match=r'no kernels for Tesla P100, only for sm_75, .*; '
+                                             r'run pip install .*/cu126 for older'):
             device.pick_device(name)
     assert device.pick_device('cpu') == 'cpu'
 
-@pytest.mark.parametrize('cuda, why', [('13.0', 'too old for this build'), (None, 'a build of torch without CUDA')])
+@pytest.mark.parametrize('cuda, why', [('13.0', 'too old for this build'),
+                                       (None, 'a build of torch without CUDA')])
 def test_a_driver_that_torch_cannot_use_is_told_once_a_machine(monkeypatch, capsys, cuda, why):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.version, 'cuda', cuda)
@@ -64,10 +69,13 @@ def test_a_driver_that_torch_cannot_use_is_told_once_a_machine(monkeypatch, caps
     device.pick_device('auto')
     assert not capsys.readouterr().err
 
-@pytest.mark.parametrize('name, dtype, emulated, warned', [('cuda', 'bfloat16', True, True), ('cuda', 'bfloat16', False, False),
-                                                           ('cuda', 'float16', True, False), ('cpu', 'bfloat16', True, False)])
-def test_bfloat16_on_a_gpu_that_only_emulates_it_is_warned_of(monkeypatch, capsys, name, dtype, emulated, warned):
-    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: including_emulation or not emulated)
+@pytest.mark.parametrize('name, dtype, emulated, warned', [
+    ('cuda', 'bfloat16', True, True), ('cuda', 'bfloat16', False, False),
+    ('cuda', 'float16', True, False), ('cpu', 'bfloat16', True, False)])
+def test_bfloat16_on_a_gpu_that_only_emulates_it_is_warned_of(
+        monkeypatch, capsys, name, dtype, emulated, warned):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported',
+                        lambda including_emulation: including_emulation or not emulated)
     assert device.pick_dtype(dtype, name) == dtype
     assert ('type --dtype=float16' in capsys.readouterr().err) == warned
     monkeypatch.setenv('LOCAL_RANK', '1')
@@ -77,15 +85,18 @@ def test_a_mac_s_gpu_takes_no_more_than_the_ram_that_is_free(monkeypatch):
     monkeypatch.setattr(torch.mps, 'recommended_max_memory', lambda: 5 * 2**30)
     monkeypatch.setattr(torch.mps, 'driver_allocated_memory', lambda: 2**30)
     for free, expected in ((8, 4), (3, 3)):
-        monkeypatch.setattr(device.psutil, 'virtual_memory', lambda: types.SimpleNamespace(available=free * 2**30))
+        monkeypatch.setattr(device.psutil, 'virtual_memory',
+                            lambda: types.SimpleNamespace(available=free * 2**30))
         assert device.free_memory('mps') == expected * 2**30
 
 @pytest.mark.parametrize('name, pinned', [('cuda:1', True), ('mps', False), ('cpu', False)])
 def test_only_what_is_pinned_is_copied_while_its_memory_may_go(monkeypatch, name, pinned):
     at_work = []
     monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda self: at_work.append('pinned') or self)
-    monkeypatch.setattr(torch.Tensor, 'to', lambda self, device, non_blocking: (self.tolist(), device, non_blocking))
-    assert device.fetch(np.arange(2), np.arange(3), name) == (([0, 1], name, pinned), ([0, 1, 2], name, pinned))
+    monkeypatch.setattr(torch.Tensor, 'to',
+                        lambda self, device, non_blocking: (self.tolist(), device, non_blocking))
+    assert device.fetch(np.arange(2), np.arange(3), name) == (([0, 1], name, pinned),
+                                                              ([0, 1, 2], name, pinned))
     assert len(at_work) == 2 * pinned
 
 @pytest.fixture
@@ -101,24 +112,28 @@ def test_a_broken_compiler_costs_one_warning(monkeypatch, capsys, model):
     expected = model(x, x)[1]
     assert not device.compile_model([model], lambda: model(x, x))
     err = capsys.readouterr().err
-    assert err.count('warning') == err.count('\n') == 1 and 'no C++ compiler' in err and 'going on without it' in err
+    assert (err.count('warning') == err.count('\n') == 1
+            and 'no C++ compiler' in err and 'going on without it' in err)
     assert model(x, x)[1] == expected # it still runs
 
 @pytest.mark.parametrize('name, index', [('cuda', None), ('cuda:1', 1)])
 def test_memory_gb_limits_the_gpu_that_is_used(monkeypatch, name, index):
     asked = []
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (80 * 2**30, 80 * 2**30))
-    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: types.SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(torch.cuda, 'get_device_properties',
+                        lambda device: types.SimpleNamespace(total_memory=80 * 2**30))
     monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
     monkeypatch.setattr(torch.cuda.memory, '_lazy_init', lambda: None)
-    monkeypatch.setattr(torch._C, '_cuda_setMemoryFraction', lambda fraction, at: asked.append((fraction, at)), raising=False)
+    monkeypatch.setattr(torch._C, '_cuda_setMemoryFraction',
+                        lambda fraction, at: asked.append((fraction, at)), raising=False)
     assert device.memory_to_fill(name, 8.0) == pytest.approx(0.95 * 7.4 * 2**30, rel=1e-3)
     assert asked == [(pytest.approx(7.4 / 80, rel=1e-3), index or 0)]
 
 def test_a_card_that_is_not_here_is_all_there_is(monkeypatch):
     monkeypatch.setattr(device, 'free_memory', lambda name: 2**30)
     assert device.memory_to_fill('cpu', 8.0, elsewhere=True) == pytest.approx(0.95 * 7.4 * 2**30)
-    assert device.memory_to_fill('cpu', 8.0) == device.memory_to_fill('cpu', 0.0) == 0.75 * 2**30 # no more than is free
+    # no more than is free
+    assert device.memory_to_fill('cpu', 8.0) == device.memory_to_fill('cpu', 0.0) == 0.75 * 2**30
     assert device.memory_to_fill('cpu', 0.5) == 0.75 * 2**29 # CUDA takes none of it
 
 STAT = 'anon 1000000000\nfile 14000000000\n{}inactive_file 13000000000\nactive_file 1\n'
@@ -133,7 +148,8 @@ def groups(root, text):
     (root / 'proc/self/cgroup').write_text(text)
     return root / 'sys/fs/cgroup'
 
-def test_what_a_container_or_a_job_may_take_is_counted_and_files_that_it_caches_are_free(tmp_path, monkeypatch):
+def test_what_a_container_or_a_job_may_take_is_counted_and_files_that_it_caches_are_free(
+        tmp_path, monkeypatch):
     top = groups(tmp_path, 'odd\n\n0::/job/step\n')
     write_group(top, 16_000_000_000, 15_000_000_000)
     assert device.group_memory(tmp_path) == 14_000_000_000
@@ -175,9 +191,11 @@ def test_processes_of_a_machine_share_its_free_ram(monkeypatch):
     assert device.free_memory('cpu') == 2 * 2**30
 
 def test_a_gpu_that_is_only_named_after_a_known_one_has_no_peak(monkeypatch):
-    for name, known in (('NVIDIA GeForce RTX 4090', True), ('NVIDIA GeForce RTX 3080 Ti', False), ('NVIDIA GeForce RTX 4090 Laptop GPU', False),
-                        ('NVIDIA H100 80GB HBM3', True), ('NVIDIA H100 NVL', False), ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', False),
-                        ('NVIDIA GeForce RTX 4090 D', False)):
+    for name, known in (
+            ('NVIDIA GeForce RTX 4090', True), ('NVIDIA GeForce RTX 3080 Ti', False),
+            ('NVIDIA GeForce RTX 4090 Laptop GPU', False), ('NVIDIA H100 80GB HBM3', True),
+            ('NVIDIA H100 NVL', False), ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', False),
+            ('NVIDIA GeForce RTX 4090 D', False)):
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda at: name)
         assert (device.peak_flops('cuda', 'bfloat16') is not None) == known
 

@@ -27,16 +27,19 @@ def test_every_option_says_what_it_means(script):
     options = read_options(os.path.join(ROOT, script))[1]
     assert options and [name for _, name, _, comment in options if not comment] == []
 
-@pytest.mark.parametrize('page', ['README.md', *(f'docs/{name}' for name in os.listdir(os.path.join(ROOT, 'docs'))
-                                                 if name.endswith('.md')), 'config/finetune/README.md'])
+@pytest.mark.parametrize('page', [
+    'README.md', *(f'docs/{name}' for name in os.listdir(os.path.join(ROOT, 'docs'))
+                   if name.endswith('.md')), 'config/finetune/README.md'])
 def test_every_link_and_every_option_in_a_page_exists(page):
     with open(os.path.join(ROOT, page), encoding='utf-8') as file:
         text = file.read()
     for target in re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', text):
         assert os.path.exists(os.path.join(ROOT, os.path.dirname(page), target)), target
     options = {'nproc_per_node', 'nnodes'} # torchrun's
-    known = options | {name for script in SCRIPTS for _, name, _, _ in read_options(os.path.join(ROOT, script))[1]}
-    lines = [line for line in text.replace('\\\n', ' ').splitlines() if re.search(r'\b(train|sample|export|evaluate|bench|prepare)\.py', line)]
+    known = options | {name for script in SCRIPTS
+                       for _, name, _, _ in read_options(os.path.join(ROOT, script))[1]}
+    lines = [line for line in text.replace('\\\n', ' ').splitlines()
+             if re.search(r'\b(train|sample|export|evaluate|bench|prepare)\.py', line)]
     for line in lines:
         for command in re.findall(r'\w+\.py[^`|;]*', line):
             for option in re.findall(r' --(\w+)=', command):

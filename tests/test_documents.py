@@ -53,8 +53,9 @@ def test_bad_utf8_in_a_later_line_is_told_with_its_byte(tmp_path):
 
 def test_a_folder_gives_its_kinds_of_files_in_the_order_of_their_names(tmp_path):
     (tmp_path / 'sub').mkdir()
-    for name, text in {'d.TXT': 'four', 'a.jsonl': '\ufeff{"text": "one"}\r\n\n{"text": "two\\nlines", "n": 1}',
-                       'b.csv': 'n,text\n1,three\n', 'c.md': ' \n', 'e.jpg': 'no', 'sub/f.txt': 'five'}.items():
+    for name, text in {
+            'd.TXT': 'four', 'a.jsonl': '\ufeff{"text": "one"}\r\n\n{"text": "two\\nlines", "n": 1}',
+            'b.csv': 'n,text\n1,three\n', 'c.md': ' \n', 'e.jpg': 'no', 'sub/f.txt': 'five'}.items():
         (tmp_path / name).write_bytes(text.encode())
     found = Documents(str(tmp_path))
     assert [(place.rpartition(str(tmp_path) + '/')[2], ''.join(blocks)) for place, blocks in found] == [
@@ -63,11 +64,14 @@ def test_a_folder_gives_its_kinds_of_files_in_the_order_of_their_names(tmp_path)
     assert found.count == 5 and found.characters == len('onetwo\nlinesthreefourfive')
 
 def test_csv_is_read_as_it_is_quoted(tmp_path):
-    (tmp_path / 'a.csv').write_bytes('\ufefftext,n\r\n"a, ""b""\r\n\nc",1\r\n\r\n,2\n'.encode() + b'x' * 200_000 + b',3')
+    (tmp_path / 'a.csv').write_bytes(
+        '\ufefftext,n\r\n"a, ""b""\r\n\nc",1\r\n\r\n,2\n'.encode() + b'x' * 200_000 + b',3')
     rows = [(place[-6:], row['text'], row['n']) for place, row in csv_rows(str(tmp_path / 'a.csv'))]
     assert rows == [('line 2', 'a, "b"\n\nc', '1'), ('line 6', '', '2'), ('line 7', 'x' * 200_000, '3')]
 
-@pytest.mark.parametrize('text', ['text,"a;b;c"\nhello,1', 'width 5";text\n1;hello', '"Name, first";text\n1;hello', '"a;b, c;d"\ttext\n1\thello', 'text\nhello'])
+@pytest.mark.parametrize('text', [
+    'text,"a;b;c"\nhello,1', 'width 5";text\n1;hello', '"Name, first";text\n1;hello',
+    '"a;b, c;d"\ttext\n1\thello', 'text\nhello'])
 def test_what_is_quoted_in_a_csv_s_header_separates_nothing(tmp_path, text):
     (tmp_path / 'a.csv').write_text(text)
     assert [row['text'] for _, row in csv_rows(str(tmp_path / 'a.csv'))] == ['hello']
@@ -77,17 +81,24 @@ def test_csv_with_other_separators_is_read_too(tmp_path, comma):
     (tmp_path / 'a.csv').write_text(f' \n\nid{comma}text\n1{comma}one, two\n2{comma}"three{comma} four"\n')
     assert [row['text'] for _, row in csv_rows(str(tmp_path / 'a.csv'))] == ['one, two', f'three{comma} four']
 
-BROKEN = [('a.jsonl', '{"text": "a"}\n{"text": "b"', 'line 2 is not JSON'), ('a.jsonl', '[1]', 'line 1 is no JSON object'),
-          ('a.jsonl', '\n{"body": "a", "n": 1}', "line 2 has no field 'text'; its fields are body, n; type --text_field"),
+BROKEN = [('a.jsonl', '{"text": "a"}\n{"text": "b"', 'line 2 is not JSON'),
+          ('a.jsonl', '[1]', 'line 1 is no JSON object'),
+          ('a.jsonl', '\n{"body": "a", "n": 1}',
+           "line 2 has no field 'text'; its fields are body, n; type --text_field"),
           ('a.jsonl', '{"prompt": "a"}', 'type --text_field=NAME with one of these$'),
           ('a.jsonl', '{"query": "a", "answer": "b"}', 'these, or run data/instruct/prepare.py'),
           ('a.jsonl', '{"conversations": []}', 'these, or run data/instruct/prepare.py'),
-          ('a.jsonl', '{"text": [1]}', r'line 1 has \[1\] as its text'), ('a.jsonl', '{"text": null}', 'there is no text'), ('a.jsonl', '[' * 10**5, 'line 1 is not JSON'),
+          ('a.jsonl', '{"text": [1]}', r'line 1 has \[1\] as its text'),
+          ('a.jsonl', '{"text": null}', 'there is no text'),
+          ('a.jsonl', '[' * 10**5, 'line 1 is not JSON'),
           ('a.json', '{"text": "a"}\n{"text": "b"}', 'a.json is not one JSON value .* to end in .jsonl if'),
-          ('a.json', '{"text": "a"}', 'a.json is no list of objects'), ('a.json', '["a"]', 'a.json is no list of objects'),
+          ('a.json', '{"text": "a"}', 'a.json is no list of objects'),
+          ('a.json', '["a"]', 'a.json is no list of objects'),
           ('a.json', '[' * 10**5, 'a.json is no list of objects'), ('a.json', '[]', 'there is no text'),
-          ('a.json', '[{"text": "a"}, {"body": "b"}]', "item 2 has no field 'text'; its fields are body; type --text_field"),
-          ('a.csv', 'id,body\n1,a\n', "line 2 has no field 'text'; its fields, as the header names them, are id, body"),
+          ('a.json', '[{"text": "a"}, {"body": "b"}]',
+           "item 2 has no field 'text'; its fields are body; type --text_field"),
+          ('a.csv', 'id,body\n1,a\n',
+           "line 2 has no field 'text'; its fields, as the header names them, are id, body"),
           ('a.csv', 'text,n\na,1\nb, c,2\n', 'line 3 has 3 fields, but the header has 2'),
           ('a.csv', 'text\na\n"b\nc', 'line 3 is not CSV'), ('a.csv', 'text\n', 'there is no text')]
 
@@ -112,7 +123,8 @@ def test_a_folder_s_links_are_followed_and_what_is_hidden_is_left_out(tmp_path):
 def test_a_folder_s_files_of_other_kinds_are_told(tmp_path, capsys):
     for name in ('a.html', 'b.text', 'c.HTML', '.hidden', 'd'):
         (tmp_path / name).write_text('x')
-    with pytest.raises(ValueError, match=r'\(not read: 4, \.HTML, \.html, \.text, no suffix\); expected files that end in \.txt.*; convert them, or'):
+    with pytest.raises(ValueError, match=r'\(not read: 4, \.HTML, \.html, \.text, no suffix\); '
+                                         r'expected files that end in \.txt.*; convert them, or'):
         texts(str(tmp_path))
     (tmp_path / 'e.txt').write_text('x')
     assert texts(str(tmp_path)) == ['x'] and '(not read: 4, .HTML' in capsys.readouterr().out
@@ -124,7 +136,8 @@ def test_each_line_is_a_document_if_asked_for(tmp_path, monkeypatch, block):
     (tmp_path / 'b.jsonl').write_text('{"text": "a\\nb"}') # a row stays one
     read = Documents(str(tmp_path), lines=True)
     assert [(os.path.basename(place), ''.join(blocks)) for place, blocks in read] == [
-        ('a.txt, line 1', 'one, two'), ('a.txt, line 3', '  three'), ('a.txt, line 5', 'four\x0bfive'), ('b.jsonl, line 1', 'a\nb')]
+        ('a.txt, line 1', 'one, two'), ('a.txt, line 3', '  three'), ('a.txt, line 5', 'four\x0bfive'),
+        ('b.jsonl, line 1', 'a\nb')]
 
 def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
     (tmp_path / 'a.txt').write_text('a')
@@ -144,8 +157,9 @@ def test_a_list_in_json_is_read_as_rows(tmp_path):
 
 @pytest.mark.parametrize('size', [40, 2**20])
 @pytest.mark.parametrize('text, warned', [
-    ('{"text": "a"}\n{"text": "b"}\n', True), (' [\n  {"text": "a"},\n {"text": "b"}]', True), ('{"body": "a"}\n', False),
-    ('{text} is a word.', False), ('["text"]', False), ('{"text": "never ends', False), ('"text" is a word.', False),
+    ('{"text": "a"}\n{"text": "b"}\n', True), (' [\n  {"text": "a"},\n {"text": "b"}]', True),
+    ('{"body": "a"}\n', False), ('{text} is a word.', False), ('["text"]', False),
+    ('{"text": "never ends', False), ('"text" is a word.', False),
     ('[' * 10**5, False), ('{"a":' * 10**5, False)], ids=lambda value: repr(value)[:20])
 def test_rows_that_are_read_as_plain_text_are_told(tmp_path, monkeypatch, capsys, text, warned, size):
     monkeypatch.setattr(documents, 'BLOCK', size)
@@ -164,7 +178,8 @@ def test_half_a_surrogate_pair_is_replaced_as_tiktoken_replaces_it(tmp_path):
 def test_a_long_field_comes_in_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, 'BLOCK', 4)
     (tmp_path / 'a.jsonl').write_text(json.dumps({'body': 'abcdefghij'}))
-    assert [list(blocks) for _, blocks in Documents(str(tmp_path / 'a.jsonl'), 'body')] == [['abcd', 'efgh', 'ij']]
+    assert [list(blocks) for _, blocks in Documents(str(tmp_path / 'a.jsonl'), 'body')] == [
+        ['abcd', 'efgh', 'ij']]
 
 def test_only_white_space_is_no_text_however_long(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, 'BLOCK', 4)

@@ -25,7 +25,8 @@ def written(tmp_path, texts, size, **options):
                     and (i > 1 or len(set(ids)) == 1)] # no empty ones
     return ids
 
-@pytest.mark.skipif(not hasattr(encode.os, 'sched_getaffinity'), reason="only Linux tells which cores a process may use")
+@pytest.mark.skipif(not hasattr(encode.os, 'sched_getaffinity'),
+                    reason="only Linux tells which cores a process may use")
 def test_a_process_with_one_core_starts_no_others(tmp_path, monkeypatch):
     monkeypatch.setattr(encode, 'JOB', 10)
     monkeypatch.setattr(encode.os, 'sched_getaffinity', lambda pid: {3})
@@ -33,7 +34,8 @@ def test_a_process_with_one_core_starts_no_others(tmp_path, monkeypatch):
     assert written(tmp_path, ['a b ' * 100], 10) == [*BPE.encode('a b ' * 100), 50256]
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.text(ALPHABET, min_size=1, max_size=60), max_size=4), st.integers(1, 9), st.integers(1, 20), st.booleans())
+@given(st.lists(st.text(ALPHABET, min_size=1, max_size=60), max_size=4), st.integers(1, 9),
+       st.integers(1, 20), st.booleans())
 def test_ids_equal_tiktoken_s_of_each_whole_document(tmp_path_factory, texts, size, job, special):
     if special:
         texts = [text + '<|endoftext|> ' for text in texts]
@@ -49,13 +51,15 @@ def test_pieces_have_the_ids_of_the_whole(text, size):
     assert ''.join(pieces) == text
     assert sum(map(BPE.encode, pieces), []) == BPE.encode(text)
 
-PARTS = ["a", "'", "s", "'s", "'re", "'ll", "l", "|", "<|endoftext|>", "<|", "|>", "1", "²", "Ⅷ", "三", "東京", "。", "，", "é",
-         "e\u0301", "\u0301", "ไทย", "ี้", "🙂", "👩\u200d💻", "_", "'\u0301", "\u0378", "\ua7cb", "\U00010d40", " ", "\u3000", "\n"]
+PARTS = ["a", "'", "s", "'s", "'re", "'ll", "l", "|", "<|endoftext|>", "<|", "|>", "1", "²", "Ⅷ", "三", "東京",
+         "。", "，", "é", "e\u0301", "\u0301", "ไทย", "ี้", "🙂", "👩\u200d💻", "_", "'\u0301", "\u0378", "\ua7cb",
+         "\U00010d40", " ", "\u3000", "\n"]
 
 @settings(max_examples=600, deadline=None)
-@given(st.lists(st.lists(st.sampled_from(PARTS), min_size=1, max_size=30).map(''.join), min_size=1, max_size=3),
-       st.integers(2, 9), st.integers(1, 20), st.booleans())
-def test_ids_equal_tiktoken_s_where_cuts_are_between_kinds_of_characters(tmp_path_factory, texts, size, job, allow):
+@given(st.lists(st.lists(st.sampled_from(PARTS), min_size=1, max_size=30).map(''.join),
+                min_size=1, max_size=3), st.integers(2, 9), st.integers(1, 20), st.booleans())
+def test_ids_equal_tiktoken_s_where_cuts_are_between_kinds_of_characters(
+        tmp_path_factory, texts, size, job, allow):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, 'JOB', job)
         ids = written(tmp_path_factory.getbasetemp(), texts, size, workers=1, allow_special=allow)
@@ -71,8 +75,8 @@ def test_a_character_is_of_the_kind_that_tiktoken_sees_in_it():
     every = ''.join(map(chr, [*range(0xd800), *range(0xe000, 0x30000)]))
     kinds = [encode.kind(char) for char in every]
     for kind, pattern in (('letter', r'\p{L}'), ('number', r'\p{N}'), ('other', r'[^\s\p{L}\p{N}]')):
-        bytes_only = tiktoken.Encoding('x', pat_str=pattern, mergeable_ranks={bytes([i]): i for i in range(256)},
-                                       special_tokens={}) # it leaves out what the pattern does not match
+        bytes_only = tiktoken.Encoding( # it leaves out what the pattern does not match
+            'x', pat_str=pattern, mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
         found = {*bytes(bytes_only.encode_ordinary(every)).decode()}
         mine = {char for char, k in zip(every, kinds) if k == kind}
         assert mine <= found and len(mine) > 500
@@ -90,7 +94,8 @@ def test_endless_text_is_read_no_faster_than_it_is_encoded():
     n_read = itertools.count()
     jobs = ([f'text {next(n_read)}', None] for _ in itertools.count())
     results = encode.encode_in_processes(jobs, BPE, False, 2)
-    assert [BPE.decode(np.frombuffer(next(results), '<u2')) for _ in range(9)] == [f'text {i}<|endoftext|>' for i in range(9)]
+    assert [BPE.decode(np.frombuffer(next(results), '<u2')) for _ in range(9)] == [
+        f'text {i}<|endoftext|>' for i in range(9)]
     assert next(n_read) <= 9 + 2 * 2
     results.close()
     assert not multiprocessing.active_children()
@@ -105,8 +110,9 @@ def test_a_process_that_was_killed_is_told_in_one_line():
 
 def test_characters_are_numbered_in_the_order_of_their_code_points(tmp_path, monkeypatch):
     monkeypatch.setattr(encode, 'JOB', 3)
-    chars, (ends, others) = encode.write_characters({str(tmp_path / 'a.bin'): [('a', ['b🙂', 'a']), ('b', ['é'])],
-                                                     str(tmp_path / 'b.bin'): [('c', ['ä'])]})
+    chars, (ends, others) = encode.write_characters({
+        str(tmp_path / 'a.bin'): [('a', ['b🙂', 'a']), ('b', ['é'])],
+        str(tmp_path / 'b.bin'): [('c', ['ä'])]})
     assert (chars, ends.tolist(), others.tolist()) == (['\n', 'a', 'b', 'ä', 'é', '🙂'], [4, 6], [2])
     assert np.fromfile(tmp_path / 'a.bin', '<u2').tolist() == [2, 5, 1, 0, 4, 0]
     assert np.fromfile(tmp_path / 'b.bin', '<u2').tolist() == [3, 0]

@@ -27,7 +27,8 @@ LAST_WORDS = ' the', ' one', '  "No"', ' story'
 HELLASWAG = [
     {'ind': 24, 'activity_label': 'Roof', 'ctx_a': 'A man is on a roof.', 'ctx_b': 'he',
      'ctx': 'A man is on a roof. he',
-     'endings': ['roof roof.', 'is using wrap to wrap a pair of skis.', 'he he', 'holds a rubik’s cube.'], 'label': 3},
+     'endings': ['roof roof.', 'is using wrap to wrap a pair of skis.', 'he he', 'holds a rubik’s cube.'],
+     'label': 3},
     {'ctx': 'The dog ', 'endings': ['dog', 'runs', 'dog dog dog dog', 'sleeps all day long'], 'label': '2'},
     {'ctx_a': 'Boil water.', 'ctx_b': 'then', 'endings': ['go', 'add', 'salt', 'a'], 'label': 2},
     {'ctx': 'on and ' * 30, 'endings': ['on', 'on and on', 'off', 'and so it went on and on'], 'label': 1}]
@@ -46,8 +47,9 @@ def bpe(theirs, hf_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp('bpe')
     theirs.save_pretrained(folder / 'hf')
     model = GPT.from_pretrained(str(folder / 'hf'))
-    torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__, 'tokenizer': {'name': 'gpt2'},
-                'config': {'init_from': str(hf_dir), 'dataset': 'novel'}}, folder / 'ckpt.pt')
+    torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__,
+                'tokenizer': {'name': 'gpt2'}, 'config': {'init_from': str(hf_dir), 'dataset': 'novel'}},
+               folder / 'ckpt.pt')
     return folder
 
 @pytest.fixture(scope='module')
@@ -69,8 +71,8 @@ def log_probs(model, ids):
     return F.log_softmax(logits[0], dim=-1)
 
 def sliding(model, ids, T, stride):
-    """ the nats of every token but the first, each from the first window of T tokens that is followed by it or
-    holds it; the windows start `stride` apart """
+    """ the nats of every token but the first, each from the first window of T tokens that is followed by it
+    or holds it; the windows start `stride` apart """
     nats = []
     for at in range(1, len(ids)):
         start = max(0, -(-(at - T) // stride)) * stride
@@ -79,7 +81,8 @@ def sliding(model, ids, T, stride):
 
 @pytest.fixture
 def evaluate(monkeypatch, capsys):
-    """ evaluate.py in this process, which has torch already: (status, stdout, stderr) as its user gets them """
+    """ evaluate.py in this process, which has torch already: (status, stdout, stderr) as its user gets
+    them """
     def evaluate(*args):
         monkeypatch.setattr(sys, 'argv', ['evaluate.py', *map(str, args)])
         monkeypatch.setattr(sys, 'excepthook', sys.excepthook) # to be put back
@@ -142,25 +145,31 @@ def test_a_base_that_is_gone_costs_one_line(evaluate, chars, tmp_path):
     (tmp_path / 'code.txt').write_text(TEXT[:50], encoding='utf-8')
     status, out, err = evaluate(f'--out_dir={chars[1]}', f"--file={tmp_path / 'code.txt'}", '--device=cpu')
     assert status == 0 and len(out.splitlines()) == 3
-    assert len(err.splitlines()) == 2 and err.splitlines()[1].startswith('no comparison with its base: there is no model')
+    assert (len(err.splitlines()) == 2
+            and err.splitlines()[1].startswith('no comparison with its base: there is no model'))
 
 def test_models_of_different_tokens_are_compared_by_bits_per_byte(results, chars, bpe, tmp_path):
     (tmp_path / 'code.txt').write_text(TEXT[:300], encoding='utf-8')
     ours, base, difference = results(f'--out_dir={chars[1]}', f"--file={tmp_path / 'code.txt'}", *CPU,
                                      f'--base={bpe}')
     assert (ours['tokens'], ours['context']) == (299, 16) and (base['context'], base['stride']) == (32, 16)
-    assert difference == {'model': 'difference', 'bits/byte': pytest.approx(ours['bits/byte'] - base['bits/byte'])}
+    assert difference == {'model': 'difference',
+                          'bits/byte': pytest.approx(ours['bits/byte'] - base['bits/byte'])}
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-def test_weights_in_half_precision_change_no_digit_of_what_autocast_computes(results, chars, tmp_path, monkeypatch, dtype):
+def test_weights_in_half_precision_change_no_digit_of_what_autocast_computes(
+        results, chars, tmp_path, monkeypatch, dtype):
     (model, path), seen, hidden_of = chars, set(), GPT.hidden
-    monkeypatch.setattr(GPT, 'hidden', lambda self, x: seen.add(self.transformer.h[1].mlp.c_fc.weight.dtype) or hidden_of(self, x))
+    monkeypatch.setattr(GPT, 'hidden', lambda self, x:
+                        seen.add(self.transformer.h[1].mlp.c_fc.weight.dtype) or hidden_of(self, x))
     (tmp_path / 'text.txt').write_text(TEXT[:15], encoding='utf-8')
     ids = CharTokenizer(CHARS).encode(TEXT[:15])
     with torch.no_grad(), torch.autocast('cpu', getattr(torch, dtype)):
         hidden = model.hidden(torch.tensor([ids[:-1]]))
-    nats = F.cross_entropy(model.lm_head(hidden.float())[0], torch.tensor(ids[1:]), reduction='none').double().mean().item()
-    figures, = results(f'--out_dir={path}', f"--file={tmp_path / 'text.txt'}", '--device=cpu', '--base=none', f'--dtype={dtype}')
+    nats = F.cross_entropy(model.lm_head(hidden.float())[0], torch.tensor(ids[1:]),
+                           reduction='none').double().mean().item()
+    figures, = results(f'--out_dir={path}', f"--file={tmp_path / 'text.txt'}", '--device=cpu',
+                       '--base=none', f'--dtype={dtype}')
     assert getattr(torch, dtype) in seen
     exact, = results(f'--out_dir={path}', f"--file={tmp_path / 'text.txt'}", *CPU)
     assert figures['nats/token'] == pytest.approx(nats, abs=1e-9) != exact['nats/token']
@@ -173,13 +182,19 @@ def test_that_a_text_is_scored_without_the_model_s_template_is_told(run, chars, 
         assert (', as plain text, without its template, in' in out) == told
 
 def test_a_script_that_runs_out_of_memory_names_options_of_its_own(run, chars, tmp_path):
-    for kind, where, ways in (('torch.OutOfMemoryError', 'CUDA out of memory', ', or type --device=cpu'), ('MemoryError', 'no room', ''),
-                              ('torch.OutOfMemoryError', "DefaultCPUAllocator: can't allocate memory", '')):
+    for kind, where, ways in (
+            ('torch.OutOfMemoryError', 'CUDA out of memory', ', or type --device=cpu'),
+            ('MemoryError', 'no room', ''),
+            ('torch.OutOfMemoryError', "DefaultCPUAllocator: can't allocate memory", '')):
         (tmp_path / 'full.py').write_text(
-            f'import torch, model\ndef _full(*args, **options):\n    raise {kind}("{where}")\nmodel.GPT.hidden = _full\n')
-        for script, smaller in (('sample.py', '--num_samples or --max_new_tokens'), ('evaluate.py', '--batch_size or --block_size')):
-            error = run(script, tmp_path / 'full.py', f'--out_dir={chars[1]}', '--device=cpu', status=2).err.splitlines()[-1]
-            assert error == f'error: out of memory ({where}); type a smaller {smaller}{ways}, or take a smaller model'
+            f'import torch, model\ndef _full(*args, **options):\n    raise {kind}("{where}")\n'
+            'model.GPT.hidden = _full\n')
+        for script, smaller in (('sample.py', '--num_samples or --max_new_tokens'),
+                                ('evaluate.py', '--batch_size or --block_size')):
+            error = run(script, tmp_path / 'full.py', f'--out_dir={chars[1]}', '--device=cpu',
+                        status=2).err.splitlines()[-1]
+            assert error == (f'error: out of memory ({where}); type a smaller {smaller}{ways}, '
+                             'or take a smaller model')
 
 def test_a_mask_leaves_its_tokens_out_and_end_of_text_has_no_bytes(evaluate, theirs, bpe, tmp_path):
     ids = BPE.encode(STORY[:200]) + [BPE.eot] + BPE.encode(STORY[:200])
@@ -197,11 +212,13 @@ def test_a_mask_leaves_its_tokens_out_and_end_of_text_has_no_bytes(evaluate, the
     assert result['nats/token'] == pytest.approx(nats.mean(), rel=1e-5)
 
 def test_each_item_is_scored_by_itself_as_it_is_asked(results, theirs, bpe, tmp_path):
-    items = [([11, 12, 13, 14, 50256], [0, 0, 1, 1, 2]), ([7, 8, 50256] * 15, [0, 1, 1] * 14 + [0, 1, 2]), ([9, 10], [0, 2])]
+    items = [([11, 12, 13, 14, 50256], [0, 0, 1, 1, 2]), ([7, 8, 50256] * 15, [0, 1, 1] * 14 + [0, 1, 2]),
+             ([9, 10], [0, 2])]
     ids, mask = (np.array(sum(parts, [])) for parts in zip(*items))
     ids.astype('<u2').tofile(tmp_path / 'val.bin')
     mask.astype('u1').tofile(tmp_path / 'val_mask.bin')
-    nats = [nats for its, counts in items for nats, scored in zip(sliding(theirs, its, 32, 16), counts[1:]) if scored]
+    nats = [nats for its, counts in items
+            for nats, scored in zip(sliding(theirs, its, 32, 16), counts[1:]) if scored]
     result, = results(f'--out_dir={bpe}', f'--dataset={tmp_path}', *CPU)
     assert result['tokens'] == len(nats) and result['nats/token'] == pytest.approx(np.mean(nats), rel=1e-5)
     first, = results(f'--out_dir={bpe}', f'--dataset={tmp_path}', '--limit=7', *CPU) # the second item is cut
@@ -210,7 +227,8 @@ def test_each_item_is_scored_by_itself_as_it_is_asked(results, theirs, bpe, tmp_
 def answer(model, context, answer):
     """ by hand: (nats of the answer after the last of the context, whether it is greedy's) """
     n, ids = len(BPE.encode(answer)), BPE.encode(context + answer)
-    probs, target = log_probs(model, ids[-33:])[-n:], torch.tensor(ids[-n:]) # 32 positions; the last is not read
+    # 32 positions; the last is not read
+    probs, target = log_probs(model, ids[-33:])[-n:], torch.tensor(ids[-n:])
     return -probs.gather(1, target[:, None]).sum().item(), bool((probs.argmax(-1) == target).all())
 
 def numbers(cells):
@@ -229,7 +247,8 @@ def test_lambada_counts_last_words_whose_tokens_are_all_the_likeliest(results, t
     assert result['accuracy'] == np.mean([right for _, right in by_hand]) and 0 < result['accuracy'] < 1
     assert (result['items'], result['cut']) == (4, 1)
 
-def test_hellaswag_takes_the_likeliest_ending_and_the_likeliest_for_its_characters(results, theirs, bpe, tmp_path):
+def test_hellaswag_takes_the_likeliest_ending_and_the_likeliest_for_its_characters(
+        results, theirs, bpe, tmp_path):
     file = write_lines(tmp_path / 'hellaswag.jsonl', HELLASWAG)
     result, = results(f'--out_dir={bpe}', '--task=hellaswag', file, *CPU, '--batch_size=4')
     contexts = 'A man is on a roof. he', 'The dog', 'Boil water. then', ('on and ' * 30).rstrip()
@@ -280,7 +299,8 @@ def broken(tmp_path_factory):
     (root / 'empty').write_text('')
     (root / 'broken').write_text('{"text": "a b"}\n{"text": "a b"\n')
     (root / 'one').write_text('{"text": "word"}\n')
-    (root / 'field').write_text(f'{json.dumps(HELLASWAG[0])}\n\n{{"ctx": "a", "endings": ["a", "b", "c", "d"]}}')
+    (root / 'field').write_text(
+        f'{json.dumps(HELLASWAG[0])}\n\n{{"ctx": "a", "endings": ["a", "b", "c", "d"]}}')
     (root / 'three').write_text('{"ctx": "a", "endings": ["a", "b", "c"], "label": 0}')
     (root / 'foreign').write_text('{"text": "東 b"}', encoding='utf-8')
     np.arange(200, dtype='<u2').tofile(root / 'val.bin')

@@ -1,5 +1,6 @@
 """
-export.py as a user runs it; what it writes is read by transformers in a process that knows nothing of the project.
+export.py as a user runs it; what it writes is read by transformers in a process that knows nothing of the
+project.
 """
 import json
 import os
@@ -28,10 +29,12 @@ OUTSIDE = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 for folder, task in json.load(sys.stdin).items():
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (AutoModelForCausalLM.from_pretrained(folder).eval(),
+                        AutoTokenizer.from_pretrained(folder))
     ids, prompt = tokenizer(task['text'])['input_ids'], tokenizer(task['prompt'], return_tensors='pt')
     with torch.no_grad():
-        said = {'ids': ids, 'decoded': tokenizer.decode(ids), 'logits': model(torch.tensor([ids[:32]])).logits,
+        said = {'ids': ids, 'decoded': tokenizer.decode(ids),
+                'logits': model(torch.tensor([ids[:32]])).logits,
                 'asked': task['question'] and tokenizer.apply_chat_template(task['question'], tokenize=False),
                 'greedy': tokenizer.decode(model.generate(**prompt, max_new_tokens=12, do_sample=False)[0])}
     torch.save(said, folder + '.pt')
@@ -43,7 +46,8 @@ def logits(model, idx):
         return model.eval().lm_head(model.hidden(idx)) if isinstance(model, GPT) else model.eval()(idx).logits
 
 def write_run(path, kind):
-    """ a checkpoint with an optimizer's state of a random model: characters without biases, or nanoGPT's padded BPE """
+    """ a checkpoint with an optimizer's state of a random model: characters without biases, or nanoGPT's
+    padded BPE """
     torch.manual_seed(1)
     model = GPT(GPTConfig(32, len(CHARS) if kind == 'char' else 50304, 2, 2, 16, bias=kind == 'bpe'))
     for p in model.parameters():
@@ -60,27 +64,32 @@ def test_transformers_read_an_export_with_no_code_of_ours_and_so_do_we(run, trai
     models = {kind: write_run(tmp_path / f'{kind}-run.pt', kind) for kind in STATES}
     for kind in STATES:
         out = run('export.py', f'--out_dir={tmp_path}/{kind}-run.pt', f'--to={tmp_path}/{kind}').out
-        assert ('written as zeros' in out) == (kind == 'char') and ('50,304 ids, its tokenizer 50,257' in out) == (kind == 'bpe')
-        assert f'next: python sample.py --init_from={tmp_path}/{kind}{" --instruction=TEXT" * (kind == "bpe")}\n' in out
+        assert (('written as zeros' in out) == (kind == 'char')
+                and ('50,304 ids, its tokenizer 50,257' in out) == (kind == 'bpe'))
+        assert (f'next: python sample.py --init_from={tmp_path}/{kind}'
+                f'{" --instruction=TEXT" * (kind == "bpe")}\n') in out
     questions = {'char': None, 'bpe': [{'role': 'user', 'content': text} for text in ('Look:', QUESTION)]}
     questions['bpe'] += [{'role': 'assistant', 'content': 'That.'}, questions['bpe'][1]]
     tasks = {f'{tmp_path}/{kind}': {'text': TEXTS[kind], 'prompt': PROMPTS[kind], 'question': questions[kind]}
              for kind in STATES}
-    done = subprocess.run([sys.executable, '-c', OUTSIDE], input=json.dumps(tasks), cwd=tmp_path, encoding='utf-8',
-                          env={**os.environ, 'HF_HUB_OFFLINE': '1', 'PYTHONPATH': ''}, capture_output=True)
+    done = subprocess.run([sys.executable, '-c', OUTSIDE], input=json.dumps(tasks), cwd=tmp_path,
+                          encoding='utf-8', env={**os.environ, 'HF_HUB_OFFLINE': '1', 'PYTHONPATH': ''},
+                          capture_output=True)
     assert done.returncode == 0, done.stderr
     for kind, model in models.items():
         said, tokenizer = torch.load(tmp_path / f'{kind}.pt'), from_state(STATES[kind])
         assert said['ids'] == tokenizer.encode(TEXTS[kind], allow_special=True)
         assert said['decoded'] == TEXTS[kind]
         idx = torch.tensor([said['ids'][:32]])
-        torch.testing.assert_close(said['logits'], logits(model, idx)[..., :tokenizer.n_vocab], atol=1e-4, rtol=0)
+        torch.testing.assert_close(said['logits'], logits(model, idx)[..., :tokenizer.n_vocab],
+                                   atol=1e-4, rtol=0)
         again, beside = checkpoints.load_model(f'{tmp_path}/{kind}')
         assert beside == {'tokenizer': STATES[kind], **({'template': TEMPLATE} if kind == 'bpe' else {})}
-        torch.testing.assert_close(logits(again, idx), logits(model, idx)[..., :tokenizer.n_vocab], atol=1e-6, rtol=0)
+        torch.testing.assert_close(logits(again, idx), logits(model, idx)[..., :tokenizer.n_vocab],
+                                   atol=1e-6, rtol=0)
         source = f'--out_dir={tmp_path}/char-run.pt' if kind == 'char' else f'--init_from={tmp_path}/bpe'
-        sample = run('sample.py', source, f'--start={PROMPTS[kind]}', '--temperature=0', '--max_new_tokens=12',
-                     '--num_samples=1', '--device=cpu', '--dtype=float32').out
+        sample = run('sample.py', source, f'--start={PROMPTS[kind]}', '--temperature=0',
+                     '--max_new_tokens=12', '--num_samples=1', '--device=cpu', '--dtype=float32').out
         assert sample == said['greedy'] + '\n---------------\n' and len(said['greedy']) > len(PROMPTS[kind])
     assert said['asked'] == (render(TEMPLATE, f'Look:\n\n{QUESTION}') + 'That.<|endoftext|>'
                              + render(TEMPLATE, QUESTION))
@@ -98,15 +107,20 @@ def char_run(tmp_path_factory):
 
 def test_weights_only_is_nanogpt_s_checkpoint_without_the_optimizer(run, char_run, tmp_path):
     model, path = char_run
-    run('export.py', f'--out_dir={path}', '--weights_only=True', f'--to={tmp_path}/new/small.pt', '--dtype=float16')
+    run('export.py', f'--out_dir={path}', '--weights_only=True', f'--to={tmp_path}/new/small.pt',
+        '--dtype=float16')
     small = torch.load(tmp_path / 'new' / 'small.pt', weights_only=True)
-    assert set(small) == {'model', 'model_args', 'iter_num', 'best_val_loss', 'config', 'tokenizer', 'version'} # a run from scratch has no base
+    assert set(small) == {'model', 'model_args', 'iter_num', 'best_val_loss', 'config', 'tokenizer',
+                          'version'} # a run from scratch has no base
     assert (small['iter_num'], small['best_val_loss'], small['config']) == (7, 1.5, {'dataset': 'chars'})
-    assert set(small['model_args']) == {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
+    assert set(small['model_args']) == {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size',
+                                        'dropout'}
     assert small['model'].keys() == model.state_dict().keys()
-    assert all(torch.equal(small['model'][name], tensor.half()) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(small['model'][name], tensor.half())
+               for name, tensor in model.state_dict().items())
     whole, exported = os.path.getsize(path), os.path.getsize(tmp_path / 'new' / 'small.pt')
-    assert exported < whole - 10 * model.num_params() * 0.95 # two moments of four bytes, and half of the weights
+    # two moments of four bytes, and half of the weights
+    assert exported < whole - 10 * model.num_params() * 0.95
     again, beside = checkpoints.load_model(str(tmp_path / 'new' / 'small.pt'))
     assert again.config == model.config and beside['tokenizer'] == STATES['char']
 
@@ -130,7 +144,8 @@ def test_an_adapter_has_peft_s_layout_and_an_overwrite_leaves_nothing_of_the_old
     write_adapted(tmp_path / 'lora.pt', hf_dir)
     (tmp_path / 'peft').mkdir()
     (tmp_path / 'peft' / 'model.safetensors').write_bytes(b'of an earlier export')
-    run('export.py', f'--out_dir={tmp_path}/lora.pt', '--adapter=True', f'--to={tmp_path}/peft', '--overwrite=True')
+    run('export.py', f'--out_dir={tmp_path}/lora.pt', '--adapter=True', f'--to={tmp_path}/peft',
+        '--overwrite=True')
     assert sorted(os.listdir(tmp_path / 'peft')) == ['adapter_config.json', 'adapter_model.safetensors']
     assert sorted(os.listdir(tmp_path)) == ['lora.pt', 'peft']
     assert json.load(open(tmp_path / 'peft' / 'adapter_config.json')) == {
@@ -138,17 +153,20 @@ def test_an_adapter_has_peft_s_layout_and_an_overwrite_leaves_nothing_of_the_old
         'lora_alpha': 10.0, 'lora_dropout': 0.1, 'target_modules': ['attn.c_attn', 'mlp.c_proj'],
         'fan_in_fan_out': True, 'bias': 'none', 'inference_mode': True}
     tensors = load_file(tmp_path / 'peft' / 'adapter_model.safetensors')
-    places = [f'base_model.model.transformer.h.{i}.{name}' for i in range(2) for name in ('attn.c_attn', 'mlp.c_proj')]
+    places = [f'base_model.model.transformer.h.{i}.{name}'
+              for i in range(2) for name in ('attn.c_attn', 'mlp.c_proj')]
     assert tensors.keys() == {f'{place}.lora_{part}.weight' for place in places for part in 'AB'}
     theirs = GPT2LMHeadModel.from_pretrained(hf_dir)
     with torch.no_grad():
         for place in places: # what PEFT computes, put into the weights of a Conv1D, (in, out)
             A, B = tensors[f'{place}.lora_A.weight'], tensors[f'{place}.lora_B.weight']
-            theirs.get_parameter(place.removeprefix('base_model.model.') + '.weight').add_(10 / 4 * (B @ A).t())
+            theirs.get_parameter(place.removeprefix('base_model.model.') + '.weight').add_(
+                10 / 4 * (B @ A).t())
     merged, _ = checkpoints.load_model(str(tmp_path / 'lora.pt'))
     idx = torch.randint(50257, (2, 32))
     torch.testing.assert_close(logits(theirs, idx), logits(merged, idx), atol=1e-5, rtol=0)
-    assert not torch.allclose(logits(GPT2LMHeadModel.from_pretrained(hf_dir), idx), logits(merged, idx), atol=1e-2)
+    assert not torch.allclose(logits(GPT2LMHeadModel.from_pretrained(hf_dir), idx), logits(merged, idx),
+                              atol=1e-2)
 
 def test_peft_loads_an_adapter(run, hf_dir, tmp_path):
     import peft # here, since it takes long
@@ -184,7 +202,8 @@ def test_an_export_that_cannot_be_is_told_and_touches_nothing(run, char_run, tmp
     (tmp_path / 'theirs' / 'tsconfig.json').touch()
     done = run('export.py', f'--out_dir={char_run[1]}', *options.format(root=tmp_path).split(), status=2)
     assert message in done.err.splitlines()[-1] and 'Traceback' not in done.err
-    assert sorted(os.listdir(tmp_path)) == ['file.pt', 'full', 'theirs'] and os.listdir(tmp_path / 'full') == ['mine.txt']
+    assert (sorted(os.listdir(tmp_path)) == ['file.pt', 'full', 'theirs']
+            and os.listdir(tmp_path / 'full') == ['mine.txt'])
     assert os.listdir(tmp_path / 'theirs') == ['tsconfig.json']
     assert (tmp_path / 'file.pt').read_text() == 'mine, too'
 
@@ -199,16 +218,20 @@ def test_an_export_that_replaces_another_leaves_the_folders_beside_it(run, char_
 def test_an_export_that_is_stopped_while_it_takes_the_old_one_s_place_leaves_that(run, char_run, tmp_path):
     run('export.py', f'--out_dir={char_run[1]}', f'--to={tmp_path}/hf')
     for name in ('rename', 'replace'): # stopped right after the first, or instead of the second
-        (tmp_path / 'stop.py').write_text(f"import os\ndef _stop(a, b, _move=os.{name}):\n    if b.endswith(('old', 'hf')):\n"
-            f"        {'_move(a, b)' if name == 'rename' else 'pass'}\n        os.{name} = _move\n        raise KeyboardInterrupt\n"
-            f"    _move(a, b)\nos.{name} = _stop\n")
-        run('export.py', tmp_path / 'stop.py', f'--out_dir={char_run[1]}', f'--to={tmp_path}/hf', '--overwrite=True', status=130)
-        assert sorted(os.listdir(tmp_path)) == ['hf', 'stop.py'] and (tmp_path / 'hf' / 'config.json').exists(), name
+        (tmp_path / 'stop.py').write_text(
+            f"import os\ndef _stop(a, b, _move=os.{name}):\n    if b.endswith(('old', 'hf')):\n"
+            f"        {'_move(a, b)' if name == 'rename' else 'pass'}\n        os.{name} = _move\n"
+            f"        raise KeyboardInterrupt\n    _move(a, b)\nos.{name} = _stop\n")
+        run('export.py', tmp_path / 'stop.py', f'--out_dir={char_run[1]}', f'--to={tmp_path}/hf',
+            '--overwrite=True', status=130)
+        assert (sorted(os.listdir(tmp_path)) == ['hf', 'stop.py']
+                and (tmp_path / 'hf' / 'config.json').exists()), name
 
 def test_a_disk_that_fills_up_leaves_no_part_of_an_export(run, char_run, tmp_path):
     """ a limit on the size of files stands in for a full disk """
-    limit = ("import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); del sys.argv[0]; "
-             "sys.path.insert(0, '.'); resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000)); "
+    limit = ("import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+             "del sys.argv[0]; sys.path.insert(0, '.'); "
+             "resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000)); "
              "runpy.run_path(sys.argv[0], run_name='__main__')")
     done = run('export.py', f'--out_dir={char_run[1]}', '--weights_only=True', f'--to={tmp_path}/small.pt',
                launch=('-c', limit), status=2)
@@ -241,18 +264,21 @@ def write_tensorflow(folder, hf_dir):
             name, tensor = name.replace('weight', 'w'), tensor[None] # (1, in, out)
         arrays['model/' + name.removesuffix('/weight').replace('bias', 'b')] = tensor.numpy()
     folder.mkdir()
-    for prefix, scale in (('model-900', 0), ('model-1000', 1), ('model-950', 0)): # the last is the latest on the disk
+    # the last is the latest on the disk
+    for prefix, scale in (('model-900', 0), ('model-1000', 1), ('model-950', 0)):
         np.savez(folder / f'{prefix}.npz', **{name: array * scale for name, array in arrays.items()})
         (folder / f'{prefix}.index').touch()
     (folder / 'checkpoint').write_text('model_checkpoint_path: "/content/checkpoint/run1/model-1000"\n'
                                        'all_model_checkpoint_paths: "/content/checkpoint/run1/model-900"\n')
-    (folder / 'hparams.json').write_text('{"n_vocab": 50257, "n_ctx": 32, "n_embd": 16, "n_head": 2, "n_layer": 2}')
+    (folder / 'hparams.json').write_text(
+        '{"n_vocab": 50257, "n_ctx": 32, "n_embd": 16, "n_head": 2, "n_layer": 2}')
     return theirs
 
 @pytest.mark.parametrize('source', ['', 'model-1000', 'model-1000.index'])
 def test_a_tensorflow_checkpoint_computes_what_transformers_do(monkeypatch, hf_dir, tmp_path, source):
     theirs = write_tensorflow(tmp_path / 'run1', hf_dir)
-    monkeypatch.setitem(sys.modules, 'tensorflow', SimpleNamespace(train=SimpleNamespace(load_checkpoint=Reader)))
+    monkeypatch.setitem(sys.modules, 'tensorflow',
+                        SimpleNamespace(train=SimpleNamespace(load_checkpoint=Reader)))
     model, beside = checkpoints.load_model(os.path.join(tmp_path, 'run1', source))
     idx = torch.randint(50257, (2, 32))
     torch.testing.assert_close(logits(model, idx), logits(theirs, idx), atol=1e-5, rtol=0)

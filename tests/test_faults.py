@@ -21,7 +21,8 @@ from log import append
 
 resource = pytest.importorskip('resource', reason="Windows has neither such signals nor such limits")
 
-ENDLESS = ('--max_iters=1000000', '--eval_interval=20', '--eval_iters=1', '--decay_lr=False', '--log_interval=10')
+ENDLESS = ('--max_iters=1000000', '--eval_interval=20', '--eval_iters=1', '--decay_lr=False',
+           '--log_interval=10')
 
 @contextlib.contextmanager
 def ending(process):
@@ -43,7 +44,8 @@ def started(forks):
 def started_alone(clone, out_dir, *options):
     """ the same in a Python of its own, with what that does to signals and to a pipe """
     command = [sys.executable, '-u', 'train.py', '--dataset=chars', *TINY, f'--out_dir={out_dir}', *options]
-    return ending(subprocess.Popen(command, cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8'))
+    return ending(subprocess.Popen(command, cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   encoding='utf-8'))
 
 def wait_for(process, *texts):
     """ read on to a line that has one of the texts, and return it """
@@ -61,7 +63,8 @@ def limit_files(process, size):
 # -----------------------------------------------------------------------------
 # disks
 
-@pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason="only Linux limits the files of a process that runs")
+@pytest.mark.skipif(not hasattr(resource, 'prlimit'),
+                    reason="only Linux limits the files of a process that runs")
 def test_a_run_outlives_a_disk_that_is_full_for_a_while(clone, started, tmp_path):
     out = tmp_path / 'out'
     with started(clone, out, *ENDLESS) as run:
@@ -82,7 +85,8 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(clone, started, tmp_path
     assert last['iter_num'] == int(end.split()[3]) >= at + 20
     assert last['best_iter'] == best['iter_num'] # of what was saved, it is the best
 
-@pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason="only Linux limits the files of a process that runs")
+@pytest.mark.skipif(not hasattr(resource, 'prlimit'),
+                    reason="only Linux limits the files of a process that runs")
 def test_a_run_that_could_save_nothing_ends_with_an_error(clone, tmp_path):
     with started_alone(clone, tmp_path / 'out', '--max_iters=200', '--eval_interval=100') as run:
         limit_files(run, 10000)
@@ -121,8 +125,9 @@ def test_weights_that_are_no_numbers_replace_no_checkpoint(tmp_path, capsys):
 def test_a_full_disk_under_the_terminal_s_output_ends_no_run(clone, tmp_path):
     """ as under `> train.log` or `| tee`; /dev/full takes nothing """
     with open('/dev/full', 'w') as full:
-        done = subprocess.run([sys.executable, 'train.py', '--dataset=chars', *TINY, f"--out_dir={tmp_path / 'out'}"], cwd=clone,
-                              stdout=full, stderr=subprocess.PIPE, encoding='utf-8')
+        done = subprocess.run(
+            [sys.executable, 'train.py', '--dataset=chars', *TINY, f"--out_dir={tmp_path / 'out'}"],
+            cwd=clone, stdout=full, stderr=subprocess.PIPE, encoding='utf-8')
     assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
     assert load(tmp_path / 'out' / 'last.pt')['iter_num'] == 6
 
@@ -167,7 +172,8 @@ def test_two_damaged_checkpoints_are_told_with_what_was_expected(train):
         spoil(half.out_dir / name, 'a byte')
     before = {path.name: path.read_bytes() for path in half.out_dir.iterdir()}
     error = train('--init_from=resume', status=2).err.splitlines()[-1]
-    assert error.startswith('error: ') and 'ckpt.pt is damaged: of its bytes the' in error and 'expected the CRC-32' in error
+    assert (error.startswith('error: ') and 'ckpt.pt is damaged: of its bytes the' in error
+            and 'expected the CRC-32' in error)
     assert {path.name: path.read_bytes() for path in half.out_dir.iterdir()} == before
 
 def test_no_flipped_byte_of_a_tensor_goes_unnoticed(tmp_path):
@@ -180,7 +186,8 @@ def test_no_flipped_byte_of_a_tensor_goes_unnoticed(tmp_path):
         path.write_bytes(content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1:])
         try:
             other = load(str(path)) # a byte between the tensors may change nothing
-            assert torch.equal(other['model']['w'], whole['model']['w']) and torch.equal(other['x'], whole['x'])
+            assert (torch.equal(other['model']['w'], whole['model']['w'])
+                    and torch.equal(other['x'], whole['x']))
         except ValueError:
             noticed += 1
     assert noticed > 150
@@ -206,7 +213,8 @@ INJECT = """
         logits, loss = forward(self, *args, **kwargs)
         if loss is not None and self.training: # two a micro-batch
             number, calls[0] = calls[0] // 2, calls[0] + 1
-            loss = loss * math.nan if number in LOSSES else Poison.apply(loss) if number in GRADIENTS else loss
+            loss = (loss * math.nan if number in LOSSES else Poison.apply(loss) if number in GRADIENTS
+                    else loss)
         return logits, loss
     GPT.forward = wrong
     runpy.run_path('train.py', run_name='__main__')
@@ -217,8 +225,10 @@ def inject(clone, run, tmp_path):
     """ train with iterations whose loss, or gradient, is no number """
     def inject(losses, gradients, *options, **kwargs):
         name = f'inject_{os.getpid()}.py'
-        (clone / name).write_text(textwrap.dedent(INJECT).replace('LOSSES', repr(losses)).replace('GRADIENTS', repr(gradients)))
-        return run(name, '--dataset=chars', *TINY, '--keep_checkpoints=True', *options, f"--out_dir={tmp_path / 'out'}", **kwargs)
+        (clone / name).write_text(textwrap.dedent(INJECT).replace('LOSSES', repr(losses))
+                                  .replace('GRADIENTS', repr(gradients)))
+        return run(name, '--dataset=chars', *TINY, '--keep_checkpoints=True', *options,
+                   f"--out_dir={tmp_path / 'out'}", **kwargs)
     return inject
 
 def tensors(value):
@@ -241,12 +251,15 @@ def test_what_is_no_number_makes_no_update_and_is_in_no_checkpoint(inject, optio
 @pytest.mark.parametrize('losses, gradients', [([2, 3, 4, 5, 6], []), ([2, 4, 6], [3, 5])])
 def test_the_fifth_in_a_row_that_is_no_number_ends_the_run(inject, losses, gradients):
     done = inject(losses, gradients, '--max_iters=12', status=2)
-    assert done.err.splitlines()[-1].startswith('error: five iterations in a row were not finite, the last being 6;')
-    assert done.err.endswith(f"type --init_from={done.out_dir / 'ckpt.pt'} --out_dir=ANOTHER and the run's other options "
-                             "with a lower --learning_rate\n")
+    assert done.err.splitlines()[-1].startswith(
+        'error: five iterations in a row were not finite, the last being 6;')
+    assert done.err.endswith(
+        f"type --init_from={done.out_dir / 'ckpt.pt'} --out_dir=ANOTHER and the run's other options "
+        "with a lower --learning_rate\n")
     last = load(done.out_dir / 'last.pt')
     assert all_finite(done.out_dir) and last['iter_num'] == 6 and last['n_bad'] == 0
-    assert inject([], [], '--init_from=resume', '--max_iters=12').column('iter') == [str(i) for i in range(13)]
+    assert (inject([], [], '--init_from=resume', '--max_iters=12').column('iter')
+            == [str(i) for i in range(13)])
 
 # -----------------------------------------------------------------------------
 # signals
@@ -260,8 +273,9 @@ def test_sigusr1_saves_and_goes_on(clone, started, tmp_path):
         wait_for(run, 'iter ')
         assert run.poll() is None
 
-@pytest.mark.parametrize('options, at', [(('--gradient_accumulation_steps=30000',), 'step 0:'),
-                                         (('--eval_interval=30', '--eval_iters=0', '--batch_size=1'), 'iter 20:')])
+@pytest.mark.parametrize('options, at', [
+    (('--gradient_accumulation_steps=30000',), 'step 0:'),
+    (('--eval_interval=30', '--eval_iters=0', '--batch_size=1'), 'iter 20:')])
 def test_an_end_waits_for_no_long_iteration_or_evaluation(clone, started, tmp_path, options, at):
     with started(clone, tmp_path / 'out', *ENDLESS, *options) as run:
         wait_for(run, at)
@@ -271,7 +285,8 @@ def test_an_end_waits_for_no_long_iteration_or_evaluation(clone, started, tmp_pa
         out = run.communicate(timeout=60)[0]
     assert run.returncode == 0 and time.time() - begun < 10
     assert 'saved' in out and '--init_from=resume' in out
-    assert load(tmp_path / 'out' / 'last.pt')['iter_num'] == int(out.split('stopped at iteration ')[1].split()[0])
+    assert (load(tmp_path / 'out' / 'last.pt')['iter_num']
+            == int(out.split('stopped at iteration ')[1].split()[0]))
 
 def test_a_terminal_that_goes_ends_a_run_in_order_unless_nohup_is_there(clone, tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL) # where these tests run under nohup, too
@@ -281,7 +296,8 @@ def test_a_terminal_that_goes_ends_a_run_in_order_unless_nohup_is_there(clone, t
             run.send_signal(signal.SIGHUP)
             out = run.communicate(timeout=60)[0]
         assert run.returncode == 0
-        assert load(tmp_path / 'out' / 'last.pt')['iter_num'] == int(out.split('stopped at iteration ')[1].split()[0])
+        assert (load(tmp_path / 'out' / 'last.pt')['iter_num']
+                == int(out.split('stopped at iteration ')[1].split()[0]))
         signal.signal(signal.SIGHUP, signal.SIG_IGN) # as nohup leaves it to what it starts
         with started_alone(clone, tmp_path / 'nohup', *ENDLESS) as run:
             wait_for(run, 'iter 10:')
@@ -295,23 +311,27 @@ def test_a_folder_that_a_run_writes_to_is_no_other_s(clone, started, train, tmp_
         wait_for(run, 'iter 30:') # saved at 20
         rows = len((tmp_path / 'out' / 'log.csv').read_bytes())
         error = train(*ENDLESS, '--init_from=resume', out_dir='out', status=2).err.splitlines()[-1]
-        assert error == f"error: another run is writing to {tmp_path / 'out'}; end it, or type --out_dir=ANOTHER"
+        assert error == (f"error: another run is writing to {tmp_path / 'out'}; end it, "
+                         "or type --out_dir=ANOTHER")
         train(*ENDLESS, '--init_from=resume', '--eval_only=True', out_dir='out') # writes nothing
         run.send_signal(signal.SIGTERM)
         assert 'stopped at' in run.communicate(timeout=60)[0] and run.returncode == 0
     iters = [line.split(',')[0] for line in (tmp_path / 'out' / 'log.csv').read_text().splitlines()[1:]]
     assert len(iters) == len(set(iters)) and (tmp_path / 'out' / 'log.csv').stat().st_size > rows
-    train(*ENDLESS, '--init_from=resume', f'--max_iters={int(iters[-1]) + 5}', out_dir='out') # its lock has gone with it
+    # its lock has gone with it
+    train(*ENDLESS, '--init_from=resume', f'--max_iters={int(iters[-1]) + 5}', out_dir='out')
 
 def test_a_run_that_was_overtaken_is_refused(train, tmp_path):
     first = train()
     (tmp_path / 'overtaken.py').write_text( # another run saves while this one reads its data
         "import dataset, os, shutil\n_open = dataset.open_split\ndef _late(*args, **options):\n"
-        f"    shutil.copy({str(first.out_dir / 'last.pt')!r}, os.path.join({str(tmp_path / 'b')!r}, 'last.pt'))\n"
+        f"    shutil.copy({str(first.out_dir / 'last.pt')!r}, "
+        f"os.path.join({str(tmp_path / 'b')!r}, 'last.pt'))\n"
         "    return _open(*args, **options)\ndataset.open_split = _late\n")
     (tmp_path / 'b').mkdir()
     error = train(tmp_path / 'overtaken.py', out_dir='b', status=2).err.splitlines()[-1]
-    assert error.startswith('error: another run has just saved to') and sorted(os.listdir(tmp_path / 'b')) == ['.lock', 'last.pt']
+    assert (error.startswith('error: another run has just saved to')
+            and sorted(os.listdir(tmp_path / 'b')) == ['.lock', 'last.pt'])
     shutil.copy(first.out_dir / 'last.pt', tmp_path / 'b' / 'ckpt.pt')
     again = train(tmp_path / 'overtaken.py', '--init_from=resume', '--max_iters=8', out_dir='b', status=2)
     assert 'another run has just saved to' in again.err and 'resuming at iteration 6' in again.out
@@ -358,13 +378,16 @@ def test_a_resume_with_fewer_iterations_than_were_made_ends(clone, started, trai
 
 def test_gradients_that_stay_no_number_end_a_run_in_float16_too(inject):
     done = inject([], range(1000), '--dtype=float16', '--max_iters=60', status=2)
-    assert 'five iterations in a row were not finite, the last being 20;' in done.err # after 16 halvings of 65536
+    # after 16 halvings of 65536
+    assert 'five iterations in a row were not finite, the last being 20;' in done.err
     assert done.err.endswith('with a lower --learning_rate, or --dtype=float32\n')
 
 def test_sigusr1_saves_once(clone, started, tmp_path):
-    with started(clone, tmp_path / 'out', *ENDLESS, '--eval_interval=1000000', '--keep_checkpoints=True') as run:
+    with started(clone, tmp_path / 'out', *ENDLESS, '--eval_interval=1000000',
+                 '--keep_checkpoints=True') as run:
         wait_for(run, 'iter 10:')
         run.send_signal(signal.SIGUSR1)
         wait_for(run, 'saved')
-        assert [path.name for path in (tmp_path / 'out').glob('iter_*')] == ['iter_000000.pt'] # of evaluations alone
+        # of evaluations alone
+        assert [path.name for path in (tmp_path / 'out').glob('iter_*')] == ['iter_000000.pt']
         assert 'iter' in wait_for(run, 'saved', 'tok/s') and 'saved' not in wait_for(run, 'saved', 'tok/s')

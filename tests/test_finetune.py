@@ -1,5 +1,6 @@
 """
-Finetuning as a user runs it: an end before it overfits, parts that stay frozen, LoRA, mixtures, masks, samples.
+Finetuning as a user runs it: an end before it overfits, parts that stay frozen, LoRA, mixtures, masks,
+samples.
 """
 import csv
 import json
@@ -20,7 +21,8 @@ def load(path):
 def base(clone, forks, tmp_path_factory):
     """ a tiny run to finetune from """
     out_dir = tmp_path_factory.mktemp('base') / 'out'
-    status, _, err = forks('train.py', ['--dataset=chars', *TINY, '--max_iters=20', f'--out_dir={out_dir}'], clone, 120, 1)
+    status, _, err = forks('train.py', ['--dataset=chars', *TINY, '--max_iters=20', f'--out_dir={out_dir}'],
+                           clone, 120, 1)
     assert status == 0, err
     return out_dir
 
@@ -60,15 +62,20 @@ def test_patience_begins_anew_with_another_dataset(train, base, clone):
     shutil.copytree(clone / 'data' / 'chars', clone / 'data' / 'others')
     options = ('--patience=2', '--eval_interval=1', '--decay_lr=False', f'--init_from={base}')
     train(*options, '--learning_rate=0.5', '--max_iters=2')
-    done = train(*options[:3], '--init_from=resume', '--dataset=others', '--learning_rate=0.5', '--max_iters=50')
+    done = train(*options[:3], '--init_from=resume', '--dataset=others', '--learning_rate=0.5',
+                 '--max_iters=50')
     assert "the best so far was judged by chars: to count anew, type --init_from=" in done.out
-    assert len([line for line in done.out.splitlines() if line.startswith('step ')]) == 3 # of iteration 2 again, and two more
-    again = train(*options[:3], '--init_from=resume', f"--dataset={clone / 'data' / 'others'}", '--learning_rate=0.5', '--max_iters=50')
+    # of iteration 2 again, and two more
+    assert len([line for line in done.out.splitlines() if line.startswith('step ')]) == 3
+    again = train(*options[:3], '--init_from=resume', f"--dataset={clone / 'data' / 'others'}",
+                  '--learning_rate=0.5', '--max_iters=50')
     assert 'judged by' not in again.out # it is the same folder
     with open(clone / 'data' / 'others' / 'val.bin', 'ab') as file:
         file.write(bytes(2)) # prepared again, of another text
-    changed = train(*options[:3], '--init_from=resume', '--learning_rate=0.5', '--max_iters=50', f"--dataset={clone / 'data' / 'others'}")
-    assert 'the best so far was judged by other windows of ' in changed.out and ': to count anew, type --init_from=' in changed.out
+    changed = train(*options[:3], '--init_from=resume', '--learning_rate=0.5', '--max_iters=50',
+                    f"--dataset={clone / 'data' / 'others'}")
+    assert ('the best so far was judged by other windows of ' in changed.out
+            and ': to count anew, type --init_from=' in changed.out)
     assert len([line for line in changed.out.splitlines() if line.startswith('step ')]) > 1
     assert len([line for line in again.out.splitlines() if line.startswith('step ')]) == 1
 
@@ -93,7 +100,8 @@ def test_a_finetune_that_never_beats_its_base_leaves_it_and_says_so(train, base)
 def test_frozen_parts_are_those_of_the_base(train, base):
     result = train(f'--init_from={base}', '--freeze=wte,h.0')
     kept, was = load(result.out_dir / 'last.pt')['model'], load(base / 'ckpt.pt')['model']
-    same = {k.split('.')[1] + k.split('.')[2] for k in was if torch.equal(kept[k], was[k]) and k != 'lm_head.weight'}
+    same = {k.split('.')[1] + k.split('.')[2] for k in was
+            if torch.equal(kept[k], was[k]) and k != 'lm_head.weight'}
     assert same == {'wteweight', 'h0'} and 'of them to train' in result.out
 
 def test_lora_keeps_the_adapter_alone_and_resumes_and_samples_and_merges(train, run, base):
@@ -103,7 +111,8 @@ def test_lora_keeps_the_adapter_alone_and_resumes_and_samples_and_merges(train, 
     half = train('--init_from=resume', *options, '--max_iters=8', '--lr_decay_iters=8', out_dir='half')
     assert half.column('loss') == whole.column('loss') and half.column('val_loss') == whole.column('val_loss')
     kept = load(whole.out_dir / 'last.pt')
-    assert all(t.abs().max() > 1e-3 for name, t in kept['model'].items() if name.endswith('lora_B')) # 0 at first
+    # 0 at first
+    assert all(t.abs().max() > 1e-3 for name, t in kept['model'].items() if name.endswith('lora_B'))
     assert kept['base'] == str(base / 'ckpt.pt') and all('.lora_' in name for name in kept['model'])
     model, _ = load_model(str(whole.out_dir / 'last.pt'))
     was = load(base / 'ckpt.pt')['model']
@@ -131,17 +140,21 @@ def test_an_adapter_does_not_overwrite_its_base_and_both_may_move(train, run, ba
     mine = tmp_path / 'old' / 'mine'
     shutil.copytree(base, mine)
     for source in (mine, mine / 'ckpt.pt'):
-        done = train(f'--init_from={source}', '--lora_rank=2', '--overwrite=True', f'--out_dir={mine}', status=2)
+        done = train(f'--init_from={source}', '--lora_rank=2', '--overwrite=True', f'--out_dir={mine}',
+                     status=2)
         assert f'init_from, {source}, or what it is' in done.err
     assert load(mine / 'ckpt.pt')['iter_num'] == load(base / 'ckpt.pt')['iter_num']
-    train(f'--init_from={mine}', '--lora_rank=2', '--max_iters=1', f"--out_dir={tmp_path / 'old' / 'adapter'}")
+    train(f'--init_from={mine}', '--lora_rank=2', '--max_iters=1',
+          f"--out_dir={tmp_path / 'old' / 'adapter'}")
     shutil.move(tmp_path / 'old', tmp_path / 'new')
-    assert run('sample.py', '--num_samples=1', '--max_new_tokens=5', f"--out_dir={tmp_path / 'new' / 'adapter'}").out
+    assert run('sample.py', '--num_samples=1', '--max_new_tokens=5',
+               f"--out_dir={tmp_path / 'new' / 'adapter'}").out
 
 def test_an_adapter_for_a_folder_of_hugging_face_s_moves_with_it(run, base, tmp_path):
     old, new = tmp_path / 'old', tmp_path / 'new'
     run('export.py', f'--out_dir={base}', f"--to={old / 'hf'}")
-    run('train.py', '--dataset=chars', *TINY, f"--init_from={old / 'hf'}", '--lora_rank=2', '--max_iters=1', f"--out_dir={old / 'lora'}")
+    run('train.py', '--dataset=chars', *TINY, f"--init_from={old / 'hf'}", '--lora_rank=2', '--max_iters=1',
+        f"--out_dir={old / 'lora'}")
     shutil.move(old, new)
     assert run('sample.py', '--num_samples=1', '--max_new_tokens=5', f"--out_dir={new / 'lora'}").out
 
@@ -168,7 +181,8 @@ def test_a_text_of_the_user_s_in_samples_txt_stays(train, tmp_path):
     options = '--sample_interval=3', '--sample_tokens=5'
     whole = train(*options).out_dir / 'samples.txt'
     text = whole.read_bytes()
-    assert text.startswith(mine) and text.count(b'- iteration ') == 3 and (tmp_path / 'out' / 'report.md').exists()
+    assert (text.startswith(mine) and text.count(b'- iteration ') == 3
+            and (tmp_path / 'out' / 'report.md').exists())
     train(*options, '--overwrite=True')
     assert whole.read_bytes() == text # an earlier run's samples go
     train(*options, '--init_from=resume', '--max_iters=7')
@@ -177,7 +191,8 @@ def test_a_text_of_the_user_s_in_samples_txt_stays(train, tmp_path):
     assert whole.read_bytes() == text # whose last is of the iteration that is resumed at, or before it
     whole.write_bytes(text[len(mine):])
     train('--overwrite=True')
-    assert not whole.exists() and 'What it wrote' not in (tmp_path / 'out' / 'report.md').read_text(encoding='utf-8')
+    assert (not whole.exists()
+            and 'What it wrote' not in (tmp_path / 'out' / 'report.md').read_text(encoding='utf-8'))
 
 def test_another_freeze_or_another_adapter_is_not_resumed(train, base):
     train(f'--init_from={base}', '--freeze=h.0', '--max_iters=1')
@@ -191,12 +206,14 @@ def test_another_freeze_or_another_adapter_is_not_resumed(train, base):
 
 def test_lora_needs_a_model_to_start_from_and_matrices_it_knows(train, base):
     assert 'lora_rank needs a model to start from' in train('--lora_rank=4', status=2).err
-    assert 'type --lora_targets' in train(f'--init_from={base}', '--lora_rank=4', '--lora_targets=attn', status=2).err
+    assert 'type --lora_targets' in train(f'--init_from={base}', '--lora_rank=4', '--lora_targets=attn',
+                                          status=2).err
 
 def test_a_mixture_trains_and_one_of_other_tokens_is_refused(train, run, clone):
     shutil.copytree(clone / 'data' / 'chars', clone / 'data' / 'other')
     result = train('--dataset=chars:0.7,other:0.3')
-    assert f"{2 * (clone / 'data' / 'chars' / 'train.bin').stat().st_size // 2:,} tokens to train on" in result.out
+    assert (f"{2 * (clone / 'data' / 'chars' / 'train.bin').stat().st_size // 2:,} tokens to train on"
+            in result.out)
     assert 'epochs of data/other' in result.out and (result.out_dir / 'loss.png').exists()
     resumed = train('--dataset=chars:0.7,other:0.3', '--init_from=resume', '--max_iters=8')
     assert all(float(loss) < 5 for loss in resumed.column('val_loss') if loss)
@@ -210,7 +227,8 @@ def test_a_mixture_of_two_templates_is_refused(train, clone):
     refused = train('--dataset=chars,asked,told', status=2)
     assert 'plan device' not in refused.out # before any work is done
     error = refused.err.splitlines()[-1]
-    assert error.startswith(f"error: {os.path.join('data', 'asked', 'template.txt')} and ") and '--template=FILE:PATH' in error
+    assert (error.startswith(f"error: {os.path.join('data', 'asked', 'template.txt')} and ")
+            and '--template=FILE:PATH' in error)
     train('--dataset=chars,asked', '--max_iters=1')
 
 def test_masked_losses_are_the_same_for_any_split_and_the_template_travels(train, masked):
@@ -239,7 +257,8 @@ def test_only_the_unmasked_tokens_count_in_the_loss(train, base, masked):
 
 def test_samples_are_written_while_it_trains_and_leave_the_losses_alone(train):
     plain = train('--dropout=0.1')
-    result = train('--dropout=0.1', '--sample_interval=3', '--sample_tokens=20', '--sample_start=def ', out_dir='b')
+    result = train('--dropout=0.1', '--sample_interval=3', '--sample_tokens=20', '--sample_start=def ',
+                   out_dir='b')
     text = (result.out_dir / 'samples.txt').read_text()
     assert [f'iteration {i}\ndef ' in text for i in (0, 3, 6, 1)] == [True, True, True, False]
     assert result.column('loss') == plain.column('loss')
@@ -247,12 +266,15 @@ def test_samples_are_written_while_it_trains_and_leave_the_losses_alone(train):
 
 def test_a_finetuned_model_s_own_shape_is_in_its_config_and_report(train, base):
     result = train('--n_embd=32', '--n_layer=7', '--n_head=4', f'--init_from={base}')
-    settings, shape = json.loads((result.out_dir / 'config.json').read_text()), load(base / 'ckpt.pt')['model_args']
+    settings, shape = (json.loads((result.out_dir / 'config.json').read_text()),
+                       load(base / 'ckpt.pt')['model_args'])
     for key in ('n_layer', 'n_head', 'n_embd', 'bias'):
-        assert settings[key] == shape[key] and f'    {key} = {shape[key]!r}\n' in (result.out_dir / 'report.md').read_text()
+        assert (settings[key] == shape[key]
+                and f'    {key} = {shape[key]!r}\n' in (result.out_dir / 'report.md').read_text())
     assert settings['given']['n_layer'] == 7
     table = train('--n_embd=32', '--n_layer=7', '--n_head=4', f'--init_from={base}', '--dry_run=True').out
-    assert ' s  yes ' in next(line for line in table.splitlines() if line.startswith('device')) # an epoch's time is known
+    # an epoch's time is known
+    assert ' s  yes ' in next(line for line in table.splitlines() if line.startswith('device'))
 
 def test_a_report_tells_the_run(train):
     result = train('--sample_interval=6', '--sample_tokens=20')
@@ -265,7 +287,8 @@ def test_a_report_tells_the_run(train):
 
 def test_a_run_that_wandb_does_not_let_start_leaves_the_one_before(train, clone):
     files = {path: path.read_bytes() for path in train('--max_iters=1').out_dir.iterdir()}
-    env = {'WANDB_API_KEY': '', 'WANDB_MODE': 'online', 'HOME': str(clone), 'WANDB_BASE_URL': 'http://127.0.0.1:9', 'NETRC': str(clone / 'none')}
+    env = {'WANDB_API_KEY': '', 'WANDB_MODE': 'online', 'HOME': str(clone),
+           'WANDB_BASE_URL': 'http://127.0.0.1:9', 'NETRC': str(clone / 'none')}
     done = train('--overwrite=True', '--wandb_log=True', env=env, status=2)
     assert 'wandb does not start' in done.err
     assert {path: path.read_bytes() for path in files} == files
@@ -288,4 +311,5 @@ def test_a_question_is_put_by_the_template_and_only_answers_are_printed(train, r
     assert 'ask: say {input}\nA:' + asked.out == started.out
 
 def test_a_model_that_saw_no_instructions_is_not_asked(run, base):
-    assert 'was not trained on instructions' in run('sample.py', f'--out_dir={base}', '--instruction=x', status=2).err
+    assert 'was not trained on instructions' in run('sample.py', f'--out_dir={base}', '--instruction=x',
+                                                    status=2).err

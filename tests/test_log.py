@@ -20,9 +20,11 @@ def test_the_best_that_could_not_be_saved_is_not_the_best(tmp_path):
     now = missed.without(saved)
     assert is_best and (now.best_val_loss, now.best_iter, now.n_worse) == (3.0, 0, 0)
     assert now.after(20, 2.5)[1] and not missed.after(20, 2.5)[1]
-    for at, better in ((now, True), (now.after(20, 3.5)[0], True), (now.after(20, 2.5)[0], True), (now.after(20, 1.5)[0], False)):
+    for at, better in ((now, True), (now.after(20, 3.5)[0], True), (now.after(20, 2.5)[0], True),
+                       (now.after(20, 1.5)[0], False)):
         told = at.describe('out', 20, 20, ended=True)
-        assert ('a better model, of val loss 2.0000, could not be saved' in told) == better and 'no evaluation was better' not in told
+        assert (('a better model, of val loss 2.0000, could not be saved' in told) == better
+                and 'no evaluation was better' not in told)
 
 @pytest.mark.parametrize('n', [1, 2])
 def test_a_start_that_is_killed_before_its_nth_file_is_in_place_can_be_typed_again(tmp_path, monkeypatch, n):
@@ -55,13 +57,17 @@ def test_a_run_that_stops_names_the_file_that_holds_what_it_learned(evaluated, i
         best, _ = best.after(at, 3.0 + at)
     told = best.describe('my out', iter_num, 99, ended=False)
     assert says in told and ('evaluat' in told) == bool(says)
-    assert f"next: python sample.py --out_dir={quote('my out' + file.replace('/', os.sep))}\nto go on: python train.py --init_from=resume --out_dir={quote('my out')}" in told
-    nanogpt_s = Best.of({'iter_num': 5, 'best_val_loss': torch.tensor(1.0)}).describe('out', 7, 99, ended=False)
-    assert nanogpt_s.endswith('--out_dir=out\nto go on: python train.py --init_from=resume --out_dir=out') and 'alone' not in nanogpt_s
+    assert (f"next: python sample.py --out_dir={quote('my out' + file.replace('/', os.sep))}\n"
+            f"to go on: python train.py --init_from=resume --out_dir={quote('my out')}") in told
+    nanogpt_s = Best.of({'iter_num': 5, 'best_val_loss': torch.tensor(1.0)}).describe(
+        'out', 7, 99, ended=False)
+    assert (nanogpt_s.endswith('--out_dir=out\nto go on: python train.py --init_from=resume --out_dir=out')
+            and 'alone' not in nanogpt_s)
 
 def test_patience_is_said_to_end_a_run_only_where_it_did():
     best = Best(1.0, 80, 3, 100)
-    assert 'so it ended' in best.describe('out', 100, 200, ended=True) and '--patience=0' in best.describe('out', 100, 200, ended=True)
+    assert ('so it ended' in best.describe('out', 100, 200, ended=True)
+            and '--patience=0' in best.describe('out', 100, 200, ended=True))
     for max_iters, ended in ((200, False), (100, True)):
         told = best.describe('out', 100, max_iters, ended)
         assert 'so it ended' not in told and '--patience' not in told
@@ -106,7 +112,8 @@ def test_a_long_run_s_report_ends_with_its_last_evaluation(train):
     rest = lines[1].partition(',')[2]
     (out_dir / 'log.csv').write_text('\n'.join([lines[0], *(f'{i},{rest}' for i in range(45)), '']))
     log.write_report(str(out_dir))
-    told = [int(line.split()[1]) for line in (out_dir / 'report.md').read_text().splitlines() if line[:2] == '| ' and line[2].isdigit()]
+    told = [int(line.split()[1]) for line in (out_dir / 'report.md').read_text().splitlines()
+            if line[:2] == '| ' and line[2].isdigit()]
     assert told[-1] == 44 and 10 <= len(told) <= 21
 
 def test_a_row_that_was_cut_short_goes_when_a_run_is_resumed(train):
@@ -154,9 +161,12 @@ def test_a_loss_that_is_no_number_is_not_the_lowest(train, tmp_path):
 
 def test_a_picture_tells_the_lowest_loss_and_leaves_out_a_row_that_was_cut(tmp_path, monkeypatch):
     labels, draw = [], Axes.plot
-    monkeypatch.setattr(Axes, 'plot', lambda self, *args, **options: (labels.append(options.get('label')), draw(self, *args, **options))[1])
+    monkeypatch.setattr(Axes, 'plot', lambda self, *args, **options:
+                        (labels.append(options.get('label')), draw(self, *args, **options))[1])
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'log.csv').write_text('iter,loss,train_loss,val_loss\n0,4,4,4.5\n10,2,2,2.5\n20,1,1,3.5\n30,1,1,1')
+    (tmp_path / 'log.csv').write_text(
+        'iter,loss,train_loss,val_loss\n0,4,4,4.5\n10,2,2,2.5\n20,1,1,3.5\n30,1,1,1')
     plot.plot_run(str(tmp_path))
     plot.plot_runs([str(tmp_path)])
-    assert 'val split, best 2.5000 at iteration 10' in labels and any(str(label).endswith(', best 2.5000') for label in labels)
+    assert ('val split, best 2.5000 at iteration 10' in labels
+            and any(str(label).endswith(', best 2.5000') for label in labels))

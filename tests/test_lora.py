@@ -79,7 +79,8 @@ def test_a_shrunk_base_has_the_losses_of_autocast():
             assert model.transformer.wte.weight.dtype == torch.bfloat16
         with torch.autocast('cpu', torch.bfloat16):
             losses.append(model(torch.arange(16)[None], torch.arange(16)[None])[1].item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3) # the embeddings alone are rounded where they were not
+    # the embeddings alone are rounded where they were not
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 def test_recomputed_blocks_have_the_gradients_of_kept_ones_under_lora_s_dropout():
     grads = []
@@ -113,7 +114,8 @@ def test_frozen_parts_stay_and_the_rest_learns():
     lora.freeze_parts(model, 'wte, wpe,h.0-0,h.1.mlp')
     state, was = trained(model).state_dict(), plain.state_dict()
     changed = {name for name in state if not torch.equal(state[name], was[name])}
-    assert changed == {n for n in state if n.startswith(('transformer.h.1.ln', 'transformer.h.1.attn', 'transformer.ln_f'))}
+    assert changed == {n for n in state
+                       if n.startswith(('transformer.h.1.ln', 'transformer.h.1.attn', 'transformer.ln_f'))}
 
 def test_the_gradients_beside_a_frozen_head_are_those_of_cross_entropy():
     model = small()
@@ -132,8 +134,8 @@ def test_a_part_that_is_not_there_and_nothing_left_are_errors(names):
         lora.freeze_parts(small(), names)
 
 def restricted(seed):
-    config = dict(lora_rank=2, lora_alpha=4.0, lora_dropout=0.0, lora_targets='attn.c_attn', freeze='', dropout=0.0,
-                  seed=seed, optimizer='adamw')
+    config = dict(lora_rank=2, lora_alpha=4.0, lora_dropout=0.0, lora_targets='attn.c_attn', freeze='',
+                  dropout=0.0, seed=seed, optimizer='adamw')
     model = small()
     lora.restrict(model, config)
     return model, config

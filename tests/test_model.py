@@ -290,8 +290,8 @@ class Products(TorchDispatchMode):
         self.n += op in recompute.PRODUCTS
         return op(*args, **(kwargs or {}))
 
-@pytest.mark.parametrize('dtype, dropout, rank', [(torch.bfloat16, 0.0, 0), (torch.bfloat16, 0.3, 0), (torch.bfloat16, 0.3, 2),
-                                                  (torch.float32, 0.0, 0)])
+@pytest.mark.parametrize('dtype, dropout, rank', [(torch.bfloat16, 0.0, 0), (torch.bfloat16, 0.3, 0),
+                                                  (torch.bfloat16, 0.3, 2), (torch.float32, 0.0, 0)])
 def test_a_block_that_is_run_again_for_backward_makes_its_last_product_once(dtype, dropout, rank):
     torch.manual_seed(0)
     gpt, idx, made, grads = GPT(GPTConfig(16, 50, 3, 2, 32, dropout)), torch.zeros(2, 16, dtype=torch.long), {}, {}

@@ -24,12 +24,14 @@ def test_muon_takes_the_matrices_of_the_blocks():
     model = GPT(GPTConfig(8, 11, 2, 1, 8))
     muon, decay, no_decay = make('muon', model).param_groups
     assert len(muon['params']) == 2 * 4 and all(p.dim() == 2 for p in muon['params'])
-    assert {id(p) for p in decay['params']} == {id(model.transformer.wte.weight), id(model.transformer.wpe.weight)}
+    assert {id(p) for p in decay['params']} == {id(model.transformer.wte.weight),
+                                                id(model.transformer.wpe.weight)}
     everything = [id(p) for g in (muon, decay, no_decay) for p in g['params']]
     assert sorted(everything) == sorted(id(p) for p in model.parameters())
 
 def newton_schulz(G):
-    """ Muon's orthogonalization by its published formula, in float64: https://kellerjordan.github.io/posts/muon/ """
+    """ Muon's orthogonalization by its published formula, in float64:
+    https://kellerjordan.github.io/posts/muon/ """
     X = G.double() / G.double().norm()
     X = X.T if G.size(0) > G.size(1) else X
     for _ in range(5):
@@ -116,20 +118,24 @@ def test_offload_saves_the_weights_in_float32_whatever_the_device_has():
     torch.manual_seed(0)
     model = GPT(GPTConfig(8, 20, 2, 2, 16))
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    optimizer = make_optimizer('adamw', model, 1e-3, 0.0, 0.1, (0.9, 0.95), offload_to=('cpu', torch.bfloat16))
+    optimizer = make_optimizer('adamw', model, 1e-3, 0.0, 0.1, (0.9, 0.95),
+                               offload_to=('cpu', torch.bfloat16))
     assert model.lm_head.weight.dtype == torch.bfloat16
     saved = weights(model, optimizer)
     assert saved.keys() == before.keys() and all(torch.equal(saved[name], before[name]) for name in before)
 
 def test_a_run_that_can_hardly_be_meant_is_warned_of(train):
-    config = {'init_from': 'gpt2', 'num_epochs': 0.0, 'decay_lr': True, 'learning_rate': 6e-4, 'eval_only': False}
+    config = {'init_from': 'gpt2', 'num_epochs': 0.0, 'decay_lr': True, 'learning_rate': 6e-4,
+              'eval_only': False}
     long = doubts(config, 600_000, 2000, 94_612.4)
-    assert long.startswith('\nwarning: 600,000 iterations are 94,612 epochs, and a finetuning takes 3 to 20; type config/')
+    assert long.startswith('\nwarning: 600,000 iterations are 94,612 epochs, and a finetuning takes 3 to 20; '
+                           'type config/')
     assert not any(doubts({**config, **other}, 600_000, 2000, 94_612.4) for other in (
         {'init_from': 'scratch'}, {'init_from': 'resume'}, {'num_epochs': 200.0}, {'eval_only': True}))
     assert doubts(config, 300, 10, 101.0) and not doubts(config, 300, 10, 99.0)
     assert 'warms up for 10 iterations, of which this run has 10: ' in doubts(config, 10, 10, 20.0)
     assert doubts(config, 11, 10, 20.0) == doubts({**config, 'decay_lr': False}, 10, 10, 20.0) == ''
     result = train('--max_iters=3', '--warmup_iters=200', '--learning_rate=1e-2')
-    told = re.search(r'\nwarning: the learning rate warms up for 200 iterations, of which this run has 3: it reaches (\S+);', result.out)
+    told = re.search(r'\nwarning: the learning rate warms up for 200 iterations, of which this run has 3: '
+                     r'it reaches (\S+);', result.out)
     assert float(told[1]) == pytest.approx(float(result.column('lr')[2]), rel=0.05)

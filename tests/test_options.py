@@ -39,7 +39,8 @@ def test_each_iteration_drops_others(train, same):
 
 def test_grad_clip_bounds_the_update(train, same):
     """ AdamW's epsilon is far above so small a gradient """
-    clipped, free = losses(train(*STILL, '--grad_clip=1e-12')), losses(train(*STILL, '--grad_clip=0', out_dir='free'))
+    clipped, free = (losses(train(*STILL, '--grad_clip=1e-12')),
+                     losses(train(*STILL, '--grad_clip=0', out_dir='free')))
     assert max(clipped) - min(clipped) < 1e-3 < max(free) - min(free)
 
 def test_the_loss_of_a_masked_dataset_is_the_mean_over_what_counts(train, clone):
@@ -58,16 +59,19 @@ def test_dropout_reaches_a_model_that_is_finetuned(train, tmp_path):
     assert load(tuned.out_dir)['model_args']['dropout'] == 0.2
 
 def test_the_seed_is_that_of_the_weights_and_of_the_order(train, tmp_path):
-    first, again, other = (train(f'--seed={seed}', '--max_iters=1', out_dir=name) for seed, name in ((1, 'a'), (1, 'b'), (2, 'c')))
+    first, again, other = (train(f'--seed={seed}', '--max_iters=1', out_dir=name)
+                           for seed, name in ((1, 'a'), (1, 'b'), (2, 'c')))
     wpe = [load(run.out_dir, 'ckpt.pt')['model']['transformer.wpe.weight'] for run in (first, again, other)]
     assert torch.equal(wpe[0], wpe[1]) and not torch.allclose(wpe[0], wpe[2], atol=0.03)
-    ordered = [losses(train(f"--init_from={tmp_path / 'a'}", f'--seed={seed}', '--max_iters=1', out_dir=f'order{seed}'))[0] for seed in (1, 2)]
+    ordered = [losses(train(f"--init_from={tmp_path / 'a'}", f'--seed={seed}', '--max_iters=1',
+                            out_dir=f'order{seed}'))[0] for seed in (1, 2)]
     assert ordered[0] != ordered[1] # the same weights read other windows
 
 def test_betas_and_weight_decay_reach_the_optimizer(train):
     run = train('--max_iters=1', '--beta1=0.8', '--beta2=0.9', '--weight_decay=0.3')
     groups = load(run.out_dir)['optimizer']['param_groups']
-    assert [(tuple(group['betas']), group['weight_decay']) for group in groups] == [((0.8, 0.9), 0.3), ((0.8, 0.9), 0.0)]
+    assert [(tuple(group['betas']), group['weight_decay']) for group in groups] == [
+        ((0.8, 0.9), 0.3), ((0.8, 0.9), 0.0)]
 
 def test_the_scaler_of_float16_goes_on_after_a_resume(train):
     whole = train('--dtype=float16', '--max_iters=4')
@@ -78,7 +82,8 @@ def test_the_scaler_of_float16_goes_on_after_a_resume(train):
 def test_top_k_top_p_and_temperature_reach_the_draw(train, run):
     train('--max_iters=1', '--learning_rate=0', '--min_lr=0') # nearly even, so that draws differ
     def drawn(*options):
-        text = run('sample.py', '--device=cpu', '--num_samples=1', '--max_new_tokens=20', '--start=x', *options).out
+        text = run('sample.py', '--device=cpu', '--num_samples=1', '--max_new_tokens=20', '--start=x',
+                   *options).out
         return text.partition('1 x 20 tokens')[0]
     greedy = drawn('--temperature=0')
     assert drawn('--top_k=1') == drawn('--top_k=0', '--top_p=1e-9') == greedy
@@ -87,9 +92,11 @@ def test_top_k_top_p_and_temperature_reach_the_draw(train, run):
 
 @pytest.mark.parametrize('always', [True, False])
 def test_an_evaluation_that_is_no_best_is_saved_too(train, tmp_path, always):
-    (tmp_path / 'spy.py').write_text("import saver\n_save = saver.save\n"
-                                     "saver.save = lambda c, path: (print('saving', c['iter_num']), _save(c, path))[1]\n")
-    done = train(tmp_path / 'spy.py', '--learning_rate=100', '--min_lr=100', '--eval_interval=2', f'--always_save_checkpoint={always}')
+    (tmp_path / 'spy.py').write_text(
+        "import saver\n_save = saver.save\n"
+        "saver.save = lambda c, path: (print('saving', c['iter_num']), _save(c, path))[1]\n")
+    done = train(tmp_path / 'spy.py', '--learning_rate=100', '--min_lr=100', '--eval_interval=2',
+                 f'--always_save_checkpoint={always}')
     saved = [int(line.split()[1]) for line in done.out.splitlines() if line.startswith('saving ')]
     assert saved == ([0, 2, 4, 6] if always else [0, 6]) # and the last one always
 
@@ -114,19 +121,23 @@ def test_the_share_of_the_peak_is_of_all_devices_together(train, tmp_path):
 def test_what_a_user_asks_holds_no_end_of_text(run, tmp_path):
     torch.manual_seed(0)
     model = GPT(GPTConfig(64, 50257, 1, 1, 8))
-    torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__, 'tokenizer': {'name': 'gpt2'},
-                'template': '{instruction}'}, tmp_path / 'ckpt.pt')
-    (tmp_path / 'spy.py').write_text("import model\n_stream = model.GPT.stream\ndef _spy(self, idx, *args, **options):\n"
-                                     "    print('read', idx[0].tolist())\n    return _stream(self, idx, *args, **options)\nmodel.GPT.stream = _spy\n")
-    out = run('sample.py', tmp_path / 'spy.py', f"--out_dir={tmp_path / 'ckpt.pt'}", '--instruction=a<|endoftext|>b', '--num_samples=1',
-              '--max_new_tokens=1', '--device=cpu').out
+    torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__,
+                'tokenizer': {'name': 'gpt2'}, 'template': '{instruction}'}, tmp_path / 'ckpt.pt')
+    (tmp_path / 'spy.py').write_text(
+        "import model\n_stream = model.GPT.stream\ndef _spy(self, idx, *args, **options):\n"
+        "    print('read', idx[0].tolist())\n    return _stream(self, idx, *args, **options)\n"
+        "model.GPT.stream = _spy\n")
+    out = run('sample.py', tmp_path / 'spy.py', f"--out_dir={tmp_path / 'ckpt.pt'}",
+              '--instruction=a<|endoftext|>b', '--num_samples=1', '--max_new_tokens=1', '--device=cpu').out
     assert 'read ' in out and str(BPETokenizer.eot) not in out.splitlines()[0]
 
 def test_an_adapter_has_the_dtype_and_a_tokenizer_the_length_of_the_model(train, run, tmp_path):
     from safetensors.torch import load_file
     base = train('--max_iters=1', out_dir='base').out_dir
     train(f'--init_from={base}', '--lora_rank=2', '--max_iters=1')
-    run('export.py', f"--out_dir={tmp_path / 'out'}", '--adapter=True', '--dtype=float16', f"--to={tmp_path / 'peft'}")
-    assert {t.dtype for t in load_file(tmp_path / 'peft' / 'adapter_model.safetensors').values()} == {torch.float16}
+    run('export.py', f"--out_dir={tmp_path / 'out'}", '--adapter=True', '--dtype=float16',
+        f"--to={tmp_path / 'peft'}")
+    assert {t.dtype for t in load_file(tmp_path / 'peft' / 'adapter_model.safetensors').values()} == {
+        torch.float16}
     run('export.py', f'--out_dir={base}', f"--to={tmp_path / 'hf'}")
     assert json.loads((tmp_path / 'hf' / 'tokenizer_config.json').read_text())['model_max_length'] == 16

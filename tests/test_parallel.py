@@ -1,5 +1,6 @@
 """
-One curve: the losses of a run do not depend on how many processes share it, how it is cut, or what is sharded.
+One curve: the losses of a run do not depend on how many processes share it, how it is cut, or what is
+sharded.
 """
 import os
 import re
@@ -35,7 +36,8 @@ def references(clone, masked, forks, tmp_path_factory):
     made = {}
     for dataset in ('chars', masked):
         out_dir = tmp_path_factory.mktemp('reference') / dataset
-        args = (f'--dataset={dataset}', *TINY, *LONG, '--batch_size=8', '--gradient_accumulation_steps=1', f'--out_dir={out_dir}')
+        args = (f'--dataset={dataset}', *TINY, *LONG, '--batch_size=8', '--gradient_accumulation_steps=1',
+                f'--out_dir={out_dir}')
         status, out, err = forks('train.py', args, clone, 120, 1)
         assert status == 0, err
         made[dataset] = losses(Result(status, out, err, out_dir))
@@ -44,8 +46,8 @@ def references(clone, masked, forks, tmp_path_factory):
 def losses(result):
     return {name: [float(v) for v in result.column(name) if v] for name in ('loss', 'train_loss', 'val_loss')}
 
-SPLITS = [('chars', 1, 1), ('chars', 1, 2), ('chars', 1, 4), ('chars', 2, 1), ('chars', 2, 2), ('chars', 2, 4),
-          ('chars', 4, 1), ('chars', 4, 2), ('half', 1, 1), ('half', 2, 2), ('half', 4, 1)]
+SPLITS = [('chars', 1, 1), ('chars', 1, 2), ('chars', 1, 4), ('chars', 2, 1), ('chars', 2, 2),
+          ('chars', 2, 4), ('chars', 4, 1), ('chars', 4, 2), ('half', 1, 1), ('half', 2, 2), ('half', 4, 1)]
 
 @pytest.mark.parametrize('dataset, processes, micro_batch', SPLITS)
 def test_any_split_is_the_same_run(train, references, dataset, processes, micro_batch):
@@ -58,7 +60,8 @@ def test_any_split_is_the_same_run(train, references, dataset, processes, micro_
         assert got[name][0] == pytest.approx(wanted[name][0], abs=1e-6) # of the same weights
     assert re.search(rf', {micro_batch} sequences? at a time', result.out)
 
-@pytest.mark.parametrize('options', [('--dtype=bfloat16',), ('--dtype=bfloat16', '--shard=True'), ('--dtype=float16',)])
+@pytest.mark.parametrize('options', [('--dtype=bfloat16',), ('--dtype=bfloat16', '--shard=True'),
+                                     ('--dtype=float16',)])
 def test_a_split_in_half_precision_is_the_same_run_but_for_its_rounding(train, options):
     options = *LONG, '--max_iters=30', *options
     one = losses(train(*options, '--shard=False', '--batch_size=8', '--gradient_accumulation_steps=1'))
@@ -67,9 +70,11 @@ def test_a_split_in_half_precision_is_the_same_run_but_for_its_rounding(train, o
     print(f"{' '.join(options[len(LONG) + 1:])}: at most {apart:.1e} apart")
     assert apart <= 1e-3
 
-@pytest.mark.parametrize('kinds, chosen', [(('bfloat16', 'float16'), 'float16'), (('float32', 'bfloat16'), 'float32')])
+@pytest.mark.parametrize('kinds, chosen', [(('bfloat16', 'float16'), 'float16'),
+                                           (('float32', 'bfloat16'), 'float32')])
 def test_processes_on_different_hardware_compute_in_what_all_of_them_have(train, tmp_path, kinds, chosen):
-    (tmp_path / 'kinds.py').write_text(f"import os, device\ndevice.pick_dtype = lambda *_: {kinds}[int(os.environ['RANK'])]\n")
+    (tmp_path / 'kinds.py').write_text(
+        f"import os, device\ndevice.pick_dtype = lambda *_: {kinds}[int(os.environ['RANK'])]\n")
     assert f'on 2 x cpu in {chosen}\n' in train(tmp_path / 'kinds.py', '--max_iters=1', processes=2).out
 
 def test_a_number_of_processes_that_does_not_divide_an_iteration_is_told_what_does(train):
@@ -77,7 +82,8 @@ def test_a_number_of_processes_that_does_not_divide_an_iteration_is_told_what_do
     options = '--init_from=resume', '--max_iters=8'
     assert 'make it 6 or 9' in train(processes=3, out_dir='b', status=2).err
     assert 'start it with 1, 2, 4 or 8 of them' in train(*options, processes=3, status=2).err
-    alone, three = (train(*options, '--eval_only=True', processes=n).out.splitlines()[-1] for n in (1, 3)) # needs no such
+    alone, three = (train(*options, '--eval_only=True', processes=n).out.splitlines()[-1]
+                    for n in (1, 3)) # needs no such
     assert alone == three and 'step 6: train loss' in alone
 
 def test_one_sequence_is_for_one_process():
@@ -85,12 +91,14 @@ def test_one_sequence_is_for_one_process():
         parallel.share(1, 2, {'init_from': 'resume', 'shard': False, 'eval_only': False})
 
 def test_a_dry_run_of_several_processes_counts_the_sequences_of_all(train):
-    assert '8 sequences of 16 tokens an iteration, 4 by each of 2 processes; ' in train('--dry_run=True', processes=2).out
+    assert ('8 sequences of 16 tokens an iteration, 4 by each of 2 processes; '
+            in train('--dry_run=True', processes=2).out)
 
 def test_processes_that_read_different_data_are_told(clone, train, tmp_path):
     shutil.copytree(clone / 'data' / 'chars', tmp_path / 'other')
     tokens = np.fromfile(tmp_path / 'other' / 'train.bin', np.uint16)
-    (tmp_path / 'nodes.py').write_text(f"import os\ndataset = 'chars' if os.environ['RANK'] == '0' else {str(tmp_path / 'other')!r}\n")
+    (tmp_path / 'nodes.py').write_text(
+        f"import os\ndataset = 'chars' if os.environ['RANK'] == '0' else {str(tmp_path / 'other')!r}\n")
     for spoil in (lambda: tokens[:-1000], lambda: tokens[::-1]):
         spoil().tofile(tmp_path / 'other' / 'train.bin')
         error = train(tmp_path / 'nodes.py', processes=2, status=2).err
@@ -99,16 +107,19 @@ def test_processes_that_read_different_data_are_told(clone, train, tmp_path):
 @pytest.mark.parametrize('options', [(), ('--plan=recompute', '--freeze=wte,h.0', '--bias=True')])
 def test_a_sharded_run_has_the_losses_of_one_that_is_not(train, options):
     whole = train(*LONG, *options, processes=2)
-    shards = train(*LONG, *options, '--shard=True', '--sample_interval=25', '--sample_tokens=20', processes=2, out_dir='shards')
+    shards = train(*LONG, *options, '--shard=True', '--sample_interval=25', '--sample_tokens=20',
+                   processes=2, out_dir='shards')
     assert 'sharded' in shards.out
     for name, values in losses(whole).items():
         assert losses(shards)[name] == pytest.approx(values, abs=1e-4), name
     assert (shards.out_dir / 'samples.txt').read_text(encoding='utf-8').count('iteration') == 3
 
 def test_processes_with_different_memory_free_choose_the_same(train, tmp_path):
-    (tmp_path / 'uneven.py').write_text("import os, device\n_free = {'0': 1e9, '1': 0.004e9}[os.environ['RANK']]\n"
-                                        "device.free_memory = lambda device: _free\n")
-    options = ('--batch_size=32', '--gradient_accumulation_steps=4', '--n_layer=4', '--n_embd=32', '--max_iters=2')
+    (tmp_path / 'uneven.py').write_text(
+        "import os, device\n_free = {'0': 1e9, '1': 0.004e9}[os.environ['RANK']]\n"
+        "device.free_memory = lambda device: _free\n")
+    options = ('--batch_size=32', '--gradient_accumulation_steps=4', '--n_layer=4', '--n_embd=32',
+               '--max_iters=2')
     plenty = train(*options, processes=2)
     uneven = train(tmp_path / 'uneven.py', *options, processes=2, out_dir='uneven')
     assert 'plan device, 32 sequences' in plenty.out and 'plan device, 32 sequences' not in uneven.out
@@ -117,8 +128,9 @@ def test_processes_with_different_memory_free_choose_the_same(train, tmp_path):
 def test_training_and_evaluation_ask_autocast_for_no_copies_of_the_weights(train, tmp_path):
     (tmp_path / 'watch.py').write_text(
         "import device, os, torch\n_autocast = device.autocast\ndef _watch(place, dtype, cache=False):\n"
-        "    if os.environ['RANK'] == '0':\n        print('autocast', dtype, torch.is_grad_enabled(), cache)\n    return _autocast(place, dtype, cache)\n"
-        "device.autocast = _watch\n")
+        "    if os.environ['RANK'] == '0':\n"
+        "        print('autocast', dtype, torch.is_grad_enabled(), cache)\n"
+        "    return _autocast(place, dtype, cache)\ndevice.autocast = _watch\n")
     said = train(tmp_path / 'watch.py', '--shard=True', '--dtype=bfloat16', processes=2).out
     assert {line for line in said.splitlines() if 'autocast' in line} == {
         'autocast bfloat16 True False', 'autocast bfloat16 False False'}
@@ -127,11 +139,13 @@ def test_a_sharded_run_s_checkpoint_is_any_run_s(train):
     options = ('--max_iters=8', '--lr_decay_iters=8', '--eval_interval=4')
     whole = train(*options)
     train(*options, '--shard=True', '--max_iters=4', processes=2, out_dir='shards')
-    a, b = (load(folder / 'last.pt', moments=True) for folder in (train(*options, '--max_iters=4', out_dir='four').out_dir,
-                                                    whole.out_dir.parent / 'shards'))
+    a, b = (load(folder / 'last.pt', moments=True)
+            for folder in (train(*options, '--max_iters=4', out_dir='four').out_dir,
+                           whole.out_dir.parent / 'shards'))
     assert a.keys() == b.keys() and list(a['model']) == list(b['model'])
     assert all(type(t) is torch.Tensor for t in b['model'].values()) # no shards
-    assert [list(s) for s in a['optimizer']['state'].values()] == [list(s) for s in b['optimizer']['state'].values()]
+    assert ([list(s) for s in a['optimizer']['state'].values()]
+            == [list(s) for s in b['optimizer']['state'].values()])
     for name, tensor in a['model'].items():
         assert torch.allclose(tensor, b['model'][name], atol=1e-6), name
     shutil.copytree(whole.out_dir.parent / 'shards', whole.out_dir.parent / 'again')
@@ -140,8 +154,8 @@ def test_a_sharded_run_s_checkpoint_is_any_run_s(train):
     for result in (one, four):
         assert losses(result)['loss'] == pytest.approx(losses(whole)['loss'], abs=1e-5)
 
-@pytest.mark.parametrize('options, processes, says', [((), 1, 'start train.py by torchrun'),
-                                                      (('--optimizer=muon',), 2, 'type --optimizer=adamw and no')])
+@pytest.mark.parametrize('options, processes, says', [
+    ((), 1, 'start train.py by torchrun'), (('--optimizer=muon',), 2, 'type --optimizer=adamw and no')])
 def test_what_cannot_be_sharded_is_told(train, options, processes, says):
     assert says in train('--shard=True', *options, processes=processes, status=2).err
 
@@ -155,9 +169,11 @@ REPLICATE = """
     gpt = GPT(GPTConfig(16, 50, 2, 2, 32))
     gpt.transformer.wpe.weight.requires_grad_(False)
     params = [p for p in gpt.parameters() if p.requires_grad]
-    storages = lambda: {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in params}
+    storages = lambda: {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes()
+                        for p in params}
     idx = torch.zeros(2, 16, dtype=torch.int64)
-    model, opt = parallel.replicate_model(gpt, device, lambda model: model(idx, idx)[1].backward()), torch.optim.AdamW(params)
+    model, opt = (parallel.replicate_model(gpt, device, lambda model: model(idx, idx)[1].backward()),
+                  torch.optim.AdamW(params))
     buckets = storages()
     assert all(p.grad.count_nonzero() == 0 for p in params)
     for it in range(3):
@@ -166,7 +182,8 @@ REPLICATE = """
             idx = torch.full((2, 16), 10 * it + rank)
             model(idx, idx)[1].backward()
             if rank == 0:
-                print('gradients:', storages() == buckets, sum(buckets.values()) / 4 / sum(p.numel() for p in params))
+                print('gradients:', storages() == buckets,
+                      sum(buckets.values()) / 4 / sum(p.numel() for p in params))
         opt.step()
         opt.zero_grad(set_to_none=False)
     parallel.stop_processes()
@@ -188,7 +205,8 @@ TRACK = """
 
     # attention as a GPU has it
     model.attend = lambda q, k, v, dropout, mask: F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    class WithoutProducts(TorchDispatchMode): # memory is the same, and a CPU may take long for them in half precision
+    # memory is the same, and a CPU may take long for them in half precision
+    class WithoutProducts(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
                 return args[-2].new_empty(args[-2].size(0), args[-1].size(1))
@@ -230,14 +248,16 @@ def test_the_predicted_peak_of_a_sharded_run_is_within_a_tenth_of_a_real_iterati
 
 def test_the_number_of_a_gpu_is_refused_under_torchrun(monkeypatch):
     monkeypatch.setenv('RANK', '0')
-    with pytest.raises(ValueError, match="'cuda:1', but torchrun's processes each take another GPU; type --device=cuda"):
+    with pytest.raises(ValueError, match="'cuda:1', but torchrun's processes each take another GPU; "
+                                         "type --device=cuda"):
         parallel.start_processes('auto', 'cuda:1')
 
 def test_more_processes_than_gpus_to_be_seen_are_refused(monkeypatch):
     for name, value in {'RANK': '2', 'LOCAL_RANK': '2', 'LOCAL_WORLD_SIZE': '4'}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr('torch.cuda.device_count', lambda: 1) # as a scheduler may show each task
-    with pytest.raises(ValueError, match='has 4 processes, but each sees 1 of its GPUs; start one torchrun on each node'):
+    with pytest.raises(ValueError, match='has 4 processes, but each sees 1 of its GPUs; '
+                                         'start one torchrun on each node'):
         parallel.start_processes('auto', 'cuda')
     for name in ('LOCAL_RANK', 'LOCAL_WORLD_SIZE'):
         monkeypatch.delenv(name)
@@ -247,7 +267,8 @@ def test_more_processes_than_gpus_to_be_seen_are_refused(monkeypatch):
 AGREE = """
     import parallel
     rank, world_size, device = parallel.start_processes('gloo', 'cpu')
-    told = parallel.are_same(100 * rank), parallel.are_same(7), parallel.in_any(rank == 1), parallel.in_any(False), parallel.least(5 - rank)
+    told = (parallel.are_same(100 * rank), parallel.are_same(7), parallel.in_any(rank == 1),
+            parallel.in_any(False), parallel.least(5 - rank))
     print('told: ' + repr(told) + chr(10), end='')
     parallel.stop_processes()
 """
@@ -255,4 +276,5 @@ AGREE = """
 def test_all_processes_come_to_the_same_verdict(clone, run):
     """ also the one whose value is the mean of all """
     (clone / 'agree.py').write_text(textwrap.dedent(AGREE))
-    assert re.findall(r'told: (.*)', run('agree.py', processes=3).out) == 3 * ['(False, True, True, False, 3.0)']
+    assert re.findall(r'told: (.*)', run('agree.py', processes=3).out) == 3 * [
+        '(False, True, True, False, 3.0)']

@@ -65,11 +65,13 @@ def test_a_text_that_cannot_be_fetched_says_which_file_to_put_where(run, clone):
 
 @pytest.mark.parametrize('tokenizer', ['gpt2', 'char'])
 def test_a_folder_of_texts_becomes_documents_that_end(run, clone, tmp_path, tokenizer):
-    texts = {'a.txt': 'One. <|endoftext|> is text here.', 'b.md': 'Two, naïve.', 'sub/c.txt': 'Three. ' * 40, 'd.jpg': 'no'}
+    texts = {'a.txt': 'One. <|endoftext|> is text here.', 'b.md': 'Two, naïve.',
+             'sub/c.txt': 'Three. ' * 40, 'd.jpg': 'no'}
     (tmp_path / 'in' / 'sub').mkdir(parents=True)
     for name, text in texts.items():
         (tmp_path / 'in' / name).write_text(text, encoding='utf-8')
-    done = run('data/custom/prepare.py', f"--input={tmp_path / 'in'}", f'--name=mine_{tokenizer}', f'--tokenizer={tokenizer}')
+    done = run('data/custom/prepare.py', f"--input={tmp_path / 'in'}", f'--name=mine_{tokenizer}',
+               f'--tokenizer={tokenizer}')
     folder = clone / 'data' / f'mine_{tokenizer}'
     ids = [*read(folder, 'train').tolist(), *read(folder, 'val').tolist()]
     if tokenizer == 'gpt2':
@@ -79,23 +81,30 @@ def test_a_folder_of_texts_becomes_documents_that_end(run, clone, tmp_path, toke
         assert not (folder / 'meta.pkl').exists()
     else:
         itos = pickle.loads((folder / 'meta.pkl').read_bytes())['itos']
-        assert ''.join(itos[i] for i in ids) == ''.join(texts[n] + '\n' for n in ('a.txt', 'b.md', 'sub/c.txt'))
+        assert ''.join(itos[i] for i in ids) == ''.join(
+            texts[n] + '\n' for n in ('a.txt', 'b.md', 'sub/c.txt'))
     assert f'--dataset=mine_{tokenizer}' in done.out
 
 def test_end_of_text_is_a_token_where_it_is_allowed(run, clone, tmp_path):
     (tmp_path / 'a.txt').write_text('one<|endoftext|>two ' * 10)
-    run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=allowed', '--allow_special=True', '--val_fraction=0.5')
+    run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=allowed',
+        '--allow_special=True', '--val_fraction=0.5')
     ids = {split: read(clone / 'data' / 'allowed', split).tolist() for split in ('train', 'val')}
-    assert sum(its.count(50256) for its in ids.values()) == 11 and min(its.count(50256) for its in ids.values()) >= 4
+    assert (sum(its.count(50256) for its in ids.values()) == 11
+            and min(its.count(50256) for its in ids.values()) >= 4)
     assert ids['train'][-1] == ids['val'][-1] == 50256
-    (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps({'text': f'story {i}<|endoftext|>'}) for i in range(40)))
-    done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.jsonl'}", '--name=ended', '--allow_special=True')
-    assert '40 documents, ' in done.out and done.out.count('to validate on, 4 documents from all parts of the text\n') == 1
+    (tmp_path / 'a.jsonl').write_text('\n'.join(
+        json.dumps({'text': f'story {i}<|endoftext|>'}) for i in range(40)))
+    done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.jsonl'}", '--name=ended',
+               '--allow_special=True')
+    assert ('40 documents, ' in done.out
+            and done.out.count('to validate on, 4 documents from all parts of the text\n') == 1)
     assert BPE.decode(read(clone / 'data' / 'ended', 'val').tolist()).count('story') == 4 # none is a bare end
 
 def kinds(folder):
     """ how many rows of each kind are in each split """
-    return [{kind: BPE.decode(read(folder, split).tolist()).count(f'{kind} row') for kind in 'AB'} for split in ('train', 'val')]
+    return [{kind: BPE.decode(read(folder, split).tolist()).count(f'{kind} row') for kind in 'AB'}
+            for split in ('train', 'val')]
 
 def test_sorted_rows_are_validated_on_from_all_parts_or_on_a_file_of_their_own(run, clone, tmp_path):
     rows = [f'{kind} row {i}' for kind, n in (('A', 900), ('B', 100)) for i in range(n)]
@@ -104,19 +113,24 @@ def test_sorted_rows_are_validated_on_from_all_parts_or_on_a_file_of_their_own(r
     (tmp_path / 'other.txt').write_text(other)
     done = run('data/custom/prepare.py', f"--input={tmp_path / 'sorted.csv'}", '--name=spread')
     assert kinds(clone / 'data' / 'spread') == [{'A': 810, 'B': 90}, {'A': 90, 'B': 10}]
-    assert re.search(r'tokens to train on, [\d,]+ to validate on, 100 documents from all parts of the text\n', done.out)
+    assert re.search(r'tokens to train on, [\d,]+ to validate on, 100 documents from all parts of the text\n',
+                     done.out)
     given = (f"--input={tmp_path / 'sorted.csv'}", f"--val_input={tmp_path / 'other.txt'}")
     done = run('data/custom/prepare.py', *given, '--name=given', '--val_fraction=0.5')
     assert kinds(clone / 'data' / 'given') == [{'A': 900, 'B': 100}, {'A': 0, 'B': 2}]
     n, its = len('\n'.join(['', *rows])) - len(rows) + len(other), [*BPE.encode(other), 50256]
-    assert f'1,001 documents, {n:,} characters, ' in done.out and '<|endoftext|> in the text was read as text' in done.out
+    assert (f'1,001 documents, {n:,} characters, ' in done.out
+            and '<|endoftext|> in the text was read as text' in done.out)
     assert f"to train on, {len(its)} to validate on, all of {tmp_path / 'other.txt'}\n" in done.out
     run('data/custom/prepare.py', *given, '--name=given_char', '--tokenizer=char')
     itos = pickle.loads((clone / 'data' / 'given_char' / 'meta.pkl').read_bytes())['itos']
-    split = {name: ''.join(itos[i] for i in read(clone / 'data' / 'given_char', name)) for name in ('train', 'val')}
+    split = {name: ''.join(itos[i] for i in read(clone / 'data' / 'given_char', name))
+             for name in ('train', 'val')}
     assert split == {'train': '\n'.join([*rows, '']), 'val': other + '\n'} # 'n' is in the second alone
-    error = run('data/custom/prepare.py', f"--input={tmp_path / 'sorted.csv'}", '--val_input=none.csv', '--name=given', status=2).err
-    assert 'there is no none.csv; type the path of a file' in error and read(clone / 'data' / 'given', 'val').tolist() == its
+    error = run('data/custom/prepare.py', f"--input={tmp_path / 'sorted.csv'}", '--val_input=none.csv',
+                '--name=given', status=2).err
+    assert ('there is no none.csv; type the path of a file' in error
+            and read(clone / 'data' / 'given', 'val').tolist() == its)
 
 def test_a_few_documents_or_one_that_is_most_of_them_are_validated_on_at_their_end():
     def choose_of(lengths, **options):
@@ -130,8 +144,10 @@ def test_a_few_documents_or_one_that_is_most_of_them_are_validated_on_at_their_e
     (piece,), told = choose_of([10] * 10)
     assert np.diff(piece) == 10 and told == ', one of the documents'
     n = piece[0] // 10 # which one is drawn
-    assert choose_of([10] * n + [1000] + [10] * (9 - n)) == ([[981, 1090]], ', the end of the text') # it would be nearly all
-    assert choose_of([100] * n + [1] + [100] * (9 - n), whole=True) == ([[801, 901]], ', the end of the text') # and here nearly nothing
+    # it would be nearly all
+    assert choose_of([10] * n + [1000] + [10] * (9 - n)) == ([[981, 1090]], ', the end of the text')
+    # and here nearly nothing
+    assert choose_of([100] * n + [1] + [100] * (9 - n), whole=True) == ([[801, 901]], ', the end of the text')
 
 @pytest.mark.parametrize('period', [8, 10, 21, 34, 50, 55, 89, 100])
 def test_kinds_that_take_turns_are_validated_on_as_random_rows_would_be(period):
@@ -139,12 +155,14 @@ def test_kinds_that_take_turns_are_validated_on_as_random_rows_would_be(period):
     assert len(pieces) == 10**4 and (np.diff(pieces) == 1).all()
     share = np.bincount(pieces[:, 0] % period, minlength=period) / (10**4 / period)
     assert 0.6 < share.min() and share.max() < 1.4
-    assert all(len(part) == 10**3 for part in np.split(pieces, np.searchsorted(pieces[:, 0], range(10**4, 10**5, 10**4))))
+    assert all(len(part) == 10**3
+               for part in np.split(pieces, np.searchsorted(pieces[:, 0], range(10**4, 10**5, 10**4))))
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(1, 9), min_size=2, max_size=40), fraction=st.floats(0.01, 0.99), block=st.integers(1, 20),
-       dtype=st.sampled_from(['u1', '<u2']))
-def test_what_is_validated_on_is_moved_and_the_rest_stays_in_order(tmp_path_factory, lengths, fraction, block, dtype):
+@given(lengths=st.lists(st.integers(1, 9), min_size=2, max_size=40), fraction=st.floats(0.01, 0.99),
+       block=st.integers(1, 20), dtype=st.sampled_from(['u1', '<u2']))
+def test_what_is_validated_on_is_moved_and_the_rest_stays_in_order(
+        tmp_path_factory, lengths, fraction, block, dtype):
     folder, ids = tmp_path_factory.mktemp('d'), np.arange(sum(lengths)).astype(dtype)
     ids.tofile(folder / 'train.bin')
     pieces = choose_val(np.cumsum(lengths), fraction)
@@ -168,12 +186,14 @@ def test_a_large_text_goes_to_processes_and_a_pipe_gives_the_same(run, clone, tm
     assert done.err.count('name = ') == 1 # the processes do not start the script again
     command = [sys.executable, 'data/custom/prepare.py', '--input=-', '--name=piped', '--workers=1']
     subprocess.run(command, cwd=clone, input=text.encode(), check=True, capture_output=True)
-    assert (clone / 'data' / 'piped' / 'train.bin').read_bytes() == (clone / 'data' / 'large' / 'train.bin').read_bytes()
+    assert ((clone / 'data' / 'piped' / 'train.bin').read_bytes()
+            == (clone / 'data' / 'large' / 'train.bin').read_bytes())
 
 def test_a_row_is_a_document(run, clone, tmp_path):
     rows = ['One.', 'Two, "quoted"\nlines.', 'Three <|endoftext|>']
     (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps({'body': row}) for row in rows * 4))
-    (tmp_path / 'a.csv').write_text('id,body\n' + ''.join('7,"{}"\n'.format(row.replace('"', '""')) for row in rows * 4))
+    (tmp_path / 'a.csv').write_text('id,body\n' + ''.join(
+        '7,"{}"\n'.format(row.replace('"', '""')) for row in rows * 4))
     for name in ('a.jsonl', 'a.csv'):
         done = run('data/custom/prepare.py', f'--input={tmp_path / name}', '--name=rows', '--text_field=body')
         assert whole(clone / 'data' / 'rows') == [i for row in rows * 4 for i in [*BPE.encode(row), 50256]]
@@ -185,18 +205,23 @@ def test_it_tells_the_epochs_of_a_default_run_and_warns_of_little_text(run, clon
     assert 'data/much: 180,000 tokens to train on, 20,000 to validate on' in done.out
     # 176 windows of 1024 an epoch, 64 an iteration: 20 epochs are 55 iterations
     assert '20.0 epochs of them, in 55 iterations of 65,536 tokens' in done.out and 'warning' not in done.out
-    # with what suits so many, 16 an iteration: five epochs are as many iterations, with two evaluations an epoch
-    assert 'at most 5.0 epochs of them, in 55 iterations of 16,384 tokens, and ends after 4 evaluations' in done.out
-    assert done.out.endswith('--batch_size=8 --gradient_accumulation_steps=2 --num_epochs=5 --eval_interval=5 --patience=4\n')
+    # with what suits so many, 16 an iteration: five epochs are as many iterations, with two evaluations
+    # an epoch
+    assert ('at most 5.0 epochs of them, in 55 iterations of 16,384 tokens, and ends after 4 evaluations'
+            in done.out)
+    assert done.out.endswith('--batch_size=8 --gradient_accumulation_steps=2 --num_epochs=5 '
+                             '--eval_interval=5 --patience=4\n')
     (tmp_path / 'a.txt').write_text('Yes\nNo\nMaybe\n' * 300)
     done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=much', '--lines=True')
     assert 'so little text by heart' in done.out and '--patience' in done.out and 'English' not in done.out
     (tmp_path / 'a.txt').write_text('Все счастливые семьи похожи друг на друга. ' * 20)
     done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=much')
-    assert 'warning: a token holds 0.9 characters here, and more than 3 in English' in done.out and '--tokenizer=char' in done.out
+    assert ('warning: a token holds 0.9 characters here, and more than 3 in English' in done.out
+            and '--tokenizer=char' in done.out)
 
 @pytest.mark.parametrize('n_train, more', [
-    (10**7, {'num_epochs': 3, 'eval_interval': 76, 'patience': 3}), (10**9, {'num_epochs': 1, 'eval_interval': 1525, 'eval_iters': 200})])
+    (10**7, {'num_epochs': 3, 'eval_interval': 76, 'patience': 3}),
+    (10**9, {'num_epochs': 1, 'eval_interval': 1525, 'eval_iters': 200})])
 def test_much_text_is_given_few_evaluations(n_train, more):
     gpt2 = {'init_from': 'gpt2', 'block_size': 1024}
     assert suiting(gpt2, n_train) == {'batch_size': 8, 'gradient_accumulation_steps': 8, **more}
@@ -206,12 +231,15 @@ def test_much_text_is_given_few_evaluations(n_train, more):
     # 43 windows of 1024, 4 an iteration: 10.75 iterations an epoch, 107.5 in ten, and 5 in half of one
     (48_760, ('43,884 tokens to train on', 'makes 19.3 epochs of them, in 13 iterations of 65,536 tokens',
               'at most 10.0 epochs of them, in 108 iterations of 4,096 tokens, and ends after 4',
-              '--dataset=sized --out_dir=out-sized --lora_rank=8 --learning_rate=3e-4 --batch_size=4 --gradient_accumulation_steps=1 '
-              '--num_epochs=10 --eval_interval=5 --patience=4\n')),
-    (10_250, ('1,025 to validate on', 'in 25 iterations of 4,096 tokens', '--dataset=sized --out_dir=out-sized --lora_rank=8')),
+              '--dataset=sized --out_dir=out-sized --lora_rank=8 --learning_rate=3e-4 --batch_size=4 '
+              '--gradient_accumulation_steps=1 --num_epochs=10 --eval_interval=5 --patience=4\n')),
+    (10_250, ('1,025 to validate on', 'in 25 iterations of 4,096 tokens',
+              '--dataset=sized --out_dir=out-sized --lora_rank=8')),
     # a sequence of 1024 and the token after it are one more than there are; 18 windows of 512
-    (10_240, ('1,024 to validate on', 'gpt2_small.py with --block_size=512 makes 21.3 epochs', 'and 1,024 to validate on are few',
-              'at most 10.0 epochs of them, in 45 iterations of 2,048 tokens', '--dataset=sized --out_dir=out-sized --block_size=512 --lora_rank=8')),
+    (10_240, ('1,024 to validate on', 'gpt2_small.py with --block_size=512 makes 21.3 epochs',
+              'and 1,024 to validate on are few',
+              'at most 10.0 epochs of them, in 45 iterations of 2,048 tokens',
+              '--dataset=sized --out_dir=out-sized --block_size=512 --lora_rank=8')),
     (21, ('2 to validate on', 'and 2 to validate on are few', '--block_size=1 '))])
 def test_little_text_is_given_a_run_that_fits_it(run, tmp_path, n, told):
     (tmp_path / 'a.txt').write_text('a' + ' a' * (n - 2))
@@ -222,7 +250,8 @@ def test_the_command_for_little_text_runs_as_told_and_ends_where_patience_says(r
     (tmp_path / 'a.txt').write_text('a b c d ' * 90 + 'every word is another now ' * 10)
     told = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=brief').out
     command = told.rpartition('next: python train.py ')[2].split()
-    made = run('train.py', *command, f'--init_from={wide}', '--device=cpu', '--dtype=float32', f"--out_dir={tmp_path / 'out'}")
+    made = run('train.py', *command, f'--init_from={wide}', '--device=cpu', '--dtype=float32',
+               f"--out_dir={tmp_path / 'out'}")
     epochs, iters = re.search(r'at most ([\d.]+) epochs of them, in (\d+) iterations of', told).groups()
     assert f'{iters} iterations are {epochs} epochs' in made.out
     assert '4 evaluations in a row were no better than that of iteration 0, so it ended' in made.out
@@ -231,9 +260,11 @@ def test_the_command_for_little_text_runs_as_told_and_ends_where_patience_says(r
 
 def test_little_text_in_characters_is_given_a_run_that_fits_it(run, tmp_path):
     (tmp_path / 'a.txt').write_text(TEXT[:999])
-    told = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=brief_chars', '--tokenizer=char').out
+    told = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=brief_chars',
+               '--tokenizer=char').out
     command = told.rpartition('next: python train.py ')[2].split()
-    assert command[2:] == ['--out_dir=out-brief_chars', '--block_size=64', '--eval_interval=50', '--patience=4']
+    assert command[2:] == ['--out_dir=out-brief_chars', '--block_size=64', '--eval_interval=50',
+                           '--patience=4']
     made = run('train.py', *command, f"--out_dir={tmp_path / 'out'}", '--max_iters=2', '--device=cpu')
     assert 'finished at iteration 2' in made.out
 
@@ -244,7 +275,8 @@ def test_characters_of_another_dataset_keep_their_ids(run, clone, tmp_path):
     assert (pickle.loads((clone / 'data' / 'again' / 'meta.pkl').read_bytes())
             == pickle.loads((clone / 'data' / 'chars' / 'meta.pkl').read_bytes()))
     (tmp_path / 'a.txt').write_text(TEXT[:500] + '東')
-    done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=again', '--tokenizer=chars', status=2)
+    done = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=again',
+               '--tokenizer=chars', status=2)
     assert "character 501 of" in done.err and "'東', not one of the" in done.err
 
 @pytest.fixture
@@ -278,7 +310,8 @@ def test_an_error_leaves_the_earlier_dataset_as_it_was(run, clone, old, tmp_path
 
 def test_a_full_disk_is_told_in_a_line_and_leaves_the_earlier_dataset_as_it_was(old):
     before = contents(old)
-    with pytest.raises(OSError, match='old .No space left on device.; make room on the disk'), publish.publish(str(old)) as place:
+    with (pytest.raises(OSError, match='old .No space left on device.; make room on the disk'),
+          publish.publish(str(old)) as place):
         pathlib.Path(place, 'train.bin').write_bytes(b'some')
         raise OSError(28, 'No space left on device')
     assert contents(old) == before
@@ -287,7 +320,8 @@ def test_a_full_disk_is_told_in_a_line_and_leaves_the_earlier_dataset_as_it_was(
 def test_an_interruption_leaves_the_earlier_dataset_as_it_was(clone, old, sent):
     before = contents(old)
     command = [sys.executable, 'data/custom/prepare.py', '--input=-', '--name=old', '--workers=2']
-    process = subprocess.Popen(command, cwd=clone, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(command, cwd=clone, stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True)
     process.stdin.write(b'some words ' * (7 * 2**20 // 11)) # enough to have started the processes
     process.stdin.flush()
     assert any(path.name.startswith('unfinished-') for path in old.iterdir())

@@ -49,8 +49,8 @@ def test_torchrun_s_processes_save_on_sigusr1_outlive_sigkill_and_end_with_a_che
     assert len(losses[1]) == stopped and losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 def test_processes_whose_torchrun_is_killed_save_and_leave(clone, tmp_path):
-    command = ['train.py', '--dataset=chars', *TINY, '--eval_interval=1000000', '--max_iters=1000000', '--decay_lr=False',
-               f"--out_dir={tmp_path / 'two'}"]
+    command = ['train.py', '--dataset=chars', *TINY, '--eval_interval=1000000', '--max_iters=1000000',
+               '--decay_lr=False', f"--out_dir={tmp_path / 'two'}"]
     with Job(['--standalone', '--nproc_per_node=2'], command, clone, tmp_path / 'printed') as job:
         job.wait_for('^iter 3:')
         workers = job.workers()
@@ -64,13 +64,16 @@ def test_processes_whose_torchrun_is_killed_save_and_leave(clone, tmp_path):
     assert checkpoints.load(str(tmp_path / 'two' / 'last.pt'))['iter_num'] == stopped > 0
 
 def test_an_error_of_all_processes_is_told_once_under_torchrun(clone, tmp_path):
-    (tmp_path / 'full.py').write_text("import torch\ndef step(self, *a, **k): raise torch.OutOfMemoryError('CUDA out of memory.')\n"
-                                      "torch.optim.AdamW.step = step\n")
-    command = ['train.py', str(tmp_path / 'full.py'), '--dataset=chars', *TINY, f"--out_dir={tmp_path / 'two'}"]
+    (tmp_path / 'full.py').write_text(
+        "import torch\ndef step(self, *a, **k): raise torch.OutOfMemoryError('CUDA out of memory.')\n"
+        "torch.optim.AdamW.step = step\n")
+    command = ['train.py', str(tmp_path / 'full.py'), '--dataset=chars', *TINY,
+               f"--out_dir={tmp_path / 'two'}"]
     with Job(['--standalone', '--nproc_per_node=2'], command, clone, tmp_path / 'printed') as job:
         assert job.ended() == 1
         assert re.findall(r'^error: .*', job.text(), re.MULTILINE) == [
-            'error: out of memory in plan device, with weights, gradients and moments alone; type --init_from=resume --shard=True']
+            'error: out of memory in plan device, with weights, gradients and moments alone; '
+            'type --init_from=resume --shard=True']
 
 def test_sigusr1_does_not_end_a_run_that_only_starts(train, tmp_path):
     (tmp_path / 'early.py').write_text('import os, signal\nos.kill(os.getpid(), signal.SIGUSR1)\n')
@@ -81,8 +84,10 @@ def test_a_folder_that_cannot_be_written_is_told_once_under_torchrun(clone, tmp_
     command = ['train.py', '--dataset=chars', *TINY, f"--out_dir={tmp_path / 'file' / 'out'}"]
     with Job(['--standalone', '--nproc_per_node=2'], command, clone, tmp_path / 'printed') as job:
         assert job.ended() == 1
-        errors = [line for line in job.text().splitlines() if line.startswith(('error: ', 'Traceback', 'RuntimeError'))]
-        assert len([line for line in errors if line.startswith('error: ')]) == 1 and errors[0].startswith('error: cannot write to'), errors
+        errors = [line for line in job.text().splitlines()
+                  if line.startswith(('error: ', 'Traceback', 'RuntimeError'))]
+        assert (len([line for line in errors if line.startswith('error: ')]) == 1
+                and errors[0].startswith('error: cannot write to')), errors
 
 def test_only_the_same_command_in_the_same_job_goes_on_by_itself(train, monkeypatch):
     """ as when Slurm queues a job again, whose id is torchrun's """

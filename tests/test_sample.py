@@ -48,8 +48,9 @@ def test_greedy_samples_equal_the_uncached_model_s(run, chars):
                          '--max_new_tokens=13', '--num_samples=2', '--device=cpu', '--dtype=float32'))
     assert result == [greedy(model, 'def', 13)] * 2
 
-@pytest.mark.parametrize('options', [('--start=',), ('--start=a=b',), ('--top_k=0', '--top_p=0.5'), ('--top_k=1000',),
-                                     ('--start=' + 'long prompt ' * 5,), ('--dtype=bfloat16',)])
+@pytest.mark.parametrize('options', [
+    ('--start=',), ('--start=a=b',), ('--top_k=0', '--top_p=0.5'), ('--top_k=1000',),
+    ('--start=' + 'long prompt ' * 5,), ('--dtype=bfloat16',)])
 def test_each_option_gives_samples_of_the_length_that_was_asked_for(run, chars, options):
     result = run('sample.py', f'--out_dir={chars[1]}', *QUICK, *options)
     prompt = next((o[8:] for o in options if o.startswith('--start=')), '\n')
@@ -67,7 +68,8 @@ def test_the_same_seed_gives_the_same_samples_streamed_or_not(run, chars):
 def test_a_sample_ends_before_the_stop_text(run, chars, stream):
     whole = samples(run('sample.py', f'--out_dir={chars[1]}', *QUICK, '--start=x'))[0][1:]
     stop = whole[5:8]
-    cut = samples(run('sample.py', f'--out_dir={chars[1]}', *QUICK, '--start=x', f'--stop={stop}', f'--stream={stream}'))
+    cut = samples(run('sample.py', f'--out_dir={chars[1]}', *QUICK, '--start=x', f'--stop={stop}',
+                      f'--stream={stream}'))
     assert cut[0] == 'x' + whole[:whole.index(stop)]
 
 def test_the_prompt_may_come_from_a_file(run, chars, tmp_path):
@@ -82,8 +84,8 @@ def test_a_model_from_hugging_face_samples_and_ends_at_end_of_text(run, hf_dir, 
     with torch.no_grad(): # any token is followed by end-of-text
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.copy_(model.transformer.wte.weight[BPETokenizer.eot] * 1e5)
-    torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__, 'tokenizer': {'name': 'gpt2'}},
-               tmp_path / 'ends.pt')
+    torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__,
+                'tokenizer': {'name': 'gpt2'}}, tmp_path / 'ends.pt')
     result = run('sample.py', f"--out_dir={tmp_path / 'ends.pt'}", *QUICK, '--start=Hello')
     assert samples(result) == ['Hello', 'Hello'] and '2 x 1 tokens' in result.err
 
@@ -109,39 +111,49 @@ def test_streaming_never_splits_a_character(run, hf_dir, tmp_path):
         for i in range(len(ids)):
             mlp.c_fc.weight[i, i] = 1.0
             mlp.c_proj.weight[(i + 1) % len(ids), i] = 10.0
-    torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__, 'tokenizer': {'name': 'gpt2'}},
-               tmp_path / 'emoji.pt')
-    result = run('sample.py', f"--out_dir={tmp_path / 'emoji.pt'}", '--start=🙂', '--temperature=0', '--stream=True',
-                 f'--max_new_tokens={3 * len(ids)}', '--num_samples=1', '--device=cpu', '--dtype=float32')
+    torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__,
+                'tokenizer': {'name': 'gpt2'}}, tmp_path / 'emoji.pt')
+    result = run('sample.py', f"--out_dir={tmp_path / 'emoji.pt'}", '--start=🙂', '--temperature=0',
+                 '--stream=True', f'--max_new_tokens={3 * len(ids)}', '--num_samples=1', '--device=cpu',
+                 '--dtype=float32')
     assert samples(result) == ['🙂' * 4]
 
-@pytest.mark.parametrize('prefix, dataset', [('', 'chars'), ('_orig_mod.', 'chars'), ('module.', 'elsewhere')])
-def test_a_nanogpt_checkpoint_samples_with_its_dataset_s_characters(run, clone, chars, tmp_path, prefix, dataset):
+@pytest.mark.parametrize('prefix, dataset', [('', 'chars'), ('_orig_mod.', 'chars'),
+                                             ('module.', 'elsewhere')])
+def test_a_nanogpt_checkpoint_samples_with_its_dataset_s_characters(
+        run, clone, chars, tmp_path, prefix, dataset):
     model, _ = chars
     if dataset == 'elsewhere':
         shutil.copy(clone / 'data' / 'chars' / 'meta.pkl', tmp_path)
     else: # another program's
         (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'author': 'me'}))
-    torch.save({'model': {prefix + k: v for k, v in model.state_dict().items()}, 'config': {'dataset': dataset},
-                'model_args': model.config.__dict__, 'iter_num': 1, 'best_val_loss': torch.tensor(1.0)}, tmp_path / 'n.pt')
-    args = ('--start=def', '--temperature=0', '--max_new_tokens=13', '--num_samples=1', '--device=cpu', '--dtype=float32')
+    torch.save({'model': {prefix + k: v for k, v in model.state_dict().items()},
+                'config': {'dataset': dataset}, 'model_args': model.config.__dict__, 'iter_num': 1,
+                'best_val_loss': torch.tensor(1.0)}, tmp_path / 'n.pt')
+    args = ('--start=def', '--temperature=0', '--max_new_tokens=13', '--num_samples=1', '--device=cpu',
+            '--dtype=float32')
     assert samples(run('sample.py', f"--out_dir={tmp_path / 'n.pt'}", *args)) == [greedy(model, 'def', 13)]
 
 def test_a_notebook_s_output_is_no_file(run, chars, tmp_path):
-    (tmp_path / 'cell.py').write_text("import sys as _sys\nclass _Cell:\n    def __init__(self, out):\n"
-                                      "        self.write, self.flush = out.write, out.flush\n_sys.stdout = _Cell(_sys.stdout)\n")
+    (tmp_path / 'cell.py').write_text(
+        "import sys as _sys\nclass _Cell:\n    def __init__(self, out):\n"
+        "        self.write, self.flush = out.write, out.flush\n_sys.stdout = _Cell(_sys.stdout)\n")
     assert len(samples(run('sample.py', tmp_path / 'cell.py', f'--out_dir={chars[1]}', *QUICK))) == 2
 
-def test_tokens_that_only_their_number_is_known_of_are_learned_sampled_and_scored(run, train, clone, tmp_path):
+def test_tokens_that_only_their_number_is_known_of_are_learned_sampled_and_scored(
+        run, train, clone, tmp_path):
     data = clone / 'data' / 'moves' # as nanoGPT takes them: its train.py reads vocab_size alone
     data.mkdir()
     (np.arange(3000) * 7 % 90).astype('<u2').tofile(data / 'train.bin')
     (np.arange(500) * 7 % 90).astype('<u2').tofile(data / 'val.bin')
     (data / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 90}))
-    result = train('--dataset=moves', '--max_iters=60', '--eval_interval=60', '--learning_rate=1e-2', '--sample_interval=60')
-    assert all(word.isdecimal() for word in (result.out_dir / 'samples.txt').read_text().splitlines()[1].split())
+    result = train('--dataset=moves', '--max_iters=60', '--eval_interval=60', '--learning_rate=1e-2',
+                   '--sample_interval=60')
+    assert all(word.isdecimal()
+               for word in (result.out_dir / 'samples.txt').read_text().splitlines()[1].split())
     out_dir = f'--out_dir={result.out_dir}'
-    sampled, = samples(run('sample.py', out_dir, '--start=3 10', '--temperature=0', '--max_new_tokens=4', '--num_samples=1'))
+    sampled, = samples(run('sample.py', out_dir, '--start=3 10', '--temperature=0', '--max_new_tokens=4',
+                           '--num_samples=1'))
     assert sampled == '3 10 17 24 31 38'
     columns = run('evaluate.py', out_dir).out.splitlines()[1].split()
     assert columns[-3:] == ['tokens', 'nats/token', 'perplexity'] # bytes of which text?
@@ -155,16 +167,17 @@ def test_ids_beyond_the_tokenizer_s_are_never_drawn(run, tmp_path):
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.fill_(1.0)
         model.transformer.wte.weight[50257:] = 10.0 # by far the likeliest
-    torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__, 'config': {'dataset': 'openwebtext'}},
-               tmp_path / 'n.pt')
+    torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__,
+                'config': {'dataset': 'openwebtext'}}, tmp_path / 'n.pt')
     assert len(samples(run('sample.py', f"--out_dir={tmp_path / 'n.pt'}", *QUICK))) == 2
 
 @pytest.mark.skipif(sys.platform == 'win32', reason="Windows has no SIGINT to send")
 @pytest.mark.parametrize('stream', [True, False])
 def test_ctrl_c_prints_what_there_is(clone, chars, stream):
-    command = [sys.executable, '-u', 'sample.py', f'--out_dir={chars[1]}', '--max_new_tokens=1000000', '--num_samples=2',
-               '--device=cpu', f'--stream={stream}', '--start=def']
-    with subprocess.Popen(command, cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8') as process:
+    command = [sys.executable, '-u', 'sample.py', f'--out_dir={chars[1]}', '--max_new_tokens=1000000',
+               '--num_samples=2', '--device=cpu', f'--stream={stream}', '--start=def']
+    with subprocess.Popen(command, cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          encoding='utf-8') as process:
         first = process.stdout.read(20) if stream else process.stderr.read(400) # of the progress bar
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)

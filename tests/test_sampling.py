@@ -11,8 +11,8 @@ from model import GPT, GPTConfig
 from sampling import FixedStep, KVCache, sample_token, warm_up_stream
 
 class Graph(TorchDispatchMode):
-    """ a CUDA graph's semantics on a CPU: keeps the operations that run under it, with their very tensors, and runs
-    these again, whatever Python's variables are by then """
+    """ a CUDA graph's semantics on a CPU: keeps the operations that run under it, with their very tensors,
+    and runs these again, whatever Python's variables are by then """
 
     def __init__(self):
         super().__init__()
@@ -42,8 +42,8 @@ def recorded(monkeypatch):
             pass
         def wait_stream(self, other):
             pass
-    for name, value in {'device': aside, 'stream': aside, 'graph': lambda graph, stream: graph, 'CUDAGraph': Graph,
-                        'Stream': Stream, 'current_stream': Stream}.items():
+    for name, value in {'device': aside, 'stream': aside, 'graph': lambda graph, stream: graph,
+                        'CUDAGraph': Graph, 'Stream': Stream, 'current_stream': Stream}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     begin = FixedStep.__init__
     def record(step, model, cache, token):
@@ -98,7 +98,8 @@ def test_there_is_no_token_to_draw_where_logits_are_not_finite(temperature, bad)
     logits[1, 2] = bad
     assert sample_token(logits, temperature).tolist() == [3, -1]
 
-@pytest.mark.parametrize('B, dtype, itself', [(1, torch.bfloat16, True), (2, torch.bfloat16, False), (1, torch.float32, False)])
+@pytest.mark.parametrize('B, dtype, itself', [
+    (1, torch.bfloat16, True), (2, torch.bfloat16, False), (1, torch.float32, False)])
 def test_one_sequence_in_bfloat16_on_a_cpu_goes_on_with_torch_s_own_products(B, dtype, itself, monkeypatch):
     gpt, used, forward = GPT(GPTConfig(8, 11, 1, 1, 8)).to(dtype), [], GPT.forward
     def watch(self, idx, **options):
@@ -107,11 +108,13 @@ def test_one_sequence_in_bfloat16_on_a_cpu_goes_on_with_torch_s_own_products(B, 
     before = torch._C._get_mkldnn_enabled()
     monkeypatch.setattr(GPT, 'forward', watch)
     gpt.generate(torch.zeros(B, 3, dtype=torch.int64), 4)
-    assert used == [(3, before), *[(1, before and not itself)] * 3] and torch._C._get_mkldnn_enabled() == before
+    assert (used == [(3, before), *[(1, before and not itself)] * 3]
+            and torch._C._get_mkldnn_enabled() == before)
 
 def test_temperature_and_top_p_are_the_hand_worked_ones():
     torch.manual_seed(0)
-    share = (sample_token(torch.tensor([[2.0, 0.0]]).repeat(2000, 1), temperature=0.5) == 0).float().mean().item()
+    share = (sample_token(torch.tensor([[2.0, 0.0]]).repeat(2000, 1), temperature=0.5)
+             == 0).float().mean().item()
     assert share == pytest.approx(1 / (1 + math.exp(-4)), abs=0.02)
     assert len(sample_token(torch.zeros(640, 4), top_p=0.5).unique()) == 2 # twice a quarter is enough
     assert sample_token(torch.arange(8.0).repeat(640, 1), top_k=3).unique().tolist() == [5, 6, 7]
@@ -122,8 +125,9 @@ def test_a_repetition_penalty_is_transformers(hf_dir, fixed):
     theirs, ours = GPT2LMHeadModel.from_pretrained(hf_dir).eval(), GPT.from_pretrained(str(hf_dir)).eval()
     prompt, distinct = torch.tensor([[11, 12, 11, 13], [7, 7, 7, 7]]), []
     for penalty in (0.9, 1.0, 1.05, 2.0):
-        expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20,
-                                   min_new_tokens=20, repetition_penalty=penalty, pad_token_id=50256, eos_token_id=None)
+        expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                                   max_new_tokens=20, min_new_tokens=20, repetition_penalty=penalty,
+                                   pad_token_id=50256, eos_token_id=None)
         found = ours.generate(prompt, 20, temperature=0, fixed=fixed, repetition_penalty=penalty)
         assert found.equal(expected), penalty
         distinct.append(len(set(found.flatten().tolist())))

@@ -21,7 +21,8 @@ from instruct import render
 from model import GPT, GPTConfig
 from test_dataset import Hostile
 
-SCRIPTS = sorted(glob.glob(os.path.join(ROOT, '*.py')) + glob.glob(os.path.join(ROOT, 'data', '*', 'prepare.py')))
+SCRIPTS = sorted(glob.glob(os.path.join(ROOT, '*.py'))
+                 + glob.glob(os.path.join(ROOT, 'data', '*', 'prepare.py')))
 
 # -----------------------------------------------------------------------------
 # models that others wrote
@@ -76,23 +77,27 @@ def test_a_kernel_of_the_hub_that_a_model_names_is_not_fetched(altered):
         GPT2LMHeadModel.from_pretrained(folder)
     checkpoints.load_model(str(folder))
 
-JUNK = ['junk', '', '[1]', '5', 'null', '{}', '{"model": 5}', '{"model": {"type": "WordLevel", "vocab": {"a": "x", "b": 1}}}',
-        '{"model": {"type": "BPE", "vocab": [1]}}', '{"model": {"type": "WordLevel", "vocab": 5}}', '[' * 10**5]
+JUNK = ['junk', '', '[1]', '5', 'null', '{}', '{"model": 5}',
+        '{"model": {"type": "WordLevel", "vocab": {"a": "x", "b": 1}}}',
+        '{"model": {"type": "BPE", "vocab": [1]}}', '{"model": {"type": "WordLevel", "vocab": 5}}',
+        '[' * 10**5]
 
 @pytest.mark.parametrize('junk', JUNK, ids=[junk[:60] for junk in JUNK])
 def test_a_tokenizer_that_is_junk_is_told_in_one_error(altered, junk):
     with pytest.raises(OSError, match="from Hugging Face's format or hub"):
         pretrained.load(str(altered(tokenizer__json=junk)))
 
-@pytest.mark.parametrize('settings', [{'n_layer': 'x'}, {'n_head': 3}, {'model_type': 'bert'}, {'activation_function': 'relu'},
-                                      {'n_embd': -1}, {'n_layer': 0}, {'vocab_size': 10**15}], ids=str)
+@pytest.mark.parametrize('settings', [
+    {'n_layer': 'x'}, {'n_head': 3}, {'model_type': 'bert'}, {'activation_function': 'relu'},
+    {'n_embd': -1}, {'n_layer': 0}, {'vocab_size': 10**15}], ids=str)
 def test_a_config_that_is_wrong_is_told_in_one_error(altered, settings):
     with pytest.raises(OSError, match="from Hugging Face's format or hub"):
         pretrained.load(str(altered(settings)))
 
 def test_a_template_reaches_no_attribute():
     attack = '{instruction.__class__} {0} %s {instruction!r} {instruction}'
-    assert render(attack, '{input.__init__} %(x)s') == '{instruction.__class__} {0} %s {instruction!r} {input.__init__} %(x)s'
+    assert render(attack, '{input.__init__} %(x)s') == (
+        '{instruction.__class__} {0} %s {instruction!r} {input.__init__} %(x)s')
 
 # -----------------------------------------------------------------------------
 # a pinned revision
@@ -109,7 +114,8 @@ for source in sys.argv[1:]:
 """
 
 def write_cache(home, hf_dir):
-    """ the hub's cache as huggingface_hub fills it, with two commits of owner/tiny that differ by a number """
+    """ the hub's cache as huggingface_hub fills it, with two commits of owner/tiny that differ by a
+    number """
     from transformers import GPT2LMHeadModel
     repo, model = home / 'hub' / 'models--owner--tiny', GPT2LMHeadModel.from_pretrained(hf_dir)
     (repo / 'refs').mkdir(parents=True)
@@ -129,20 +135,24 @@ def test_a_pinned_revision_is_the_one_that_is_loaded_also_for_an_adapter(hf_dir,
     lora.add(model, 2, 4.0, 0.0, 'attn.c_attn')
     saver.save({**checkpoints.adapter_state(model), **base, 'model_args': checkpoints.model_args(model),
                       'tokenizer': {'name': 'gpt2'}}, str(tmp_path / 'lora.pt'))
-    sources = {'owner/tiny': 1, 'owner/tiny@main': 1, pinned: 2, 'owner/tiny@old': 2, str(tmp_path / 'lora.pt'): 2, str(folder): 2,
+    sources = {'owner/tiny': 1, 'owner/tiny@main': 1, pinned: 2, 'owner/tiny@old': 2,
+               str(tmp_path / 'lora.pt'): 2, str(folder): 2,
                'owner/tiny@none': "cannot load owner/tiny@none from Hugging Face's format or hub"}
     env = {**os.environ, 'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1', 'PYTHONPATH': ROOT}
-    done = subprocess.run([sys.executable, '-c', LOAD, *sources], env=env, cwd=tmp_path, capture_output=True, encoding='utf-8')
+    done = subprocess.run([sys.executable, '-c', LOAD, *sources], env=env, cwd=tmp_path,
+                          capture_output=True, encoding='utf-8')
     assert dict(map(json.loads, done.stdout.splitlines())) == sources, done.stderr
 
 def test_a_revision_stands_behind_a_name_of_the_hub_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'out@2').mkdir()
-    for source, expected in {'gpt2@607a30d': ('gpt2', '607a30d'), 'owner/name@refs/pr/1': ('owner/name', 'refs/pr/1'),
-                             'owner/name': ('owner/name', None), 'out@2': ('out@2', None), '/runs/a@b/ckpt.pt': (
-                                 '/runs/a@b/ckpt.pt', None), 'gpt2@': ('gpt2@', None)}.items():
+    for source, expected in {
+            'gpt2@607a30d': ('gpt2', '607a30d'), 'owner/name@refs/pr/1': ('owner/name', 'refs/pr/1'),
+            'owner/name': ('owner/name', None), 'out@2': ('out@2', None),
+            '/runs/a@b/ckpt.pt': ('/runs/a@b/ckpt.pt', None), 'gpt2@': ('gpt2@', None)}.items():
         assert pretrained.split_revision(source) == expected
-    assert pretrained.find_hugging_face('distilgpt2') == ('distilgpt2', 'main') # which needs no owner, as gpt2 does not
+    # which needs no owner, as gpt2 does not
+    assert pretrained.find_hugging_face('distilgpt2') == ('distilgpt2', 'main')
 
 def test_an_exported_adapter_names_the_revision_of_its_base(run, tmp_path):
     model = GPT(GPTConfig(16, len(CHARS), 1, 1, 8))
@@ -194,12 +204,14 @@ def test_nothing_is_fetched_that_was_not_asked_for(clone, hf_dir, tmp_path):
         'sample.py --init_from=gpt2 --device=cpu') # which does ask for it, and shows that the sockets tell
     env = {k: v for k, v in os.environ.items() if k not in ('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE')}
     done = subprocess.run([sys.executable, '-c', FORBIDDEN, str(tmp_path / 'called'), *commands], cwd=clone,
-                          env={**env, 'HF_HOME': str(tmp_path / 'home')}, capture_output=True, encoding='utf-8', timeout=120)
+                          env={**env, 'HF_HOME': str(tmp_path / 'home')}, capture_output=True,
+                          encoding='utf-8', timeout=120)
     assert done.stdout.count('done without the network') == len(commands) - 1, done.stderr
     assert done.returncode == 9 and (tmp_path / 'called').exists()
 
-NETWORK = {'requests': ['publish.py'], 'datasets': ['documents.py'], 'wandb': ['log.py'], 'huggingface_hub': [], 'urllib': [],
-           'http': [], 'httpx': [], 'ftplib': [], 'smtplib': []} # which of our files import what may call out
+NETWORK = { # which of our files import what may call out
+    'requests': ['publish.py'], 'datasets': ['documents.py'], 'wandb': ['log.py'], 'huggingface_hub': [],
+    'urllib': [], 'http': [], 'httpx': [], 'ftplib': [], 'smtplib': []}
 
 def imports(tree):
     """ the packages that a file imports, anywhere in it """
@@ -223,7 +235,10 @@ def test_nothing_of_ours_reads_a_pickle_or_runs_a_text_but_where_the_page_says()
             if not isinstance(node, ast.Call):
                 continue
             called, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
-            assert called not in ('eval', 'pickle.load', 'pickle.loads', 'os.system', 'os.popen'), (name, node.lineno)
+            assert called not in ('eval', 'pickle.load', 'pickle.loads', 'os.system', 'os.popen'), (
+                name, node.lineno)
             assert called != 'torch.load' or given.get('weights_only') == 'True', (name, node.lineno)
-            assert called != 'exec' or name in ('configurator.py', 'bench.py', 'advice.py'), (name, node.lineno)
-            assert given.get('trust_remote_code', 'False') == 'False' and 'shell' not in given, (name, node.lineno)
+            assert called != 'exec' or name in ('configurator.py', 'bench.py', 'advice.py'), (
+                name, node.lineno)
+            assert (given.get('trust_remote_code', 'False') == 'False'
+                    and 'shell' not in given), (name, node.lineno)

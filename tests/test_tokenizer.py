@@ -20,7 +20,8 @@ def test_bpe_ids_equal_transformers():
 
 def test_end_of_text_is_text_unless_it_is_allowed():
     assert BPE.encode('<|endoftext|>', allow_special=True) == [50256]
-    assert 50256 not in BPE.encode('<|endoftext|>') and BPE.decode(BPE.encode('<|endoftext|>')) == '<|endoftext|>'
+    assert (50256 not in BPE.encode('<|endoftext|>')
+            and BPE.decode(BPE.encode('<|endoftext|>')) == '<|endoftext|>')
 
 def test_characters_go_there_and_back_and_an_unknown_one_is_named():
     chars = CharTokenizer(list('abé'))
@@ -40,7 +41,7 @@ def test_a_model_is_matched_with_data_of_its_own_tokenizer_only():
     check_match(gpt2, 50257, gpt2, 'd')
     check_match(None, 50304, gpt2, 'd') # nanoGPT's padded vocabulary
     check_match(chars, 3, chars, 'd')
-    for model, size, data in ((gpt2, 50257, chars), (chars, 3, gpt2), (gpt2, 1000, gpt2), (None, 50257, chars),
-                              (chars, 3, {'name': 'char', 'chars': list('abd')})):
+    for model, size, data in ((gpt2, 50257, chars), (chars, 3, gpt2), (gpt2, 1000, gpt2),
+                              (None, 50257, chars), (chars, 3, {'name': 'char', 'chars': list('abd')})):
         with pytest.raises(ValueError, match='type --dataset'):
             check_match(model, size, data, 'd')

@@ -27,17 +27,18 @@ def load(path):
 def whole(clone, forks, tmp_path_factory):
     """ the log and the last checkpoint of a run with dropout that nothing interrupted """
     out_dir = tmp_path_factory.mktemp('whole') / 'out'
-    status, out, err = forks('train.py', ['--dataset=chars', *TINY, '--dropout=0.2', f'--out_dir={out_dir}'], clone, 120, 1)
+    status, out, err = forks('train.py', ['--dataset=chars', *TINY, '--dropout=0.2', f'--out_dir={out_dir}'],
+                             clone, 120, 1)
     assert status == 0, err
     import csv
     with open(out_dir / 'log.csv', newline='') as file:
         return {'rows': list(csv.DictReader(file)), 'out_dir': out_dir, 'out': out}
 
 def test_a_run_leaves_what_it_promises(whole):
-    assert sorted(os.listdir(whole['out_dir'])) == ['.lock', 'ckpt.pt', 'config.json', 'last.pt', 'log.csv', 'loss.png',
-                                                        'report.md']
-    assert list(whole['rows'][0]) == ('iter,epoch,loss,lr,grad_norm,time_ms,tokens_per_sec,mfu,memory_mb,train_loss,'
-                                      'val_loss').split(',')
+    assert sorted(os.listdir(whole['out_dir'])) == [
+        '.lock', 'ckpt.pt', 'config.json', 'last.pt', 'log.csv', 'loss.png', 'report.md']
+    assert list(whole['rows'][0]) == (
+        'iter,epoch,loss,lr,grad_norm,time_ms,tokens_per_sec,mfu,memory_mb,train_loss,val_loss').split(',')
     assert [row['iter'] for row in whole['rows']] == list('0123456')
     assert [row['iter'] for row in whole['rows'] if row['val_loss']] == ['0', '4', '6']
     assert whole['rows'][6]['loss'] == '' # six updates, 0 to 5, and an evaluation after them
@@ -48,9 +49,10 @@ def test_a_run_leaves_what_it_promises(whole):
     assert json.load(open(whole['out_dir'] / 'config.json'))['model_args'] == last['model_args']
     assert (whole['out_dir'] / 'loss.png').read_bytes()[:4] == b'\x89PNG'
 
-def test_two_thousand_iterations_leave_memory_flat(train): # the longest here, so that no other process waits for it
-    result = train('--max_iters=2000', '--eval_interval=250', '--log_interval=50', '--sample_interval=500', '--n_layer=1',
-                   '--gradient_accumulation_steps=1')
+# the longest here, so that no other process waits for it
+def test_two_thousand_iterations_leave_memory_flat(train):
+    result = train('--max_iters=2000', '--eval_interval=250', '--log_interval=50', '--sample_interval=500',
+                   '--n_layer=1', '--gradient_accumulation_steps=1')
     most = {int(i): float(mb) for i, mb in zip(result.column('iter'), result.column('memory_mb')) if mb}
     assert most[1950] <= 1.02 * most[500] # after two pictures
 
@@ -60,7 +62,8 @@ def test_it_learns(train):
     assert abs(first - math.log(len(CHARS))) < 0.1 # knows nothing
     n = int(len(TEXT) * 0.9)
     seen = Counter(TEXT[:n])
-    assert last < sum(-math.log(seen[char] / n) for char in TEXT[n:]) / len(TEXT[n:]) - 0.1 # knows more than how common each is
+    # knows more than how common each is
+    assert last < sum(-math.log(seen[char] / n) for char in TEXT[n:]) / len(TEXT[n:]) - 0.1
 
 @pytest.mark.parametrize('options', [('--dropout=0.2',), ('--optimizer=muon',), ('--dtype=float16',)])
 def test_a_resumed_run_has_its_options_again_and_equals_an_uninterrupted_one(train, run, options):
@@ -73,7 +76,8 @@ def test_a_resumed_run_has_its_options_again_and_equals_an_uninterrupted_one(tra
     assert all(torch.equal(a['model'][name], b['model'][name]) for name in a['model'])
     assert 'resuming at iteration 4, with max_iters 4 -> 8\n' in resumed.out
     before, now = resumed.err.splitlines()
-    assert before.startswith("as before: eval_interval = 4; ") and "dataset = 'chars'" in before and 'max_iters' not in before
+    assert (before.startswith("as before: eval_interval = 4; ") and "dataset = 'chars'" in before
+            and 'max_iters' not in before)
     assert now == f"init_from = 'resume'; out_dir = '{resumed.out_dir}'; max_iters = 8"
 
 def test_a_best_that_was_not_linked_before_the_end_is_linked_on_resuming(train):
@@ -99,7 +103,8 @@ def test_a_resumed_run_keeps_what_was_typed_when_it_was_last_resumed(train, run)
     train('--num_epochs=1e-9') # one iteration
     assert 'trained to iteration 1 already; type --num_epochs=N' in run('train.py', '--init_from=resume').out
     run('train.py', '--init_from=resume', '--num_epochs=0', '--max_iters=2', '--keep_checkpoints=True')
-    settings = json.loads((run('train.py', '--init_from=resume', '--max_iters=3').out_dir / 'config.json').read_text())
+    settings = json.loads((run('train.py', '--init_from=resume', '--max_iters=3').out_dir
+                           / 'config.json').read_text())
     assert settings['init_from'] == 'scratch' and settings['keep_checkpoints'] and settings['max_iters'] == 3
     assert settings['given'] == {'lr_decay_iters': 0, 'plan': 'auto'} and settings['lr_decay_iters'] == 3
 
@@ -115,15 +120,17 @@ def test_a_smaller_micro_batch_gives_the_same_losses(train):
 def test_two_processes_give_one_process_s_losses(train):
     one = train()
     two = train(processes=2, out_dir='two')
-    assert [float(x) for x in two.column('loss')[:-1]] == pytest.approx([float(x) for x in one.column('loss')[:-1]], abs=1e-5)
+    assert [float(x) for x in two.column('loss')[:-1]] == pytest.approx(
+        [float(x) for x in one.column('loss')[:-1]], abs=1e-5)
     for name in ('train_loss', 'val_loss'):
         assert float(two.column(name)[-1]) == pytest.approx(float(one.column(name)[-1]), abs=1e-5)
     assert two.out.count('step 6:') == 1 # one process speaks
     done = train('--init_from=resume', '--max_iters=8', processes=2, out_dir='two')
     assert 'resuming at iteration 6' in done.out
 
-@pytest.mark.parametrize('options', [('--dtype=bfloat16',), ('--dtype=float16',), ('--optimizer=muon',), ('--bias=True',),
-                                     ('--grad_clip=0', '--decay_lr=False')])
+@pytest.mark.parametrize('options', [
+    ('--dtype=bfloat16',), ('--dtype=float16',), ('--optimizer=muon',), ('--bias=True',),
+    ('--grad_clip=0', '--decay_lr=False')])
 def test_each_way_of_training_learns_and_resumes(train, options):
     train('--max_iters=20', '--eval_interval=10', *options)
     result = train('--max_iters=30', '--eval_interval=10', '--init_from=resume', *options)
@@ -131,7 +138,8 @@ def test_each_way_of_training_learns_and_resumes(train, options):
     assert losses[-1] < losses[0] - 0.5 and 'resuming at iteration 20' in result.out
     assert result.column('iter') == [str(i) for i in range(31)]
 
-@pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason="torch.compile wants a C++ compiler on a CPU")
+@pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))),
+                    reason="torch.compile wants a C++ compiler on a CPU")
 def test_a_compiled_run_has_the_eager_losses(train):
     options = '--plan=selective', '--max_iters=4'
     result = train('--compile=True', *options, out_dir='compiled', timeout=280)
@@ -154,7 +162,8 @@ def test_finetuning_starts_from_hugging_face_s_weights_and_keeps_the_best(run, c
 def test_another_run_s_weights_start_a_new_run(whole, train):
     result = train(f"--init_from={whole['out_dir']}", '--max_iters=2', '--eval_iters=0')
     assert result.column('iter') == ['0', '1', '2'] # fresh counters
-    best = train(f"--init_from={whole['out_dir']}/ckpt.pt", '--eval_only=True', '--eval_iters=0', out_dir='none')
+    best = train(f"--init_from={whole['out_dir']}/ckpt.pt", '--eval_only=True', '--eval_iters=0',
+                 out_dir='none')
     assert f"val loss {float(result.column('val_loss')[0]):.4f}" in best.out
     assert not best.out_dir.exists() # eval_only writes nothing
 
@@ -164,14 +173,16 @@ def test_a_nanogpt_checkpoint_resumes_with_its_optimizer(train, tmp_path, prefix
     model = GPT(GPTConfig(16, len(CHARS), 2, 2, 16, bias=False))
     decay = [p for p in model.parameters() if p.dim() >= 2]
     other = [p for p in model.parameters() if p.dim() < 2]
-    adamw = torch.optim.AdamW([{'params': decay, 'weight_decay': 0.1}, {'params': other, 'weight_decay': 0.0}], lr=1e-3)
+    adamw = torch.optim.AdamW([{'params': decay, 'weight_decay': 0.1},
+                               {'params': other, 'weight_decay': 0.0}], lr=1e-3)
     idx = torch.arange(16)[None]
     model(idx, idx)[1].backward()
     adamw.step()
     args = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, bias=False, vocab_size=len(CHARS), dropout=0.0)
     (tmp_path / 'out').mkdir()
-    torch.save({'model': {prefix + k: v for k, v in model.state_dict().items()}, 'optimizer': adamw.state_dict(),
-                'model_args': args, 'iter_num': 3, 'best_val_loss': torch.tensor(9.0), 'config': {'dataset': 'chars'}},
+    torch.save({'model': {prefix + k: v for k, v in model.state_dict().items()},
+                'optimizer': adamw.state_dict(), 'model_args': args, 'iter_num': 3,
+                'best_val_loss': torch.tensor(9.0), 'config': {'dataset': 'chars'}},
                tmp_path / 'out' / 'ckpt.pt')
     result = train('--init_from=resume')
     assert result.column('iter') == list('3456') and 'resuming at iteration 3' in result.out
@@ -216,7 +227,8 @@ def test_a_gradient_that_is_not_finite_makes_no_update_and_five_end_the_run(run,
     with torch.no_grad():
         model.transformer.wpe.weight[3] = math.nan
     torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__}, tmp_path / 'broken.pt')
-    done = run('train.py', '--dataset=chars', *TINY, f"--init_from={tmp_path / 'broken.pt'}", '--max_iters=20', status=2)
+    done = run('train.py', '--dataset=chars', *TINY, f"--init_from={tmp_path / 'broken.pt'}",
+               '--max_iters=20', status=2)
     assert done.out.count('no update') == 5 and done.err.count('error: five iterations in a row') == 1
     assert 'the weights are not finite' in done.err and not list((tmp_path / 'out').glob('*.pt'))
 
@@ -233,8 +245,10 @@ def test_an_evaluation_that_ended_a_run_stays_where_it_goes_on(train):
     longer = train('--max_iters=8', '--eval_interval=4', '--init_from=resume')
     assert best and longer.column('iter') == list('012345678') and longer.column('val_loss')[5] == best
     assert all(longer.column('loss')[:8])
-    later = train('--max_iters=10', '--eval_interval=5', '--init_from=resume', '--log_interval=3') # iteration 8 is not logged
-    assert later.column('val_loss')[5] == best and later.column('iter') == [*'012345678', '9', '10'] and later.column('val_loss')[8]
+    # iteration 8 is not logged
+    later = train('--max_iters=10', '--eval_interval=5', '--init_from=resume', '--log_interval=3')
+    assert (later.column('val_loss')[5] == best and later.column('iter') == [*'012345678', '9', '10']
+            and later.column('val_loss')[8])
 
 def test_a_resumed_iteration_has_as_many_sequences_as_before(train):
     train('--max_iters=2')
@@ -247,20 +261,24 @@ def test_num_epochs_sets_the_iterations_and_caps_the_warm_up(train):
     windows = math.ceil((int(len(TEXT) * 0.9) - 1) / 16)
     result = train('--num_epochs=0.1', '--warmup_iters=1000', '--max_iters=1000')
     assert int(result.column('iter')[-1]) == round(0.1 * windows / 8)
-    assert float(result.column('lr')[round(0.1 * windows / 8) // 10]) == pytest.approx(1e-2) # the peak, after a tenth
+    # the peak, after a tenth
+    assert float(result.column('lr')[round(0.1 * windows / 8) // 10]) == pytest.approx(1e-2)
     assert train('--num_epochs=0.1', '--max_iters=2', out_dir='b').column('iter') == ['0', '1', '2']
 
 def test_kept_checkpoints_are_of_each_evaluation(train):
     result = train('--keep_checkpoints=True')
-    assert sorted(p.name for p in result.out_dir.glob('iter_*')) == ['iter_000000.pt', 'iter_000004.pt', 'iter_000006.pt']
+    assert sorted(p.name for p in result.out_dir.glob('iter_*')) == [
+        'iter_000000.pt', 'iter_000004.pt', 'iter_000006.pt']
     assert load(result.out_dir / 'iter_000004.pt')['iter_num'] == 4
-    result = train('--keep_checkpoints=True', '--always_save_checkpoint=False', '--learning_rate=0.9', out_dir='worse')
+    result = train('--keep_checkpoints=True', '--always_save_checkpoint=False', '--learning_rate=0.9',
+                   out_dir='worse')
     assert float(result.column('val_loss')[4]) > float(result.column('val_loss')[0]) # no best
     assert len(list(result.out_dir.glob('iter_*'))) == 3
 
 def test_wandb_logs_offline_where_it_is_asked_to(train, tmp_path):
     pytest.importorskip('wandb')
-    train('--wandb_log=True', env={'WANDB_MODE': 'offline', 'WANDB_DIR': str(tmp_path), 'WANDB_SILENT': 'true'})
+    train('--wandb_log=True', env={'WANDB_MODE': 'offline', 'WANDB_DIR': str(tmp_path),
+                                   'WANDB_SILENT': 'true'})
     assert list((tmp_path / 'wandb').glob('offline-run-*/*.wandb'))
 
 def test_help_takes_less_than_three_seconds(run):
@@ -281,7 +299,8 @@ def test_an_evaluation_whose_iteration_is_not_made_is_in_the_log(clone, train, t
     report = (ended.out_dir / 'report.md').read_text()
     assert f"loss is {float(whole.column('val_loss')[4]):.4f}, at iteration 4" in report
     again = train('--max_iters=8', '--init_from=resume', out_dir='ended')
-    assert again.column('loss') == whole.column('loss') and again.column('val_loss') == whole.column('val_loss')
+    assert (again.column('loss') == whole.column('loss')
+            and again.column('val_loss') == whole.column('val_loss'))
 
 @pytest.mark.parametrize('scale', [1e-4, 1.0, 1e5])
 def test_a_picture_holds_its_labels(run, tmp_path, scale):
@@ -289,4 +308,5 @@ def test_a_picture_holds_its_labels(run, tmp_path, scale):
     (tmp_path / 'log.csv').write_text('\n'.join(['iter,loss,train_loss,val_loss', *rows, '']))
     run('plot.py', tmp_path)
     picture = plt.imread(tmp_path / 'loss.png')
-    assert picture.min() < 0.5 and all(edge.min() == 1 for edge in (picture[:2], picture[-2:], picture[:, :2], picture[:, -2:]))
+    assert (picture.min() < 0.5
+            and all(edge.min() == 1 for edge in (picture[:2], picture[-2:], picture[:, :2], picture[:, -2:])))

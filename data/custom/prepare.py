@@ -78,8 +78,8 @@ def main():
     held = characters / (n - count)
     if tokenizer == 'gpt2' and held < 2.1:
         print(f"warning: a token holds {held:.1f} characters here, and more than 3 in English, which GPT-2 "
-              "was trained on: it hardly knows such a language, or such codes or numbers; --tokenizer=char is "
-              "for a small model that learns from them alone")
+              "was trained on: it hardly knows such a language, or such codes or numbers; --tokenizer=char "
+              "is for a small model that learns from them alone")
     where = f', all of {val_input}' if val_input else tell_place(pieces, ends[0])
     print(f"{shorten(folder)}: {n - n_val:,} tokens to train on, {n_val:,} to validate on{where}")
     config = f"config/{'train_shakespeare_char_cpu' if chars else 'finetune/gpt2_small'}.py"
