@@ -168,3 +168,12 @@ def hf_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp('models') / 'hf'
     GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=32)).save_pretrained(folder)
     return folder
+
+@pytest.fixture
+def compiler():
+    """ one that has compiled nothing: after other shapes, it would take sizes for variable, and round
+    otherwise """
+    import torch
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

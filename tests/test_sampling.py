@@ -1,4 +1,4 @@
-""" the pass over one token that CUDA records: what holds of it anywhere """
+""" the draw of a token, and the pass over one that CUDA records: what holds of it anywhere """
 import contextlib
 import math
 
@@ -6,9 +6,29 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from model import GPT, GPTConfig
 from sampling import FixedStep, KVCache, sample_token, warm_up_stream
+
+def test_top_k_and_top_p_keep_the_tokens_that_transformers_keeps():
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(4, 20)
+    kept = TopPLogitsWarper(0.7)(None, TopKLogitsWarper(8)(None, logits.clone())).isfinite()
+    drawn = torch.zeros(4, 20, dtype=torch.bool)
+    for _ in range(2000):
+        drawn[torch.arange(4), sample_token(logits, 1.0, top_k=8, top_p=0.7)] = True
+    assert drawn.equal(kept) and kept.sum() < 32
+
+def test_a_draw_is_multinomial_s_and_none_where_there_are_no_probabilities():
+    logits = 3 * torch.randn(4, 200)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        expected = logits.softmax(-1).multinomial(1)[:, 0]
+        torch.manual_seed(seed)
+        assert sample_token(logits).equal(expected)
+    logits[1, 7], logits[2, 9] = float('nan'), float('inf')
+    assert (sample_token(logits) >= 0).tolist() == [True, False, False, True]
 
 class Graph(TorchDispatchMode):
     """ a CUDA graph's semantics on a CPU: keeps the operations that run under it, with their very tensors,
