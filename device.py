@@ -27,8 +27,8 @@ FILL_RAM = 0.75 # the same for RAM, where gaps are larger and a process that tak
 
 # peak FLOP/s of dense bf16 or fp16 matrix products with fp32 accumulation, from NVIDIA's data sheets
 PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12,
-              'L40S': 362e12, 'L4': 121e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12,
-              'T4': 65e12}
+              'L40S': 362e12, 'L4': 121e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100-PCIE': 112e12,
+              'V100': 125e12, 'T4': 65e12}
 
 def pick_device(device: str) -> str:
     """ the fastest device available, or the one named; raises ValueError if that is not available, or if this

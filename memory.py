@@ -42,7 +42,7 @@ class Shape:
     shards: int = 1 # number of processes that share weights, gradients and moments
     buckets: int = 0 # number of processes if gradients lie in DDP's buckets, which stay allocated; else 0
     adapts: bool = False # LoRA could be used instead
-    idle: int = 0 # first blocks that backward never reaches, since nothing in or before them is trained
+    idle: int = 0 # first blocks that backward never reaches
     device: str = 'cuda' # or cpu or mps, whose attention keeps more
     inputs: float = 6.0 # from inputs_of: the inputs of trained matrices; 6 if a block's are all trained
     dropped: float = 0.0 # from inputs_of: those that LoRA's dropout is applied to
@@ -53,8 +53,7 @@ def shape_of(model, block_size: int, dropout: float, half: bool, lora: bool = Fa
     """ the Shape of a run of `model`, a GPT anywhere, on `device`; trained parameters require gradients """
     c, n_params = model.config, model.num_params()
     single = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad)
-    learns = [any(p.requires_grad for p in part.parameters()) for part in model.parts()[:-1]]
-    idle = 0 if any(learns[:2]) else [*learns[2:], True].index(True)
+    idle = model.n_idle()
     return Shape(n_params, c.n_layer, c.n_head, c.n_embd, c.vocab_size, block_size, dropout, half,
                  n_params - model.num_params(trained=True), lora, model.lm_head.weight.requires_grad,
                  single if muon else None, processes if shard else 1,

@@ -133,6 +133,11 @@ class GPT(nn.Module):
         t = self.transformer
         return [t.wte, t.wpe, *t.h, t.ln_f]
 
+    def n_idle(self) -> int:
+        """ how many of the first blocks backward never reaches, since nothing in or before them is trained """
+        learns = [any(p.requires_grad for p in part.parameters()) for part in self.parts()[:-1]]
+        return 0 if any(learns[:2]) else [*learns[2:], True].index(True)
+
     def before(self, part) -> None:
         """ called before each of `parts` runs; an offloading optimizer waits here for the part's weights """
 
@@ -146,10 +151,12 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T: int) -> float:
         """ FLOPs of forward and backward at length T; PaLM, appendix B, https://arxiv.org/abs/2204.02311 """
-        config = self.config
-        matrices = self.num_params() - self.transformer.wpe.weight.numel() # positions are looked up
-        frozen = self.num_params() - self.num_params(trained=True) # these get no gradient
-        return 6 * matrices - 2 * min(frozen, matrices) + 12 * config.n_layer * config.n_embd * T
+        config, block, wpe = self.config, self.transformer.h[0], self.transformer.wpe.weight
+        used = [p for p in self.parameters() if p is not wpe] # positions are looked up
+        n, frozen = sum(p.numel() for p in used), sum(p.numel() for p in used if not p.requires_grad)
+        # what is frozen gets no gradient, and an idle block passes none on
+        idle = self.n_idle() * (2 * sum(p.numel() for p in block.parameters()) + 8 * config.n_embd * T)
+        return 6 * n - 2 * frozen - idle + 12 * config.n_layer * config.n_embd * T
 
     def hidden(self, idx, cache=None, head=None):
         """ the last layer's output (B, T, C) for token ids idx (B, T), from which lm_head makes logits

@@ -2,8 +2,10 @@ import os
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import lora
 from model import GPT, GPT2_SHAPES, GPTConfig
 
 def make_pair(tmp_path, safe=True, **shape):
@@ -106,3 +108,12 @@ def test_flops_are_those_of_palm_s_formula_less_what_frozen_parts_save():
     assert gpt.flops_per_token(8) == 6 * n + 12 * 2 * 16 * 8
     gpt.transformer.h[0].requires_grad_(False)
     assert gpt.flops_per_token(8) == 6 * n - 2 * frozen + 12 * 2 * 16 * 8
+
+@pytest.mark.parametrize('frozen', ['wte,wpe', 'wte,wpe,h.0-2', 'wte,wpe,h.0-3', 'wte,wpe,h.2'])
+def test_flops_of_a_partly_frozen_model_are_those_that_torch_counts(frozen):
+    gpt, idx = GPT(GPTConfig(16, 200, 4, 2, 64)), torch.zeros(4, 16, dtype=torch.long)
+    lora.freeze_parts(gpt, frozen)
+    with FlopCounterMode(display=False) as counter: # which has no count for attention on a CPU
+        gpt(idx, idx)[1].backward()
+    assert gpt.flops_per_token(0) == pytest.approx(counter.get_total_flops() / idx.numel(), rel=0.02)
+    assert gpt.flops_per_token(16) - gpt.flops_per_token(0) == (12 * 4 - 8 * gpt.n_idle()) * 64 * 16
