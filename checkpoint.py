@@ -39,7 +39,7 @@ OPTIONS = { # types of the options in its config; others may be anything but a t
 
 def find(source: str) -> str | None:
     """ `source` if it is a file, else ckpt.pt or last.pt in that folder; None if there is none """
-    if source.endswith(('.index', '.safetensors')): # TensorFlow's, Hugging Face's
+    if not source or source.endswith(('.index', '.safetensors')): # TensorFlow's, Hugging Face's
         return None
     paths = [source, os.path.join(source, 'ckpt.pt'), os.path.join(source, 'last.pt')]
     return next((path for path in paths if os.path.isfile(path)), None)

@@ -157,7 +157,7 @@ def at_home(key: str, value):
     """ `value` with ~ in a path expanded to the user's home, which a shell does not do in --key=~/path """
     start = '(^|,)' if key in PATHS else '(^FILE:)'
     home = os.path.expanduser('~')
-    return re.sub(start + r'~(?=/|$)', lambda m: m[1] + home, value) if isinstance(value, str) else value
+    return re.sub(start + r'~(?=[/\\]|$)', lambda m: m[1] + home, value) if isinstance(value, str) else value
 
 class Names(dict):
     """ a config file's namespace, which records the variables that the file assigns """

@@ -385,7 +385,12 @@ def bad_utf8(path: str, error: UnicodeDecodeError, before: int = 0) -> ValueErro
     wide = byte == 0 and error.object[:2] in (b'\xff\xfe', b'\xfe\xff')
     if b'\0' in error.object and not wide:
         return ValueError(f"{shorten(path)} holds zero bytes, which no text in UTF-8 does; take another "
-                          "file, or convert it first, as with iconv -f utf-16le -t utf-8, if it is UTF-16")
-    kind = 'utf-16 -t utf-8, since it is UTF-16' if wide else 'latin1 -t utf-8, if it is Latin-1'
-    return ValueError(f"{shorten(path)} is not UTF-8 at byte {byte:,}; convert it first, as with "
-                      f"iconv -f {kind}")
+                          f"file, or, if it is UTF-16, convert it first: {to_utf8(path, 'utf-16-le')}")
+    kind = 'it is UTF-16' if wide else 'if it is Windows-1252, as old Western European texts are'
+    return ValueError(f"{shorten(path)} is not UTF-8 at byte {byte:,}; {kind}, convert it first: "
+                      + to_utf8(path, 'utf-16' if wide else 'cp1252'))
+
+def to_utf8(path: str, encoding: str) -> str:
+    """ the command that converts a file, with what there is on every system """
+    return (f"""python -c "open('utf8.txt', 'wb').write(open({shorten(path)!r}, encoding='{encoding}')"""
+            """.read().encode())\"""")

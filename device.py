@@ -19,7 +19,8 @@ import psutil
 import torch
 
 DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
-OTHER_BUILDS = 'pip install "torch>=2.9,<2.14" --index-url https://download.pytorch.org/whl/cu126'
+OTHER_BUILDS = ('pip install --force-reinstall "torch>=2.9,<2.14" '
+                '--index-url https://download.pytorch.org/whl/cu126')
 
 CONTEXT = int(0.6 * 2**30) # bytes that CUDA and its libraries take of a card; 0.5 to 0.8 GiB on most
 FILL = 0.95 # the share of a card's memory that tensors can fill; its allocator loses some to gaps
@@ -280,6 +281,6 @@ def memory_mb(device: str) -> float:
     try:
         import resource
     except ImportError: # Windows
-        return float('nan')
+        return psutil.Process().memory_info().peak_wset / 2**20
     unit = 2**20 if sys.platform == 'darwin' else 2**10 # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -78,7 +78,7 @@ class Best:
         if not learned:
             lines.append("nothing was evaluated since iteration 0: what was learned is in last.pt alone")
         elif self.lost < self.best_val_loss:
-            lines.append(f"a better model, of val loss {self.lost:.4f}, could not be saved")
+            lines.append(f"a better model, of val loss {self.lost:.4f}, could not be saved as {best}")
         elif self.best_iter == 0 and iter_num:
             lines.append("no evaluation was better than that of the model it started from, "
                          "which ckpt.pt holds")

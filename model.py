@@ -134,7 +134,7 @@ class GPT(nn.Module):
         return [t.wte, t.wpe, *t.h, t.ln_f]
 
     def n_idle(self) -> int:
-        """ how many of the first blocks backward never reaches, since nothing in or before them is trained """
+        """ how many first blocks backward never reaches, since nothing in or before them is trained """
         learns = [any(p.requires_grad for p in part.parameters()) for part in self.parts()[:-1]]
         return 0 if any(learns[:2]) else [*learns[2:], True].index(True)
 

@@ -25,8 +25,9 @@ FULL = errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC) # the disk, or what 
 def publish(folder: str):
     """ yield a temporary folder, and move the dataset written there to `folder` once it is complete
 
-    Other files of an earlier dataset are removed. After an error or Ctrl-C, everything is as it was; what a
-    killed process left behind is removed the next time. Raises OSError if nothing can be written.
+    After an error or Ctrl-C, everything is as it was, or, if that comes while the files are exchanged, there
+    is no train.bin: never files of two datasets. What a killed process left behind is removed the next time.
+    Raises OSError if nothing can be written.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -46,12 +47,13 @@ def publish(folder: str):
                 raise OSError(f"cannot write to {shorten(folder)} ({error.strerror}); make room on the disk, "
                               "and type this again") from None
             is_masked = os.path.exists(os.path.join(folder, 'train_mask.bin'))
-            for name in FILES:
-                path, made = os.path.join(folder, name), os.path.join(place, name)
-                if os.path.exists(made):
-                    os.replace(made, path)
-                elif os.path.exists(path) and (name != 'template.txt' or is_masked): # else it is the user's
+            made = [name for name in FILES if os.path.exists(os.path.join(place, name))]
+            for name in FILES: # of the earlier dataset; another template.txt is the user's
+                path = os.path.join(folder, name)
+                if os.path.exists(path) and (name in made or name != 'template.txt' or is_masked):
                     os.remove(path)
+            for name in reversed(made): # train.bin, without which there is no dataset, comes last
+                os.replace(os.path.join(place, name), os.path.join(folder, name))
     finally:
         if not os.listdir(folder):
             os.rmdir(folder)

@@ -34,6 +34,7 @@ configure(globals(), at_least_1=('num_samples', 'max_new_tokens'))
 # set-up
 
 import codecs
+import os
 import sys
 import time
 
@@ -58,7 +59,9 @@ if input and not instruction:
                      "--instruction=TEXT, too, or --start=TEXT instead")
 
 if hasattr(sys.stdout, 'reconfigure'): # not a notebook's
-    sys.stdout.reconfigure(errors='replace') # for characters that the terminal's encoding lacks
+    # a file is in UTF-8, as all of ours are; a terminal's encoding may lack some characters
+    utf8 = not sys.stdout.isatty() and 'PYTHONIOENCODING' not in os.environ
+    sys.stdout.reconfigure(encoding='utf-8' if utf8 else None, errors='replace')
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 

@@ -12,6 +12,16 @@ import torch
 
 VERSION = 1 # of the format; raised when older readers would go wrong
 
+def replace(path: str, to: str) -> None:
+    """ os.replace, tried for a second, since Windows refuses it while a program reads the file """
+    for tries in range(10):
+        try:
+            return os.replace(path, to)
+        except PermissionError:
+            if tries == 9:
+                raise
+            time.sleep(0.1)
+
 @contextlib.contextmanager
 def replacing(path: str, mode: str, **options):
     """ open a file that replaces `path` once it is complete and on the disk; an error leaves nothing """
@@ -20,7 +30,7 @@ def replacing(path: str, mode: str, **options):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(path + '.tmp', path)
+        replace(path + '.tmp', path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
@@ -52,12 +62,24 @@ def link(path: str, to: str) -> None:
         with open(path, 'rb') as whole, replacing(to, 'wb') as file:
             shutil.copyfileobj(whole, file)
     else:
-        os.replace(to + '.tmp', to)
+        replace(to + '.tmp', to)
 
 def cannot_write(out_dir: str, error: OSError) -> OSError:
     """ the error for a run whose folder cannot be written """
     return OSError(f"cannot write to {out_dir} ({error.strerror}); mend that, or type "
                    "--out_dir=ANOTHER (where a run is resumed, with a copy of this folder)")
+
+held = [] # the file that this process's run has locked; in a notebook, the next run closes it
+
+def take(file: int) -> None:
+    """ lock an open file until it is closed; raises OSError if another process has """
+    try:
+        import fcntl
+    except ImportError: # Windows
+        import msvcrt
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 class Saver:
     """ saves a run's last.pt, ckpt.pt and, with keeps_all, iter_000500.pt; if a save fails, it prints a
@@ -82,21 +104,19 @@ class Saver:
         try:
             os.makedirs(self.out_dir, exist_ok=True)
             ours = os.access(path, os.W_OK) or not os.path.exists(path) # else another user's run made it
-            file = os.open(path, os.O_RDWR | os.O_CREAT if ours else os.O_RDONLY, 0o666) # never closed
+            while held:
+                os.close(held.pop())
+            held.append(os.open(path, os.O_RDWR | os.O_CREAT if ours else os.O_RDONLY, 0o666))
         except OSError as error:
             raise cannot_write(self.out_dir, error) from None
-        try:
-            import fcntl
-        except ImportError: # Windows
-            return
         for tries in range(50): # a run that was just killed may take some seconds
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                take(held[0])
                 break
-            except BlockingIOError:
+            except (BlockingIOError, PermissionError): # Windows' name for it
                 time.sleep(0.1)
             except OSError: # a file system without locks
-                return
+                break
         else:
             raise FileExistsError(f"another run is writing to {self.out_dir}; end it, or type "
                                   "--out_dir=ANOTHER")

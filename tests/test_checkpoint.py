@@ -4,6 +4,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import types
 from dataclasses import asdict
 
 import pytest
@@ -189,3 +190,55 @@ def test_a_copy_in_place_of_a_link_is_on_the_disk_before_it_counts(tmp_path, mon
     (tmp_path / 'last.pt').write_bytes(b'x' * 100)
     saver.link(str(tmp_path / 'last.pt'), str(tmp_path / 'ckpt.pt'))
     assert synced == [100] and (tmp_path / 'ckpt.pt').read_bytes() == b'x' * 100
+
+@pytest.fixture
+def windows(monkeypatch):
+    """ the locks of Windows, made of ours """
+    def locking(file, mode, n):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PermissionError(13, 'Permission denied') from None
+    fcntl, theirs = pytest.importorskip('fcntl', reason="here its own are used"), types.ModuleType('msvcrt')
+    theirs.locking, theirs.LK_NBLCK = locking, 2
+    monkeypatch.setitem(sys.modules, 'msvcrt', theirs)
+    monkeypatch.setitem(sys.modules, 'fcntl', None)
+    monkeypatch.setattr(saver.time, 'sleep', lambda seconds: None)
+    return locking
+
+def test_a_folder_that_a_run_writes_to_is_no_other_s_on_windows(tmp_path, windows):
+    with open(tmp_path / '.lock', 'w') as other:
+        windows(other, 2, 1)
+        with pytest.raises(FileExistsError, match='another run is writing to'):
+            saver.Saver(str(tmp_path), False).lock()
+    saver.Saver(str(tmp_path), False).lock()
+
+def test_a_notebook_s_next_run_in_the_same_folder_is_not_kept_out_by_its_last(tmp_path):
+    for _ in range(2):
+        saver.Saver(str(tmp_path), False).lock()
+
+def test_without_locks_a_run_that_was_overtaken_is_refused_too(tmp_path, monkeypatch):
+    def none(file):
+        raise OSError(38, 'Function not implemented')
+    monkeypatch.setattr(saver, 'take', none)
+    ours = saver.Saver(str(tmp_path), False)
+    (tmp_path / 'last.pt').touch()
+    with pytest.raises(FileExistsError, match='another run has just saved'):
+        ours.lock()
+
+@pytest.mark.parametrize('n', [3, 99])
+def test_a_file_that_another_program_reads_is_replaced_once_it_has_done_so(tmp_path, monkeypatch, n):
+    """ as Windows' scanners do """
+    refusals, replace = iter(range(n)), os.replace
+    def refuse(*paths):
+        if next(refusals, None) is not None:
+            raise PermissionError(13, 'Access is denied')
+        replace(*paths)
+    monkeypatch.setattr(saver.os, 'replace', refuse)
+    monkeypatch.setattr(saver.time, 'sleep', lambda seconds: None)
+    if n == 3:
+        saver.save({'iter_num': 1}, str(tmp_path / 'last.pt'))
+        assert torch.load(tmp_path / 'last.pt')['iter_num'] == 1
+    else:
+        with pytest.raises(OSError, match='cannot save .*Access is denied'):
+            saver.save({'iter_num': 1}, str(tmp_path / 'last.pt'))

@@ -241,6 +241,7 @@ def test_the_home_folder_is_found_in_paths_and_nowhere_else():
         'out_dir': f'{home}/out', 'dataset': f'{home}/a:0.5,{home}/b~c:0.5', 'start': '~/ is home',
         'input': '~/.ssh?', 'lora_targets': '~/x'}
     assert configure(dict(options), ['--start=FILE:~/x.txt', '--out_dir=~'])['start'] == f'FILE:{home}/x.txt'
+    assert configure(dict(options), [r'--out_dir=~\x'])['out_dir'] == rf'{home}\x' # Windows'
 
 def test_an_option_without_a_value_is_told_one_that_means_something():
     for options, argv, message in (

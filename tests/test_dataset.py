@@ -2,6 +2,9 @@ import hashlib
 import math
 import os
 import pickle
+import shlex
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -163,12 +166,12 @@ def test_a_meta_pkl_of_no_possible_number_of_tokens_is_refused(tmp_path, n_vocab
         read_tokenizer_state(str(tmp_path))
 
 def test_written_characters_are_nanogpt_s_format(tmp_path):
-    write_dataset(str(tmp_path), 'hello world', CharTokenizer(sorted(set('hello world'))), val_fraction=0.3)
+    write_dataset(str(tmp_path), 'hello world', CharTokenizer(sorted(set('hello world'))))
     with open(tmp_path / 'meta.pkl', 'rb') as file:
         meta = pickle.load(file)
     assert meta['vocab_size'] == 8 and meta['stoi']['h'] == 3 and meta['itos'][3] == 'h'
     train, val = (np.fromfile(tmp_path / f'{name}.bin', dtype=np.uint16) for name in ('train', 'val'))
-    assert ''.join(meta['itos'][i] for i in [*train, *val]) == 'hello world' and len(train) == 7
+    assert ''.join(meta['itos'][i] for i in [*train, *val]) == 'hello world' and len(train) == 9
     assert read_tokenizer_state(str(tmp_path)) == {'name': 'char', 'chars': list(' dehlorw')}
     assert sorted(os.listdir(tmp_path)) == ['meta.pkl', 'train.bin', 'val.bin']
 
@@ -177,12 +180,18 @@ def test_text_is_read_without_a_byte_order_mark_and_bad_utf8_is_placed(tmp_path)
     with open(tmp_path / 'a.txt', encoding='utf-8-sig') as file:
         assert read_text(str(tmp_path / 'a.txt')) == file.read() == 'hi\n\nho\n'
     (tmp_path / 'b.txt').write_bytes(b'good\xff')
-    with pytest.raises(ValueError, match='b.txt is not UTF-8 at byte 4.*latin1'):
+    with pytest.raises(ValueError, match='b.txt is not UTF-8 at byte 4; .* Windows-1252'):
         read_text(str(tmp_path / 'b.txt'))
-    (tmp_path / 'c.txt').write_bytes('wide'.encode('utf-16'))
-    with pytest.raises(ValueError, match='c.txt is not UTF-8 at byte 0.*'
-                                         'iconv -f utf-16 -t utf-8, since it is UTF-16'):
-        read_text(str(tmp_path / 'c.txt'))
+
+@pytest.mark.parametrize('encoding', ['cp1252', 'utf-16', 'utf-16-le'])
+def test_a_text_that_is_not_utf8_is_converted_by_the_command_in_its_error(tmp_path, encoding):
+    text, path = '\u201eM\xf6we\u201c \u2013 it\u2019s\r\nfine\r\n' * 9, tmp_path / 'my old text.txt'
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(ValueError, match='UTF-8') as error:
+        read_text(str(path))
+    _, code = shlex.split(str(error.value)[str(error.value).index('python -c'):])[1:]
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True)
+    assert read_text(str(tmp_path / 'utf8.txt')) == text.replace('\r\n', '\n')
 
 @pytest.fixture
 def server():

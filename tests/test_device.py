@@ -204,3 +204,9 @@ def test_resident_memory_is_in_mebibytes():
     with open('/proc/self/status') as file:
         peak = next(int(line.split()[1]) for line in file if line.startswith('VmHWM')) # in KiB
     assert device.memory_mb('cpu') == pytest.approx(peak / 2**10, rel=0.05)
+
+def test_resident_memory_is_known_on_windows(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'resource', None)
+    monkeypatch.setattr(device.psutil, 'Process', lambda: types.SimpleNamespace(
+        memory_info=lambda: types.SimpleNamespace(peak_wset=3 * 2**20)))
+    assert device.memory_mb('cpu') == 3

@@ -64,3 +64,11 @@ def test_the_plans_in_memory_md_are_those_of_a_dry_run(run):
     out = run(*command.split()[1:]).out.strip()
     here = '; more RAM than is free here' # or not
     assert block.strip().replace(here, '') == out.replace(here, '')
+
+@pytest.mark.parametrize('page', ['README.md', *glob.glob('docs/*.md', root_dir=ROOT)])
+def test_a_command_has_no_comment_after_it_since_zsh_and_windows_would_pass_it_on(page):
+    with open(os.path.join(ROOT, page), encoding='utf-8') as file:
+        blocks = re.findall(r'^```\n(.*?)^```', file.read(), re.DOTALL | re.MULTILINE)
+    commands = [line for block in blocks for line in block.splitlines()
+                if re.match(r'(\w+=\S+ )*(python|make|pip|torchrun|kill|\.) ', line)]
+    assert [line for line in commands if re.search(r'\s#', line)] == []

@@ -190,8 +190,10 @@ def test_only_white_space_is_no_text_however_long(tmp_path, monkeypatch):
     assert texts(str(tmp_path / 'a.txt')) == [' \n' * 10 + 'x']
 
 def test_a_dataset_of_the_hub_is_streamed(monkeypatch):
+    monkeypatch.delenv('HF_DATASETS_TRUST_REMOTE_CODE', raising=False)
     def load_dataset(name, subset, split, streaming):
         assert (name, subset, split, streaming) == ('owner/name', 'small', 'train', True)
+        assert os.environ['HF_DATASETS_TRUST_REMOTE_CODE'] == '0' # for versions that would run a script of it
         yield {'text': 'one'}
         yield {'text': 'two'}
         raise ConnectionError('gone')

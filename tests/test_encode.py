@@ -33,6 +33,14 @@ def test_a_process_with_one_core_starts_no_others(tmp_path, monkeypatch):
     monkeypatch.setattr(encode, 'encode_in_processes', None)
     assert written(tmp_path, ['a b ' * 100], 10) == [*BPE.encode('a b ' * 100), 50256]
 
+def test_no_more_processes_are_started_than_windows_allows(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, 'JOB', 10)
+    started = []
+    monkeypatch.setattr(encode, 'encode_in_processes', lambda jobs, tokenizer, special, workers:
+                        started.append(workers) or (job for job in ()))
+    encode.write_tokens(str(tmp_path / 'a.bin'), [('a.txt', cut('a b ' * 100, 10))], BPE, workers=96)
+    assert started == [61]
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.text(ALPHABET, min_size=1, max_size=60), max_size=4), st.integers(1, 9),
        st.integers(1, 20), st.booleans())

@@ -316,6 +316,18 @@ def test_a_full_disk_is_told_in_a_line_and_leaves_the_earlier_dataset_as_it_was(
         raise OSError(28, 'No space left on device')
     assert contents(old) == before
 
+def test_files_of_two_datasets_are_never_mixed(old, monkeypatch):
+    replace, moved = os.replace, []
+    def once(path, to): # and then Ctrl-C
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(replace(path, to))
+    monkeypatch.setattr(publish.os, 'replace', once)
+    with pytest.raises(KeyboardInterrupt), publish.publish(str(old)) as place:
+        for name in ('train.bin', 'val.bin', 'meta.pkl'):
+            pathlib.Path(place, name).write_bytes(b'new')
+    assert contents(old) == {'meta.pkl': b'new'}
+
 @pytest.mark.parametrize('sent', [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_leaves_the_earlier_dataset_as_it_was(clone, old, sent):
     before = contents(old)

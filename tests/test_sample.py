@@ -1,6 +1,7 @@
 """
 sample.py as a user runs it.
 """
+import os
 import pickle
 import shutil
 import signal
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint as checkpoints
+import saver
 from conftest import CHARS
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer
@@ -184,3 +187,20 @@ def test_ctrl_c_prints_what_there_is(clone, chars, stream):
     assert process.returncode == 130 and len(first) > 10 and 'Traceback' not in err
     texts = ((first if stream else '') + out).split('\n---------------\n')[:-1]
     assert len(texts) == 2 and all(text.startswith('def') and len(text) > 5 for text in texts)
+
+@pytest.mark.parametrize('asked', ['', 'ascii'])
+def test_a_file_of_samples_is_in_utf8_unless_another_encoding_is_asked_for(clone, tmp_path, asked):
+    model, chars = GPT(GPTConfig(8, 2, 1, 1, 8)), {'name': 'char', 'chars': ['\u5c0f', '\u732b']}
+    saver.save({'model': model.state_dict(), 'model_args': checkpoints.model_args(model), 'tokenizer': chars},
+               str(tmp_path / 'ckpt.pt'))
+    env = {**os.environ, 'PYTHONIOENCODING': asked,
+           'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'} # not UTF-8
+    if not asked:
+        del env['PYTHONIOENCODING']
+    (tmp_path / 'prompt.txt').write_text('\u5c0f', encoding='utf-8')
+    command = [sys.executable, 'sample.py', f'--out_dir={tmp_path}', '--num_samples=1', '--device=cpu',
+               f"--start=FILE:{tmp_path / 'prompt.txt'}", '--max_new_tokens=5']
+    done = subprocess.run(command, cwd=clone, capture_output=True, env=env)
+    assert not done.returncode, done.stderr
+    printed = done.stdout.decode(asked or 'utf-8').splitlines()[-2]
+    assert len(printed) == 6 and set(printed) <= set('?' if asked else '\u5c0f\u732b')
