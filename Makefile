@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 
 .PHONY: quickstart test
 
-quickstart: .venv/requirements.txt data/quickstart/val.bin
+quickstart: .venv/requirements.txt data/quickstart/train.bin
 	$(RUN) train.py config/quickstart.py --init_from=$(if $(wildcard out-quickstart/last.pt),resume,scratch)
 	$(RUN) sample.py --out_dir=out-quickstart --start="The " --num_samples=3 --max_new_tokens=400
 	@ls out-quickstart/* | sed 's/^/wrote /'
@@ -15,7 +15,7 @@ quickstart: .venv/requirements.txt data/quickstart/val.bin
 test: .venv/requirements-dev.txt
 	$(RUN) -m pytest
 
-data/quickstart/val.bin: data/quickstart/prepare.py | .venv/requirements.txt
+data/quickstart/train.bin: data/quickstart/prepare.py | .venv/requirements.txt
 	$(RUN) data/quickstart/prepare.py
 
 # each requirements file is copied into .venv when all that it names is installed

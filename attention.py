@@ -52,8 +52,8 @@ class HalfAttention(torch.autograd.Function):
 SCORES = 2**20 # computed at a time, few enough to fit the cache
 
 def few_sequences(*tensors):
-    """ yield a few sequences at a time: the slice of them, and each tensor's part (heads, T, head_size), in
-    float32 """
+    """ yield a few sequences at a time: the slice of them, and each tensor's part in float32, with all their
+    heads side by side, (heads, T, head_size) """
     B, n_head, T, _ = tensors[0].shape
     n = max(1, SCORES // (n_head * T * T))
     for start in range(0, B, n):

@@ -14,7 +14,7 @@ iters = 10 # iterations to measure; the median is reported
 skip = 3 # warm-up iterations before those; 1 for work = 'sample'
 data = 'synthetic' # synthetic (random tokens) or real (the dataset's)
 work = 'train' # train; sample (num_samples x 128 tokens); batch (only fetching); cards (memory by card size)
-way = 'fitgpt' # fitgpt; nanogpt (all logits at once, plain AdamW); transformers (for work = 'sample')
+way = 'fitgpt' # fitgpt; nanogpt (all logits at once, plain layers, AdamW); transformers (for work = 'sample')
 num_samples = 1 # texts generated at once, for work = 'sample'
 profile = False # write trace.json, for chrome://tracing or ui.perfetto.dev
 json = False # print one JSON object
@@ -60,8 +60,9 @@ from dataset import Split, find_datasets, open_split, read_shared_state, tell_as
 from device import (DTYPES, allow_cudnn_attention, autocast, compile_model, fetch, free_memory,
                     is_out_of_memory, memory_mb, memory_to_fill, peak_flops, pick_compile, pick_device,
                     pick_dtype, train_fast)
-from model import GPT, GPT2_SHAPES, Block, GPTConfig, Linear, check_length
+from model import GPT, GPT2_SHAPES, Block, GPTConfig, check_length
 from optim import check_options, clip_gradients, make_optimizer
+from recompute import Linear
 from tokenizer import count_ids
 
 check_options(config | {'decay_lr': False}) # no schedule here

@@ -385,12 +385,16 @@ def bad_utf8(path: str, error: UnicodeDecodeError, before: int = 0) -> ValueErro
     wide = byte == 0 and error.object[:2] in (b'\xff\xfe', b'\xfe\xff')
     if b'\0' in error.object and not wide:
         return ValueError(f"{shorten(path)} holds zero bytes, which no text in UTF-8 does; take another "
-                          f"file, or, if it is UTF-16, convert it first: {to_utf8(path, 'utf-16-le')}")
+                          f"file, or, if it is UTF-16, convert it first{to_utf8(path, 'utf-16-le')}")
     kind = 'it is UTF-16' if wide else 'if it is Windows-1252, as old Western European texts are'
-    return ValueError(f"{shorten(path)} is not UTF-8 at byte {byte:,}; {kind}, convert it first: "
+    return ValueError(f"{shorten(path)} is not UTF-8 at byte {byte:,}; {kind}, convert it first"
                       + to_utf8(path, 'utf-16' if wide else 'cp1252'))
 
 def to_utf8(path: str, encoding: str) -> str:
-    """ the command that converts a file, with what there is on every system """
-    return (f"""python -c "open('utf8.txt', 'wb').write(open({shorten(path)!r}, encoding='{encoding}')"""
-            """.read().encode())\"""")
+    """ the command that converts a file, with what there is on every system; '' for a pipe """
+    if not os.path.isfile(path):
+        return ''
+    root, end = os.path.splitext(os.path.basename(path))
+    return (f""": python -c "import sys; text = open(sys.argv[1], encoding='{encoding}').read(); """
+            f"""open(sys.argv[2], 'wb').write(text.encode())" {quote(shorten(path))} """
+            f"{quote(f'{root}-utf8{end}')}")

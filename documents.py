@@ -297,7 +297,7 @@ def csv_rows(path: str, progress=lambda n: None):
 
 def hub_rows(name: str, subset: str, progress):
     """ yield (place, dict) for each row of a hub dataset's train split, fetched as it is read """
-    os.environ['HF_DATASETS_TRUST_REMOTE_CODE'] = '0' # or versions before 4 may run a dataset's own script
+    os.environ['HF_DATASETS_TRUST_REMOTE_CODE'] = '0' # or versions 2.16 to 3 may run a dataset's script
     import datasets
     try:
         rows = datasets.load_dataset(name, subset or None, split='train', streaming=True)

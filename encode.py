@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import functools
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -26,7 +27,7 @@ def write_tokens(path: str, documents, tokenizer, workers: int = 0, allow_specia
     """ write the GPT-2 ids of all documents, each ended by end-of-text; return where each ends, (n,) """
     # a scheduler may give this process only some of the machine's cores; only Linux can tell
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    workers = min(workers or cores, 61) # Windows allows no more
+    workers = min(workers or cores, 61 if os.name == 'nt' else math.inf) # Windows allows no more
     jobs = cut_jobs(documents, tokenizer)
     first = list(itertools.islice(jobs, 4)) # if that is all, starting processes takes longer
     alone = workers == 1 or len(first) < 4

@@ -53,7 +53,7 @@ import checkpoint as checkpoints
 import lora
 from dataset import find_datasets, item_ends, open_mask, open_tokens, read_shared_state, read_text, shorten
 from device import DTYPES, autocast, pick_device, pick_dtype
-from model import Linear
+from recompute import Linear
 from tokenizer import from_state
 
 device = pick_device(device)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import Linear
+from recompute import Linear
 
 TARGETS = 'attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj' # the matrices of a block
 

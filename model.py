@@ -73,7 +73,7 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.selective = False # whether backward recomputes all but what is_kept names
+        self.selective = False # whether backward recomputes all but what recompute.is_kept names
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)

@@ -294,12 +294,13 @@ def load_optimizer(optimizer, state: dict) -> None:
     parts = optimizer.both if isinstance(optimizer, Pair) else [optimizer]
     try:
         for part, saved in zip(parts, state.get('pair', [state]), strict=True):
-            params = [p for group in part.param_groups for p in group['params']]
+            groups = part.state_dict()['param_groups']
+            if [len(g['params']) for g in saved['param_groups']] != [len(g['params']) for g in groups]:
+                raise ValueError('other parameters')
+            params = dict(enumerate(p for group in part.param_groups for p in group['params']))
             moments = {i: {key: parallel.spread(value, params[i]) for key, value in its.items()}
                        for i, its in saved['state'].items()}
-            groups = [{**now, 'params': before['params']} for now, before in zip(
-                part.state_dict()['param_groups'], saved['param_groups'], strict=True)]
-            part.load_state_dict({'state': moments, 'param_groups': groups}) # compares the groups' sizes
+            part.load_state_dict({'state': moments, 'param_groups': groups})
     except (AttributeError, LookupError, TypeError, ValueError): # LookupError: a moment of no parameter
         raise ValueError("the checkpoint is of another optimizer or of other trained parameters; type the "
                          "--optimizer it was trained with, or --init_from=ITS_FOLDER --out_dir=ANOTHER and "

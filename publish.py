@@ -25,9 +25,9 @@ FULL = errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC) # the disk, or what 
 def publish(folder: str):
     """ yield a temporary folder, and move the dataset written there to `folder` once it is complete
 
-    After an error or Ctrl-C, everything is as it was, or, if that comes while the files are exchanged, there
-    is no train.bin: never files of two datasets. What a killed process left behind is removed the next time.
-    Raises OSError if nothing can be written.
+    After an error or Ctrl-C, everything is as it was; or, if that comes while the files are exchanged, the
+    earlier dataset is gone, and there is no train.bin: never files of two datasets. What a killed process
+    left behind is removed the next time. Raises OSError if nothing can be written.
     """
     try:
         os.makedirs(folder, exist_ok=True)

@@ -60,7 +60,7 @@ if input and not instruction:
 
 if hasattr(sys.stdout, 'reconfigure'): # not a notebook's
     # a file is in UTF-8, as all of ours are; a terminal's encoding may lack some characters
-    utf8 = not sys.stdout.isatty() and 'PYTHONIOENCODING' not in os.environ
+    utf8 = not sys.stdout.isatty() and not os.environ.get('PYTHONIOENCODING')
     sys.stdout.reconfigure(encoding='utf-8' if utf8 else None, errors='replace')
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)

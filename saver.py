@@ -69,15 +69,19 @@ def cannot_write(out_dir: str, error: OSError) -> OSError:
     return OSError(f"cannot write to {out_dir} ({error.strerror}); mend that, or type "
                    "--out_dir=ANOTHER (where a run is resumed, with a copy of this folder)")
 
-held = [] # the file that this process's run has locked; in a notebook, the next run closes it
+held = [] # the file that this process's one run has locked; in a notebook, the next run closes it
 
 def take(file: int) -> None:
-    """ lock an open file until it is closed; raises OSError if another process has """
+    """ lock an open file until it is closed; raises BlockingIOError if another process has, OSError if there
+    are no locks """
     try:
         import fcntl
     except ImportError: # Windows
         import msvcrt
-        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        try:
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError(*error.args) from None
     else:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -113,7 +117,7 @@ class Saver:
             try:
                 take(held[0])
                 break
-            except (BlockingIOError, PermissionError): # Windows' name for it
+            except BlockingIOError:
                 time.sleep(0.1)
             except OSError: # a file system without locks
                 break

@@ -213,9 +213,14 @@ def test_a_folder_that_a_run_writes_to_is_no_other_s_on_windows(tmp_path, window
             saver.Saver(str(tmp_path), False).lock()
     saver.Saver(str(tmp_path), False).lock()
 
-def test_a_notebook_s_next_run_in_the_same_folder_is_not_kept_out_by_its_last(tmp_path):
-    for _ in range(2):
-        saver.Saver(str(tmp_path), False).lock()
+def test_a_notebook_s_next_run_gives_up_what_its_last_has_locked(tmp_path):
+    fcntl = pytest.importorskip('fcntl', reason="Windows has other locks")
+    for folder in ('a', 'a', 'b'):
+        saver.Saver(str(tmp_path / folder), False).lock()
+    with open(tmp_path / 'a' / '.lock') as free, open(tmp_path / 'b' / '.lock') as taken:
+        fcntl.flock(free, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(taken, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 def test_without_locks_a_run_that_was_overtaken_is_refused_too(tmp_path, monkeypatch):
     def none(file):

@@ -2,7 +2,6 @@ import hashlib
 import math
 import os
 import pickle
-import shlex
 import subprocess
 import sys
 import threading
@@ -183,15 +182,19 @@ def test_text_is_read_without_a_byte_order_mark_and_bad_utf8_is_placed(tmp_path)
     with pytest.raises(ValueError, match='b.txt is not UTF-8 at byte 4; .* Windows-1252'):
         read_text(str(tmp_path / 'b.txt'))
 
-@pytest.mark.parametrize('encoding', ['cp1252', 'utf-16', 'utf-16-le'])
-def test_a_text_that_is_not_utf8_is_converted_by_the_command_in_its_error(tmp_path, encoding):
-    text, path = '\u201eM\xf6we\u201c \u2013 it\u2019s\r\nfine\r\n' * 9, tmp_path / 'my old text.txt'
+@pytest.mark.skipif(os.name == 'nt', reason="its shells quote otherwise")
+@pytest.mark.parametrize('encoding, name', [
+    ('cp1252', 'rows.csv'), ('utf-16', 'my old text.txt'), ('utf-16-le', "it's.txt"),
+    ('cp1252', 'a "b" $HOME.txt'), ('cp1252', '`touch ran`.txt'), ('cp1252', 'x-utf8.txt')])
+def test_a_text_that_is_not_utf8_is_converted_by_the_command_in_its_error(tmp_path, encoding, name):
+    text, path = '\u201eM\xf6we\u201c \u2013 it\u2019s\r\nfine\r\n' * 9, tmp_path / name
     path.write_bytes(text.encode(encoding))
     with pytest.raises(ValueError, match='UTF-8') as error:
         read_text(str(path))
-    _, code = shlex.split(str(error.value)[str(error.value).index('python -c'):])[1:]
-    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True)
-    assert read_text(str(tmp_path / 'utf8.txt')) == text.replace('\r\n', '\n')
+    command = str(error.value).partition(': ')[2].replace('python', sys.executable, 1)
+    subprocess.run(['sh', '-c', command], cwd=tmp_path, check=True)
+    assert read_text(str(tmp_path / f'{path.stem}-utf8{path.suffix}')) == text.replace('\r\n', '\n')
+    assert path.read_bytes() == text.encode(encoding) and len(list(tmp_path.iterdir())) == 2
 
 @pytest.fixture
 def server():

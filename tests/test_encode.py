@@ -35,6 +35,7 @@ def test_a_process_with_one_core_starts_no_others(tmp_path, monkeypatch):
 
 def test_no_more_processes_are_started_than_windows_allows(tmp_path, monkeypatch):
     monkeypatch.setattr(encode, 'JOB', 10)
+    monkeypatch.setattr(encode.os, 'name', 'nt')
     started = []
     monkeypatch.setattr(encode, 'encode_in_processes', lambda jobs, tokenizer, special, workers:
                         started.append(workers) or (job for job in ()))
