@@ -18,7 +18,7 @@ ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBac
 def attend(q, k, v, dropout: float, mask=None):
     """ causal attention; a single query (T = 1) sees all of k and v that `mask`, if given, does not hide;
     dropout is a probability, which on a CPU is rounded to a multiple of 2**-16 """
-    on_cpu = q.device.type == 'cpu' and q.size(2) == k.size(2) # each token sees itself and those before
+    on_cpu = q.device.type == 'cpu' and q.size(2) == k.size(2) # not one token after a cache
     if on_cpu and dropout:
         n_dropped = min(round(dropout * 2**16), 2**16 - 1)
         return dropped_attention(q, k, v, n_dropped, torch.randint(2**62, ()))
@@ -67,7 +67,7 @@ def few_rows(q, k, n_dropped: int, generator):
     n = max(1, SCORES // (heads * T))
     for start in range(0, T, n):
         stop = min(start + n, T)
-        later = torch.full((stop - start, stop), -math.inf).triu_(start + 1)
+        later = torch.full((stop - start, stop), -math.inf).triu_(start + 1) # else 0
         scores = torch.baddbmm(later, q[:, start:stop], k[:, :stop].mT, alpha=head_size**-0.5)
         probs = scores.softmax(-1)
         yield slice(start, stop), probs, draw(probs.shape, generator).ge_(n_dropped - 2**15)
