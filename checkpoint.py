@@ -163,7 +163,7 @@ def adapted_model(checkpoint: dict, path: str, dropout: float, merge: bool) -> G
     try:
         lora.add(model, **checkpoint['lora'])
         lora.load(model, take_weights(checkpoint))
-        below = checkpoint.get('base_adapter', checkpoint.get('base_fingerprint', 0))
+        below = checkpoint.get('base_adapter', checkpoint.get('base_fingerprint', 0)) # the base's
         checkpoint['fingerprint'] = lora.fingerprint(lora.adapter(model).values(), below)
     except (RuntimeError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{path} does not fit together: {error}; type --out_dir with another") from None
@@ -199,8 +199,8 @@ def load_model(source: str, dropout: float = 0.0, merge: bool = True,
     return pretrained.load(source, dropout)
 
 def resume(out_dir: str, config: dict, say) -> tuple[GPT, dict]:
-    """ what `latest` returns, for a run with the options `config`, of which shape and init_from become those
-    it began with; with other data, patience starts anew; raises ValueError if they add an adapter """
+    """ what `latest` returns; in `config`, the options now, sets shape and init_from to those that the run
+    began with; with other data, patience starts anew; raises ValueError if the options add an adapter """
     model, loaded = latest(out_dir, config['dropout'], say, moments=not config['eval_only'])
     if config['lora_rank'] and 'lora' not in loaded:
         raise ValueError(f"the run in {out_dir} has no adapter, and lora_rank is {config['lora_rank']}; type "
@@ -259,7 +259,7 @@ def is_of(out_dir: str, launch: str | None) -> bool:
 
 def config_of(source: str, out_dir: str, asked: dict, say=print) -> GPTConfig:
     """ the shape of the model that `source` names, without its weights, and the dropout `asked` for; 'resume'
-    is the run in out_dir, 'scratch' the shape asked for; `say` tells where another one differs from that """
+    is the run in out_dir, 'scratch' the shape asked for; `say` tells where a loaded one differs """
     asked = {field.name: asked[field.name] for field in fields(GPTConfig)}
     config = GPTConfig(**asked) if source == 'scratch' else read_config(source, out_dir)
     kept = [f'{key} stays {getattr(config, key)}, not {asked[key]}' for key, default in DEFAULTS.items()
