@@ -95,7 +95,7 @@ class Split:
         return f"{epochs:.1f} epochs" if epochs >= 0.05 else "less than 0.1 epochs"
 
     def cut(self, index: np.ndarray, offset: int = 0) -> np.ndarray:
-        """ the windows `index` as (n, 2) starts and lengths; items may leave room, else only the last can """
+        """ the windows at `index`, (n, 2) starts and lengths; without items, only the last may be short """
         if self.items is not None:
             return self.items[index]
         start = index * self.block_size
@@ -201,7 +201,8 @@ def item_ends(mask: np.ndarray) -> list[int]:
 
 def pack_items(mask: np.ndarray, block_size: int) -> np.ndarray | None:
     """ windows (n, 2), starts and lengths, of as many whole items as fit, in their order; None if the mask
-    marks no items. A longer item fills windows, and what is left of it is in one with the items after it.
+    marks no items. A longer item fills windows, and what is left of it is in one with the items after it:
+    items of 3, 2 and 7 tokens make (0, 4), (5, 5), (10, 1) of a block_size of 5.
     """
     ends = item_ends(mask)
     if not ends:
