@@ -263,7 +263,7 @@ def memory_to_fill(device: str, memory_gb: float, elsewhere: bool = False) -> fl
         free = min(free, size)
         if device.startswith('cuda'):
             fraction = size / torch.cuda.get_device_properties(device).total_memory
-            index = torch.device(device).index # None for the current one; 'cuda' alone is refused
+            index = torch.device(device).index # None for plain 'cuda', which that call refuses
             torch.cuda.set_per_process_memory_fraction(min(fraction, 1.0), index)
     return (FILL_RAM if device == 'cpu' else FILL) * free
 
