@@ -85,7 +85,7 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     width, E = tokens * s.n_embd, s.vocab_size * s.n_embd
     matrices, item = 12 * s.n_embd**2, 2 if s.half else 4 # matrices: elements of those of a block
 
-    # at all times: weights and moments, and gradients of earlier micro-batches
+    # state: weights and moments, at all times; made: all gradients; gathered: those there from the start
     if plan == 'offload': # a gradient leaves as soon as it is made
         state, gathered, made = 4 * s.params - (4 - item) * (matrices * s.n_layer + E), 0, 0
     else:
@@ -115,7 +115,7 @@ def peak(plan: str, shape: Shape, B: int, accumulates: bool = True) -> int:
     grads = 3 * item if plan == 'offload' else 4 * (not s.lora) + 4 * (s.shards > 1)
     last = head + (casts + grads) * matrices + again + work
 
-    # all gradients but this block's own; if they accumulate, the head's new one is beside them until then
+    # all gradients but this block's own; beside accumulated ones, the head's new one, not yet added to them
     first = made - gathered + max(0, block + work - 4 * matrices)
     first += head if s.shards > 1 or made == gathered else 0
     return state + gathered + max(kept + loss, kept + last, first)
