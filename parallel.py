@@ -102,8 +102,8 @@ def in_first(work) -> None:
         raise ValueError("the first process cannot start; see its error")
 
 def share(sequences: int, world_size: int, config: dict) -> int:
-    """ how many sequences of an iteration each process gets; raises ValueError if they do not divide evenly,
-    except for an evaluation, which shares in another way, or if `shard` is set where it cannot be """
+    """ how many sequences of an iteration each process gets; raises ValueError if `shard` is set where it
+    cannot be or, unless the run only evaluates, if the sequences do not divide evenly """
     if config['shard'] and not can_shard(world_size, config):
         do = 'start train.py by torchrun' if world_size == 1 else 'type --optimizer=adamw and no --lora_rank'
         raise ValueError(f"shard is for several processes and adamw, without LoRA; {do}, or --shard=False")
