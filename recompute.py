@@ -6,7 +6,7 @@ second time when backward comes to it: in selective from what is_kept has kept, 
 its input alone. torch's checkpoint makes this second pass, and stops it at the last tensor that backward
 needs; SecondPass, the context that it runs in, lets it stop earlier still.
 
-Shapes: x and a block's result are (B, T, n_embd).
+Shapes: x and a block's result are (B, T, C), C = n_embd.
 """
 from contextlib import nullcontext
 from functools import partial
@@ -22,14 +22,14 @@ import attention # registers fitgpt::dropped_attention
 # in every plan
 
 class HalfLinear(torch.autograd.Function):
-    """ a linear layer on half-precision x (..., n_in), weight (n_out, n_in) and bias rounded to its dtype;
+    """ a linear layer on half-precision x (..., n_in), with weight (n_out, n_in) and bias rounded alike;
     given `stand_in`, of the result's shape, it returns that, and only what it saves for backward matters """
 
     @staticmethod
     def forward(ctx, x, weight, bias, stand_in):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         if stand_in is not None:
-            return stand_in.detach() # a selective checkpoint allows no other op that is new in a second pass
+            return stand_in.detach() # detach is the op that a selective checkpoint lets a second pass add
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -66,7 +66,7 @@ def run_partly_again(block, x):
     """ block.layers(x), of which a selective block keeps what is_kept says; in compiled code, any other block
     keeps all but what is_cast says """
     compiles = torch.compiler.is_compiling()
-    # compiled code gives each random draw its own seed
+    # compiled code gives each random draw its own seed, so one can be left out
     keep = partial(is_kept, block.attn.dropout > 0 and not compiles) if block.selective else is_cast
     contexts = partial(create_selective_checkpoint_contexts, keep)
     if not compiles:
@@ -85,9 +85,9 @@ PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 LINEAR = torch.ops.aten.linear.default # the op of a product on MPS
 
 def is_kept(draws, ctx, op, *args, **options):
-    """ whether a selective block keeps the result of `op`: of attention, and of products with its matrices,
-    told from LoRA's (of a rank below n_embd / 4) by shape; of the MLP's c_proj, from 4 x n_embd channels to
-    n_embd, only in float32 with dropout after it, since otherwise the second pass stops before it
+    """ whether a selective block keeps the result of `op`: of attention and of products with its own matrices
+    (C to 3 C, C to C, C to 4 C), not with LoRA's (C to a rank below C / 4, and back); of mlp.c_proj's (4 C to
+    C) only in float32 with dropout after it, since otherwise the second pass stops before it
 
     `draws`: whether there is dropout. torch's attention then runs again: skipping it would also skip its
     random draws and change all later ones. dropped_attention draws its seed beforehand, so it can be kept.
