@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 def rows_at_once(N: int, V: int, itemsize: int) -> tuple[int, int]:
     """ how many rows of logits, with elements of itemsize bytes, to compute at once: of a product, where many
-    are faster, and, in equal parts, of a softmax that is not compiled, where few fit in a CPU's cache """
+    are faster, and, in equal parts, of a softmax that is not compiled, where few fit in a CPU's cache:
+    (1024, 50257, 2) -> (256, 64) """
     rows = min(N, max(N // (2 * itemsize), 2**22 // V, 1))
     few = min(rows, max(rows // 8, 2**22 // V, 1))
     return rows, math.ceil(rows / math.ceil(rows / few))
@@ -79,21 +80,21 @@ class CrossEntropy(nn.Module):
 class Lookup(torch.autograd.Function):
     """ the rows idx (B, T) of the tied matrix weight (V, C); their gradient is added to that of the head
 
-    `head` is the list in which ChunkedLoss's backward, which runs first, left the head's gradient. This
-    avoids a second V x C matrix, all zeros but for these rows, unless there are more than V of them.
+    `head_grad` is the list in which ChunkedLoss's backward, which runs first, left the head's gradient.
+    This avoids a second V x C matrix, all zeros but for these rows, unless there are more than V of them.
     With `send`, weight may be in RAM, and send(gradient) takes the place of its own gradient.
     """
 
     @staticmethod
-    def forward(ctx, idx, weight, head, send=None):
-        ctx.head, ctx.shape, ctx.send = head, weight.shape, send
+    def forward(ctx, idx, weight, head_grad, send=None):
+        ctx.head_grad, ctx.shape, ctx.send = head_grad, weight.shape, send
         ctx.save_for_backward(idx)
         return F.embedding(idx.to(weight.device), weight).to(idx.device)
 
     @staticmethod
     def backward(ctx, grad):
         idx, = ctx.saved_tensors
-        dw = ctx.head.pop() if ctx.head else grad.new_zeros(ctx.shape)
+        dw = ctx.head_grad.pop() if ctx.head_grad else grad.new_zeros(ctx.shape)
         if idx.numel() > len(dw): # a GPU would add the many gradients of a row one by one
             dw.add_(torch.ops.aten.embedding_dense_backward(grad, idx, len(dw), -1, False))
         elif dw.device.type == 'cpu': # it adds in the same order in every run here, and index_put_ on CUDA
@@ -108,11 +109,11 @@ class ChunkedLoss(torch.autograd.Function):
 
     It goes through x a few rows at a time and computes the gradients in the same pass, so that there is never
     an N x V matrix. Matrix products are in autocast's dtype, sums and the softmax in float32. If a list
-    `head` is given, weight's gradient is left there for Lookup.
+    `head_grad` is given, weight's gradient is left there for Lookup.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, scale, head=None, cross_entropy=CrossEntropy()):
+    def forward(ctx, x, weight, targets, scale, head_grad=None, cross_entropy=CrossEntropy()):
         device, (N, C), V = x.device.type, x.shape, weight.size(0)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         padded = -(-V // 64) * 64 if device == 'cuda' else V # products of aligned rows are faster
@@ -125,7 +126,7 @@ class ChunkedLoss(torch.autograd.Function):
         dw = torch.zeros(V, C, device=x.device) if needs_dw else None
         total = torch.zeros((), device=x.device)
         rows, few = rows_at_once(N, V, dtype.itemsize)
-        # all rows share these two buffers, in turn
+        # all rows share these buffers in turn; room is for few rows, or for one of C in add_product
         logits = torch.empty(rows, padded, dtype=dtype, device=x.device)[:, :len(w)]
         half = dtype != torch.float32
         room = torch.empty(max(few, -(-C // padded)), padded, device=x.device) if half else None
@@ -139,14 +140,14 @@ class ChunkedLoss(torch.autograd.Function):
                     torch.mm(part, w, out=dx[i:i + rows])
                 if needs_dw:
                     add_product(dw, part[:, :V].t(), xi, room)
-        ctx.head = head
+        ctx.head_grad = head_grad
         ctx.save_for_backward(dx, dw)
         return total * scale
 
     @staticmethod
     def backward(ctx, grad):
         dx, dw = (tensor if tensor is None else tensor.mul_(grad) for tensor in ctx.saved_tensors)
-        if ctx.head is not None and dw is not None:
-            ctx.head.append(dw)
+        if ctx.head_grad is not None and dw is not None:
+            ctx.head_grad.append(dw)
             dw = None
         return dx, dw, None, None, None, None

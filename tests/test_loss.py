@@ -104,7 +104,7 @@ def test_backward_adds_the_embedding_s_gradient_to_the_head_s_in_place(monkeypat
     made, backward = [], ChunkedLoss.backward
     def watch(ctx, grad):
         out = backward(ctx, grad)
-        made.append(ctx.head[0].data_ptr())
+        made.append(ctx.head_grad[0].data_ptr())
         return out
     monkeypatch.setattr(ChunkedLoss, 'backward', watch)
     gpt, idx = GPT(GPTConfig(8, 500, 1, 1, 8)), torch.arange(8)[None]
