@@ -86,7 +86,7 @@ class Block(nn.Module):
     def forward(self, x, cache=None):
         learns = x.requires_grad or any(p.requires_grad for p in self.parameters())
         if learns and torch.is_grad_enabled() and (self.selective or torch.compiler.is_compiling()):
-            return run_partly_again(self, x)
+            return run_partly_again(self, x) # compiled, at least the casts
         return self.layers(x, cache)
 
 class GPT(nn.Module):
@@ -105,7 +105,7 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight # one matrix, tied
-        self.cross_entropy = CrossEntropy()
+        self.cross_entropy = CrossEntropy() # a module, so that it can be compiled
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'): # 2 * n_layer of them add up in the residual stream
@@ -134,16 +134,17 @@ class GPT(nn.Module):
         return [t.wte, t.wpe, *t.h, t.ln_f]
 
     def n_idle(self) -> int:
-        """ how many first blocks backward never reaches, since nothing in or before them is trained """
+        """ how many first blocks backward never reaches, since nothing in or before them is trained: 6 with
+        freeze = 'wte,wpe,h.0-5' """
         learns = [any(p.requires_grad for p in part.parameters()) for part in self.parts()[:-1]]
         return 0 if any(learns[:2]) else [*learns[2:], True].index(True)
 
     def before(self, part) -> None:
         """ called before each of `parts` runs; an offloading optimizer waits here for the part's weights """
 
-    def look_up(self, idx, head):
+    def look_up(self, idx, head_grad):
         """ the embeddings (B, T, C) of idx; an offloading optimizer takes them from its float32 weights """
-        return Lookup.apply(idx, self.transformer.wte.weight, head)
+        return Lookup.apply(idx, self.transformer.wte.weight, head_grad)
 
     def compiled_parts(self) -> list:
         """ the modules to compile for training, each on its own """
@@ -154,21 +155,21 @@ class GPT(nn.Module):
         config, block, wpe = self.config, self.transformer.h[0], self.transformer.wpe.weight
         used = [p for p in self.parameters() if p is not wpe] # positions are looked up
         n, frozen = sum(p.numel() for p in used), sum(p.numel() for p in used if not p.requires_grad)
-        # what is frozen gets no gradient, and an idle block passes none on
+        # of the 6, 2 are for a weight's gradient (not if frozen), 2 for an input's (not in an idle block)
         idle = self.n_idle() * (2 * sum(p.numel() for p in block.parameters()) + 8 * config.n_embd * T)
         return 6 * n - 2 * frozen - idle + 12 * config.n_layer * config.n_embd * T
 
-    def hidden(self, idx, cache=None, head=None):
+    def hidden(self, idx, cache=None, head_grad=None):
         """ the last layer's output (B, T, C) for token ids idx (B, T), from which lm_head makes logits
 
-        cache: a KVCache per layer, holding the tokens before idx. head: the list shared with ChunkedLoss.
+        cache: a KVCache per layer, holding the tokens before idx. head_grad: see forward.
         """
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens are more than block_size"
         pos = cache[0].positions(T, idx.device) if cache else torch.arange(T, device=idx.device)
         wte, wpe, ln_f = self.transformer.wte, self.transformer.wpe, self.transformer.ln_f
         self.before(wte)
-        x = wte(idx) if cache or head is None else self.look_up(idx, head)
+        x = wte(idx) if cache or head_grad is None else self.look_up(idx, head_grad)
         self.before(wpe)
         x = x + wpe(pos) # (B, T, C)
         x = self.transformer.drop(x.to(ln_f.weight.dtype)) # embeddings may be in half precision
@@ -187,15 +188,16 @@ class GPT(nn.Module):
         With targets (B, T), where -1 is ignored, the loss is their cross-entropy in nats: the mean, or
         `scale` times the sum. Without targets, the logits are of the last position, (B, 1, vocab_size).
         """
-        head = [] # carries the gradient of the tied matrix from the head to the embedding
-        x = self.hidden(idx, cache, head)
+        head_grad = [] # takes the tied matrix's gradient from ChunkedLoss's backward to Lookup's
+        x = self.hidden(idx, cache, head_grad)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         if scale is None:
             scale = 1 / (targets >= 0).sum()
+        # detached, or ChunkedLoss would compute its gradient under no_grad, too
         weight = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
-        return None, ChunkedLoss.apply(x.flatten(0, 1), weight, targets.flatten(), scale, head,
-                                       self.cross_entropy)
+        return None, ChunkedLoss.apply(x.flatten(0, 1), weight, targets.flatten(), scale,
+                                       head_grad, self.cross_entropy)
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
