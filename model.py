@@ -122,43 +122,6 @@ class GPT(nn.Module):
         that are trained """
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trained)
 
-    def follow(self, plan: str) -> None:
-        """ keep for backward what this plan of memory.py keeps """
-        self.recompute = plan in ('recompute', 'offload')
-        for block in self.transformer.h:
-            block.selective = plan == 'selective'
-
-    def parts(self) -> list:
-        """ the modules that hold all parameters, in the order in which a forward pass reaches them """
-        t = self.transformer
-        return [t.wte, t.wpe, *t.h, t.ln_f]
-
-    def n_idle(self) -> int:
-        """ how many first blocks backward never reaches, since nothing in or before them is trained: 6 with
-        freeze = 'wte,wpe,h.0-5' """
-        learns = [any(p.requires_grad for p in part.parameters()) for part in self.parts()[:-1]]
-        return 0 if any(learns[:2]) else [*learns[2:], True].index(True)
-
-    def before(self, part) -> None:
-        """ called before each of `parts` runs; an offloading optimizer waits here for the part's weights """
-
-    def look_up(self, idx, head_grad):
-        """ the embeddings (B, T, C) of idx; an offloading optimizer takes them from its float32 weights """
-        return Lookup.apply(idx, self.transformer.wte.weight, head_grad)
-
-    def compiled_parts(self) -> list:
-        """ the modules to compile for training, each on its own """
-        return [*self.transformer.h, self.cross_entropy]
-
-    def flops_per_token(self, T: int) -> float:
-        """ FLOPs of forward and backward at length T; PaLM, appendix B, https://arxiv.org/abs/2204.02311 """
-        config, block, wpe = self.config, self.transformer.h[0], self.transformer.wpe.weight
-        used = [p for p in self.parameters() if p is not wpe] # positions are looked up
-        n, frozen = sum(p.numel() for p in used), sum(p.numel() for p in used if not p.requires_grad)
-        # of the 6, 2 are for a weight's gradient (not if frozen), 2 for an input's (not in an idle block)
-        idle = self.n_idle() * (2 * sum(p.numel() for p in block.parameters()) + 8 * config.n_embd * T)
-        return 6 * n - 2 * frozen - idle + 12 * config.n_layer * config.n_embd * T
-
     def hidden(self, idx, cache=None, head_grad=None):
         """ the last layer's output (B, T, C) for token ids idx (B, T), from which lm_head makes logits
 
@@ -237,6 +200,43 @@ class GPT(nn.Module):
         """ idx (B, T) continued by `stream`, which takes the same arguments: (B, T + max_new_tokens) """
         tokens = self.stream(idx, max_new_tokens, *args, **options)
         return torch.cat([idx, *(token[:, None].clamp(min=0) for token in tokens)], dim=1)
+
+    def follow(self, plan: str) -> None:
+        """ keep for backward what this plan of memory.py keeps """
+        self.recompute = plan in ('recompute', 'offload')
+        for block in self.transformer.h:
+            block.selective = plan == 'selective'
+
+    def parts(self) -> list:
+        """ the modules that hold all parameters, in the order in which a forward pass reaches them """
+        t = self.transformer
+        return [t.wte, t.wpe, *t.h, t.ln_f]
+
+    def n_idle(self) -> int:
+        """ how many first blocks backward never reaches, since nothing in or before them is trained: 6 with
+        freeze = 'wte,wpe,h.0-5' """
+        learns = [any(p.requires_grad for p in part.parameters()) for part in self.parts()[:-1]]
+        return 0 if any(learns[:2]) else [*learns[2:], True].index(True)
+
+    def before(self, part) -> None:
+        """ called before each of `parts` runs; an offloading optimizer waits here for the part's weights """
+
+    def look_up(self, idx, head_grad):
+        """ the embeddings (B, T, C) of idx; an offloading optimizer takes them from its float32 weights """
+        return Lookup.apply(idx, self.transformer.wte.weight, head_grad)
+
+    def compiled_parts(self) -> list:
+        """ the modules to compile for training, each on its own """
+        return [*self.transformer.h, self.cross_entropy]
+
+    def flops_per_token(self, T: int) -> float:
+        """ FLOPs of forward and backward at length T; PaLM, appendix B, https://arxiv.org/abs/2204.02311 """
+        config, block, wpe = self.config, self.transformer.h[0], self.transformer.wpe.weight
+        used = [p for p in self.parameters() if p is not wpe] # positions are looked up
+        n, frozen = sum(p.numel() for p in used), sum(p.numel() for p in used if not p.requires_grad)
+        # of the 6, 2 are for a weight's gradient (not if frozen), 2 for an input's (not in an idle block)
+        idle = self.n_idle() * (2 * sum(p.numel() for p in block.parameters()) + 8 * config.n_embd * T)
+        return 6 * n - 2 * frozen - idle + 12 * config.n_layer * config.n_embd * T
 
     @classmethod
     def from_weights(cls, config: GPTConfig, weights: dict) -> 'GPT':
