@@ -39,8 +39,7 @@ def check_options(config: dict) -> None:
                          f"type --min_lr={config['learning_rate'] / 10:.3g}")
 
 def doubts(config: dict, max_iters: int, warmup_iters: int, epochs: float) -> str:
-    """ lines, each after a newline, that warn of a run of so many iterations, or epochs, that can hardly be
-    meant """
+    """ warnings, each after a newline, of a number of iterations or epochs that can hardly be meant """
     lines = []
     if config['init_from'] not in ('scratch', 'resume') and epochs > 100 and not config['num_epochs']:
         lines.append(f"{max_iters:,} iterations are {epochs:,.0f} epochs, and a finetuning takes 3 to 20; "
@@ -52,7 +51,7 @@ def doubts(config: dict, max_iters: int, warmup_iters: int, epochs: float) -> st
     return '' if config['eval_only'] else ''.join(f'\nwarning: {line}' for line in lines)
 
 class InFloat32(TorchFunctionMode):
-    """ a context in which .bfloat16() makes a copy in float32 """
+    """ a context in which .bfloat16(), which torch's Muon calls, makes a copy in float32 """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.bfloat16:
@@ -106,8 +105,8 @@ class OffloadedAdamW(torch.optim.AdamW):
     def __init__(self, model, device: str, half: torch.dtype, groups, **options):
         self.pinned = device.startswith('cuda')
         self.stream = torch.cuda.Stream(device) if self.pinned else None
-        here = (torch.cuda.set_device, (self.stream.device,)) if self.pinned else () # else it uses GPU 0
-        self.thread = concurrent.futures.ThreadPoolExecutor(1, '', *here) # runs its jobs in order
+        init = (torch.cuda.set_device, (self.stream.device,)) if self.pinned else () # threads start on GPU 0
+        self.thread = concurrent.futures.ThreadPoolExecutor(1, '', *init) # runs its jobs in order
         self.jobs, self.updates = collections.deque(), {} # futures: of gradients, of parts
         self.room = {} # buffers of past gradients, reused since the system is slow to give more memory
         self.limit = None # (maximum norm of the gradients, their norm)
@@ -127,8 +126,9 @@ class OffloadedAdamW(torch.optim.AdamW):
             p.data = master.detach().to(device, half if in_half else torch.float32, copy=True)
             if p is not model.lm_head.weight: # look_up sends its gradient
                 p.register_post_accumulate_grad_hook(self.take)
-        model.before, tied = self.wait, self.masters[model.lm_head.weight]
-        model.look_up = lambda idx, head: Lookup.apply(idx, tied, head, partial(self.send, tied))
+        tied = self.masters[model.lm_head.weight]
+        model.before = self.wait
+        model.look_up = lambda idx, head_grad: Lookup.apply(idx, tied, head_grad, partial(self.send, tied))
 
     def room_for(self, tensor):
         """ RAM for a tensor to cross the bus; raises ValueError if there is none, which smaller micro-batches
@@ -151,10 +151,10 @@ class OffloadedAdamW(torch.optim.AdamW):
         if self.pinned: # copy while the device computes
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                there = self.room_for(grad)
-                there.copy_(grad, non_blocking=True)
+                buffer = self.room_for(grad)
+                buffer.copy_(grad, non_blocking=True)
                 grad.record_stream(self.stream)
-                grad, sent = there, self.stream.record_event()
+                grad, sent = buffer, self.stream.record_event()
         self.jobs.append(self.thread.submit(self.add, master, grad, sent))
         if len(self.jobs) > 24: # two blocks: a compiled one sends its 12 at once; more would pile up in RAM
             self.jobs.popleft().result()
@@ -178,7 +178,8 @@ class OffloadedAdamW(torch.optim.AdamW):
         self.collect()
         if getattr(self, 'found_inf', None): # set by float16's scaler
             return
-        first, self.updater.state = not self.updater.state, self.state
+        first = not self.updater.state
+        self.updater.state = self.state
         if self.pinned: # first finish whatever still reads the weights there
             self.stream.wait_stream(torch.cuda.current_stream())
         limit, self.limit = self.limit, None
@@ -201,7 +202,8 @@ class OffloadedAdamW(torch.optim.AdamW):
         self.updater.step()
         with torch.cuda.stream(self.stream), torch.no_grad():
             for master in masters:
-                self.room[master], master.grad, copy = master.grad, None, self.copies[master]
+                self.room[master], master.grad = master.grad, None
+                copy = self.copies[master]
                 copy.copy_(self.room_for(copy).copy_(master), non_blocking=self.pinned)
         return self.stream.record_event() if self.pinned else None
 
@@ -254,7 +256,7 @@ def weights(model, optimizer) -> dict:
     if isinstance(optimizer, OffloadedAdamW):
         optimizer.finish()
         state.update({name: master.detach() for name, master in optimizer.names.items()})
-    del state['lm_head.weight'] # it is wte's, and must still be when shards are put together
+    del state['lm_head.weight'] # tied: put shards together once, not into two tensors
     state = parallel.whole(state)
     return {**state, 'lm_head.weight': state['transformer.wte.weight']}
 
