@@ -65,7 +65,7 @@ class LoRALinear(Linear):
 
     def forward(self, x):
         down = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A) # (B, T, rank)
-        more = F.linear(down, self.lora_B) * self.lora_scale # first: a second pass may end after this
+        more = F.linear(down, self.lora_B) * self.lora_scale # before W x, where a second pass may end
         return super().forward(x) + more
 
 def read_targets(names: str) -> list[str]:
@@ -138,7 +138,7 @@ def fingerprint(tensors, total: int = 0) -> int:
         total = zlib.crc32(p.detach().flatten()[:1024].float().cpu().numpy().tobytes(), total)
     return total
 
-SUMS = 'base_adapter', 'base_fingerprint' # how a checkpoint knows its base: the first that both have counts
+SUMS = 'base_adapter', 'base_fingerprint' # how a checkpoint knows its base: by the first that both have
 
 def known_by(model, loaded: dict) -> dict:
     """ the checksums by which runs know this model as their base: of its weights and, since those of a merged
