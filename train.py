@@ -105,7 +105,7 @@ compile = pick_compile(compile, device)
 rank, world_size, device = parallel.start_processes(backend, device)
 dtype = parallel.agree(pick_dtype(dtype, device), list(DTYPES))
 master = rank == 0
-train_fast(device, dropout)
+train_fast(device, dropout) # on CUDA: TF32, and without dropout cuDNN's attention
 steady_output() # flush each line, even to a file, and survive a full disk under it
 if wandb_log:
     need_wandb() # fail here, before any work is done, if it is missing
@@ -124,7 +124,7 @@ signals, launch, saver = Signals(say), parallel.launch_id(), Saver(out_dir, keep
 if parallel.in_any(checkpoints.is_of(out_dir, launch)): # torchrun lost a process, and has restarted all
     init_from = 'resume'
 if init_from == 'resume':
-    checkpoints.to_resume(out_dir) # check this first, since that run's options are this one's
+    checkpoints.to_resume(out_dir) # first: without that run's options, a later error would mislead
 elif not (eval_only or dry_run):
     checkpoints.check_new(out_dir, init_from, overwrite)
 
@@ -132,7 +132,7 @@ elif not (eval_only or dry_run):
 # memory
 
 folders = find_datasets(dataset)
-tokenizer, template = read_shared_state(folders), read_template(folders)
+tokenizer, template = read_shared_state(folders), read_template(folders) # of instructions, or None
 vocab_size = count_ids(tokenizer)
 elsewhere = dry_run and memory_gb > 0 # plan for a card of that size, which need not be here
 place = 'cuda' if elsewhere else device
@@ -143,8 +143,8 @@ model_config = checkpoints.config_of(init_from, out_dir, {**config, 'vocab_size'
 check_length(block_size, model_config.block_size)
 with torch.device('meta'): # shapes only: there are no weights yet
     model = GPT(model_config)
-    lora.restrict(model, config)
-half = dtype != 'float32' or elsewhere and config['dtype'] == 'auto'
+    lora.restrict(model, config) # freeze parts and add LoRA, as the options say
+half = dtype != 'float32' or elsewhere and config['dtype'] == 'auto' # on a card, auto is never float32
 shape = memory.shape_of(model, block_size, dropout, half, lora=lora_rank > 0, muon=optimizer == 'muon',
                         processes=world_size, shard=shard, device=place,
                         adapts=init_from not in ('scratch', 'resume') and not freeze)
@@ -155,10 +155,10 @@ if dry_run: # needs neither data nor weights
     leave(0)
 
 ram_free = math.inf if eval_only else free_memory('cpu') # before the model takes any
-plan, fits = memory.choose(plan, shape, share, batch_size, budget, plans, ram_free, not eval_only)
-micro_batch, n_micro_steps = memory.split_batch(share, fits)
+plan, at_once = memory.choose(plan, shape, share, batch_size, budget, plans, ram_free, not eval_only)
+micro_batch, n_micro_steps = memory.split_batch(share, at_once)
 if not eval_only or plan == 'offload':
-    say(memory.describe(plan, shape, fits, fits < share, budget, ram_free))
+    say(memory.describe(plan, shape, at_once, at_once < share, budget, ram_free))
 
 # -----------------------------------------------------------------------------
 # data
@@ -167,8 +167,8 @@ train_data = open_split(folders, 'train', block_size, vocab_size, seed=seed)
 val_data = open_split(folders, 'val', block_size, vocab_size)
 n_evaluated = eval_iters * batch_size or val_data.windows # windows per split
 check_match(None, model_config.vocab_size, tokenizer, dataset) # before weights are fetched
-read = f'{min(n_evaluated, val_data.windows)} x {block_size} evaluated'
-config['data'] = f'{train_data.mark()} {val_data.mark()}, {read}'
+judged = f'{min(n_evaluated, val_data.windows)} x {block_size} evaluated'
+config['data'] = f'{train_data.mark()} {val_data.mark()}, {judged}' # a resumed run compares it
 parallel.check_data(config['data'], dataset)
 evaluated = { # chosen now, since this raises ValueError if a mask leaves no targets
     'train': train_data.evaluation_parts(n_evaluated), 'val': val_data.evaluation_parts(n_evaluated)}
@@ -230,7 +230,7 @@ raw_model = model # not wrapped in DDP
 
 offload_to = (device, DTYPES[dtype]) if plan == 'offload' else None
 opt = with_room(optim.make_optimizer, optimizer, model, learning_rate, muon_learning_rate, weight_decay,
-                (beta1, beta2), offload_to, dtype != 'bfloat16', repeatable=False)
+                (beta1, beta2), offload_to, dtype != 'bfloat16', repeatable=False) # WideMuon if so
 updates_on = next(p.device for group in opt.param_groups for p in group['params'])
 scaler = torch.amp.GradScaler(updates_on.type, enabled=dtype == 'float16')
 iter_num, best, n_bad = 0, Best(), 0 # n_bad: iterations in a row that were not finite
@@ -241,7 +241,7 @@ if init_from == 'resume':
         scaler.load_state_dict(loaded['scaler'])
 parallel.check_same(iter_num, out_dir)
 
-def one_step(model=raw_model):
+def one_step(model=raw_model): # to try the compiler, and to make DDP's buckets
     x, y = fetch(*train_data.batch(train_data.training_windows(0, micro_batch)), device)
     with autocast(device, dtype):
         model(x, y)[1].backward()
@@ -251,7 +251,7 @@ is_compiled = compile and not eval_only and with_room(compile_model, model.compi
 opt.zero_grad(set_to_none=True)
 if world_size > 1 and not shard and not eval_only:
     model = with_room(parallel.replicate_model, raw_model, device, one_step)
-if 'optimizer' in loaded: # only of a run that is resumed, and not to evaluate it
+if 'optimizer' in loaded: # a resumed run's, unless it only evaluates
     with_room(optim.load_optimizer, opt, loaded.pop('optimizer'), repeatable=False)
 
 # -----------------------------------------------------------------------------
@@ -264,13 +264,13 @@ def evaluate():
     raw_model.eval()
     for name, data in (('train', train_data), ('val', val_data)):
         for weight, windows, n in evaluated[name]:
-            parts = [] # on the device, so that it need not wait for each
+            parts = [] # on the device, so that Python need not wait for each
             for batch in data.batches(windows, micro_batch * world_size):
                 if parallel.all_sum(signals.asked())[0]:
                     return None
                 x, y = fetch(*data.batch(batch[rank::world_size]), device)
                 with autocast(device, dtype):
-                    parts.append(raw_model(x, y, scale=1.0)[1])
+                    parts.append(raw_model(x, y, scale=1.0)[1]) # a sum
             losses[name] += weight * parallel.all_sum([sum(part.item() for part in parts)])[0] / n
     raw_model.train()
     return losses
@@ -307,7 +307,7 @@ def write_sample():
         append_sample(out_dir, iter_num, coder.decode(made[0].tolist()))
 
 def log_evaluation():
-    """ log the last evaluation if its iteration was not run, or not logged """
+    """ log the last evaluation, unless its iteration has done so """
     if master and row['iter'] == iter_num and 'val_loss' in row:
         append_row(out_dir, row, wandb_log)
 
@@ -351,7 +351,7 @@ def accumulate(windows, n_targets):
     # micro-batches must add up to the mean over n_targets, and DDP divides by world_size
     scale = scaler.scale(torch.full((), world_size / n_targets, device=updates_on)).to(device)
     loss = torch.zeros((), device=device)
-    mine = windows.reshape(world_size, n_micro_steps, micro_batch, 2)[rank]
+    mine = windows.reshape(world_size, n_micro_steps, micro_batch, 2)[rank] # 2: start, length
     for micro_step in range(n_micro_steps):
         if signals.end and world_size == 1: # several processes would have to agree
             return None
@@ -363,7 +363,7 @@ def accumulate(windows, n_targets):
         with autocast(device, dtype):
             _, micro_loss = model(x, y, scale=scale)
         micro_loss.backward()
-        loss += micro_loss.detach() / (scale * n_targets)
+        loss += micro_loss.detach() / (scale * n_targets) # its losses' sum / n_targets
         if plan == 'offload':
             opt.collect() # or the last gradients would still be on the device during the next loss
     return loss
@@ -371,21 +371,21 @@ def accumulate(windows, n_targets):
 signals.listen()
 clock = Clock(sequences * block_size, raw_model.flops_per_token(block_size) * sequences * block_size,
               (peak_flops(device, dtype) or 0) * world_size, max_iters)
-ended = False # whether this was the last evaluation
+ended = False # whether the run is complete
 while True:
     # once in a while: evaluate and save
     row = {'iter': iter_num, 'epoch': round(iter_num * sequences / train_data.windows, 4)}
     if iter_num % eval_interval == 0 or iter_num >= max_iters:
-        losses, before = with_room(evaluate, leaner=plans[3:]), best # others recompute what it does not keep
+        losses = with_room(evaluate, leaner=plans[3:]) # of leaner plans, only offload helps
         if losses is None:
             break
         row.update(train_loss=losses['train'], val_loss=losses['val'])
-        best, is_best = best.after(iter_num, losses['val'])
+        before, (best, is_best) = best, best.after(iter_num, losses['val'])
         say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
             f"{', the best so far' if is_best else ''}")
         ended = iter_num >= max_iters or 0 < patience <= best.n_worse
         if is_best or always_save_checkpoint or keep_checkpoints or ended:
-            best = best if save(is_best) else best.without(before)
+            best = best if save(is_best) else best.without(before) # not saved, it does not count
     if sample_interval and iter_num % sample_interval == 0 and (master or shard):
         write_sample()
     if ended:
@@ -395,7 +395,7 @@ while True:
     t0 = time.perf_counter()
     lr = (optim.get_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr
           else learning_rate)
-    optim.set_lr(opt, lr / (learning_rate or 1))
+    optim.set_lr(opt, lr / (learning_rate or 1)) # a factor, since Muon has a peak of its own
     windows = train_data.training_windows(iter_num, sequences)
     n_targets = max(1, train_data.count(windows)) # the count is 0 if a mask leaves none
     loss = with_room(accumulate, windows, n_targets)
