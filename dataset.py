@@ -25,6 +25,7 @@ import zlib
 import numpy as np
 
 from configurator import ROOT, quote, script
+from text import read_text, shorten
 from tokenizer import state_of_meta
 
 DATA = os.path.join(ROOT, 'data')
@@ -150,6 +151,8 @@ class Mix(Split):
                              f"a window in {self.ROUND}; type --dataset with more even ones")
 
     def nth(self, number):
+        """ as in Split; with weights of 0.7 and 0.3, round r holds the windows 700 r to 700 r + 699 of the
+        first split and 300 r to 300 r + 299 of the second """
         out = np.empty((len(number), 2), np.int64)
         for turn in np.unique(number // self.ROUND):
             order = np.random.default_rng([self.seed, int(turn)]).permutation(self.source)
@@ -300,14 +303,6 @@ def open_mask(path: str, n_tokens: int) -> np.ndarray | None:
                          "should have as many; prepare the dataset again")
     return np.asarray(np.memmap(path, dtype=np.uint8, mode='r'))
 
-def shorten(path: str) -> str:
-    """ a path as a user would type it from here """
-    try:
-        relative = os.path.relpath(path)
-    except ValueError: # another drive of Windows
-        return path
-    return path if relative.startswith('..') else relative
-
 class PlainUnpickler(pickle.Unpickler):
     """ reads dicts, lists, numbers and text, and refuses anything that could run code """
     def find_class(self, module, name):
@@ -359,43 +354,3 @@ def read_template(folders) -> str | None:
             raise ValueError(f"{shorten(first)} and {shorten(path)} differ, and a model keeps one; prepare "
                              "one of the datasets with the other's, by --template=FILE:PATH")
     return found.get(first)
-
-def read_text(path: str) -> str:
-    """ a UTF-8 text, line ends as \\n like open, no byte order mark; raises ValueError if not UTF-8 """
-    with open(path, 'rb') as file:
-        data = file.read()
-    try:
-        return data.decode('utf-8').removeprefix('\ufeff').replace('\r\n', '\n').replace('\r', '\n')
-    except UnicodeDecodeError as error:
-        raise bad_utf8(path, error) from None
-
-NO_TEXT = {b'\x1f\x8b': 'compressed by gzip', b'PK\3\4': 'a zip file, as .docx, .odt and .epub are',
-           b'%PDF': 'a PDF', b'PAR1': 'a Parquet file'} # what files begin with that are often taken for texts
-
-def bad_utf8(path: str, error: UnicodeDecodeError, before: int = 0) -> ValueError:
-    """ the error for a file that is not UTF-8, found in the bytes after the first `before` ones """
-    byte = before + error.start
-    head = error.object[:4]
-    if before and os.path.isfile(path): # a pipe cannot be opened again
-        with open(path, 'rb') as file:
-            head = file.read(4)
-    for start, what in NO_TEXT.items():
-        if head.startswith(start):
-            return ValueError(f"{shorten(path)} is {what}, no text; convert it first, to text in UTF-8 "
-                              "or, if it has rows, to .jsonl")
-    wide = byte == 0 and error.object[:2] in (b'\xff\xfe', b'\xfe\xff')
-    if b'\0' in error.object and not wide:
-        return ValueError(f"{shorten(path)} holds zero bytes, which no text in UTF-8 does; take another "
-                          f"file, or, if it is UTF-16, convert it first{to_utf8(path, 'utf-16-le')}")
-    kind = 'it is UTF-16' if wide else 'if it is Windows-1252, as old Western European texts are'
-    return ValueError(f"{shorten(path)} is not UTF-8 at byte {byte:,}; {kind}, convert it first"
-                      + to_utf8(path, 'utf-16' if wide else 'cp1252'))
-
-def to_utf8(path: str, encoding: str) -> str:
-    """ the command that converts a file, with what there is on every system; '' for a pipe """
-    if not os.path.isfile(path):
-        return ''
-    root, end = os.path.splitext(os.path.basename(path))
-    return (f""": python -c "import sys; text = open(sys.argv[1], encoding='{encoding}').read(); """
-            f"""open(sys.argv[2], 'wb').write(text.encode())" {quote(shorten(path))} """
-            f"{quote(f'{root}-utf8{end}')}")

@@ -19,8 +19,8 @@ import os
 import re
 import sys
 
-from dataset import bad_utf8, read_text, shorten
 from instruct import is_item
+from text import bad_utf8, read_text, shorten
 
 TEXT_ROW = '{"text": "..."}' # an example row, for messages
 SUFFIXES = '.txt', '.md', '.jsonl', '.csv', '.tsv' # of the files of a folder that are read

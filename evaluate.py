@@ -51,9 +51,10 @@ from tqdm import tqdm
 
 import checkpoint as checkpoints
 import lora
-from dataset import find_datasets, item_ends, open_mask, open_tokens, read_shared_state, read_text, shorten
+from dataset import find_datasets, item_ends, open_mask, open_tokens, read_shared_state
 from device import DTYPES, autocast, pick_device, pick_dtype
 from recompute import Linear
+from text import read_text, shorten
 from tokenizer import from_state
 
 device = pick_device(device)

@@ -133,11 +133,11 @@ def block_keeps(s: Shape, B: int) -> tuple[int, int]:
     # dropout's masks are of a byte, or on a CPU as wide as their tensors
     masks = 0 if not s.dropout else 2 * item if on_cpu else 2
     block = int(width * (8 * item + 2 * 4 + item * s.inputs + masks)) + normalizers
-    block += int(width * s.dropped * (1.5 if not on_cpu else 3 if s.half else 4.5)) # LoRA's dropout
+    block += int(width * s.dropped * (1.5 if not on_cpu else 3 if s.half else 4.5)) # LoRA's dropout, by count
     products = 9 * item * width + normalizers * (s.dropout == 0) # with attention's c_proj (1)
     if on_cpu and s.dropout and not s.half: # then mlp.c_proj's is kept, too; on CUDA in place of attention
         products += 4 * width
-    if s.device == 'mps': # it has no kernel that avoids keeping T x T scores
+    if s.device == 'mps': # it has no kernel that avoids T x T scores, 12.5 bytes each by count
         block += int(12.5 * B * s.n_head * s.block_size**2)
     return block, products
 

@@ -15,7 +15,8 @@ import tempfile
 import numpy as np
 import psutil
 
-from dataset import DATA, read_text, shorten
+from dataset import DATA
+from text import read_text, shorten
 
 FILES = ('train.bin', 'val.bin', 'meta.pkl', 'template.txt', 'train_mask.bin', 'val_mask.bin')
 BLOCK = 2**20 # tokens at a time

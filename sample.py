@@ -42,9 +42,9 @@ import torch
 from tqdm import tqdm
 
 import checkpoint as checkpoints
-from dataset import read_text
 from device import DTYPES, pick_device, pick_dtype
 from instruct import render
+from text import read_text
 from tokenizer import from_state
 
 if not 0 < top_p <= 1:

@@ -195,7 +195,7 @@ lora.restrict(model, config)
 if lora_rank:
     lora.shrink(model, DTYPES[dtype])
 
-def with_room(work, *args, repeatable=True, leaner=plans):
+def with_room(work, *args, repeatable=True, leaner=plans): # leaner: those that its error may name
     """ run work(*args); when out of memory, retry with smaller micro-batches, which change only dropout """
     global micro_batch, n_micro_steps
     while True:

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dataset
-from dataset import Split, find_datasets, open_split, read_text, read_tokenizer_state
+from dataset import Split, find_datasets, open_split, read_tokenizer_state
 from publish import fetch, publish, write_dataset
+from text import read_text
 from tokenizer import CharTokenizer, count_ids
 
 def make_split(folder, n, block_size, **options):

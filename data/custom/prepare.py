@@ -43,10 +43,10 @@ def known_characters():
 def main():
     import numpy as np
     from advice import tell_run
-    from dataset import shorten
     from documents import Documents
     from encode import write_characters, write_tokens
     from publish import choose_val, claim, publish, split_off, tell_place, write_meta
+    from text import shorten
     from tokenizer import BPETokenizer
     if not input:
         raise ValueError("there is no input; type --input=PATH of a text file or of a folder of them")

@@ -29,10 +29,10 @@ import numpy as np
 from tqdm import tqdm
 
 from advice import tell_run
-from dataset import read_text, shorten
 from documents import csv_rows, find_source, hub_rows, is_list, json_items, json_rows
 from instruct import TEMPLATE, encode, read_turns, render
 from publish import choose_val, claim, publish, split_off
+from text import read_text, shorten
 from tokenizer import BPETokenizer
 
 LONGEST = 1024 # tokens that GPT-2 reads at once
