@@ -244,10 +244,13 @@ def is_list(path: str) -> bool:
         return file.read(BLOCK).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b'[')
 
 def json_items(path: str, progress=lambda n: None, example: str = TEXT_ROW):
-    """ yield (place, dict) for each item of a .json file, one list of objects, which is loaded whole """
+    """ yield (place, dict) for each item of a .json file: one list of objects, which is loaded whole, or an
+    object a line, as .jsonl has it """
+    if not is_list(path):
+        yield from json_rows(path, progress, example)
+        return
     name = shorten(path)
-    mend = "mend it, or rename it to end in .jsonl if each of its lines is one"
-    mend += ", or to end in .txt to take it as plain text" if example == TEXT_ROW else ""
+    mend = "mend it" + (", or rename it to end in .txt to take it as plain text" if example == TEXT_ROW else "")
     try:
         items = json.loads(read_text(path))
     except json.JSONDecodeError as error:

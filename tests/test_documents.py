@@ -91,8 +91,8 @@ BROKEN = [('a.jsonl', '{"text": "a"}\n{"text": "b"', 'line 2 is not JSON'),
           ('a.jsonl', '{"text": [1]}', r'line 1 has \[1\] as its text'),
           ('a.jsonl', '{"text": null}', 'there is no text'),
           ('a.jsonl', '[' * 10**5, 'line 1 is not JSON'),
-          ('a.json', '{"text": "a"}\n{"text": "b"}', 'a.json is not one JSON value .* to end in .jsonl if'),
-          ('a.json', '{"text": "a"}', 'a.json is no list of objects'),
+          ('a.json', '[{"text": "a"}\n{"text": "b"}]', 'a.json is not one JSON value .* to end in .txt to'),
+          ('a.json', '{\n"text": "a"}', 'a.json, line 1 is not JSON .*expected one object a line'),
           ('a.json', '["a"]', 'a.json is no list of objects'),
           ('a.json', '[' * 10**5, 'a.json is no list of objects'), ('a.json', '[]', 'there is no text'),
           ('a.json', '[{"text": "a"}, {"body": "b"}]',
@@ -153,6 +153,8 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
 
 def test_a_list_in_json_is_read_as_rows(tmp_path):
     (tmp_path / 'a.json').write_text(json.dumps([{'body': 'one'}, {'body': 'two\nlines', 'n': 1}], indent=2))
+    assert texts(str(tmp_path / 'a.json'), 'body') == ['one', 'two\nlines']
+    (tmp_path / 'a.json').write_text('{"body": "one"}\n{"body": "two\\nlines"}\n') # as datasets' to_json
     assert texts(str(tmp_path / 'a.json'), 'body') == ['one', 'two\nlines']
 
 @pytest.mark.parametrize('size', [40, 2**20])

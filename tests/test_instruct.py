@@ -269,7 +269,7 @@ def test_a_broken_list_of_items_is_not_told_to_be_plain_text(run, tmp_path, cont
     (tmp_path / 'items.json').write_text(content)
     error = run('data/instruct/prepare.py', f"--input={tmp_path / 'items.json'}",
                 status=2).err.splitlines()[-1]
-    assert 'mend it, or rename it to end in .jsonl' in error and '.txt' not in error
+    assert 'mend it' in error and '.txt' not in error
 
 def test_few_items_are_given_a_run_that_fits_them(run, tmp_path):
     items = [{'instruction': f'Add one to {i}.', 'output': f'{i + 1}, of course.'} for i in range(40)]

@@ -1,8 +1,8 @@
 """
 Makes a dataset from your own text, of any size. A document is a text file (with --lines=True each of its
-lines), a line of .jsonl, an item of a list in .json, a row of .csv or of a Hugging Face dataset, or all that
-comes through a pipe; a folder may hold many. Each document is ended by end-of-text, or by a newline if the
-tokens are characters.
+lines), a line of .jsonl or .json, an item of a list in .json, a row of .csv or of a Hugging Face dataset, or
+all that comes through a pipe; a folder may hold many. Each document is ended by end-of-text, or by a newline
+if the tokens are characters.
 
 $ python data/custom/prepare.py --input=novel.txt --name=novel
 $ python train.py config/finetune/gpt2_small.py --dataset=novel

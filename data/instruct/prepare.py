@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from advice import tell_run
-from documents import csv_rows, find_source, hub_rows, is_list, json_items, json_rows
+from documents import csv_rows, find_source, hub_rows, json_items, json_rows
 from instruct import TEMPLATE, encode, read_turns, render
 from publish import choose_val, claim, publish, split_off
 from text import read_text, shorten
@@ -58,8 +58,7 @@ def read_items(source, paths, progress):
         if path.lower().endswith(('.csv', '.tsv')):
             yield from csv_rows(path, progress)
         else:
-            is_lines = path.lower().endswith('.jsonl') or not is_list(path)
-            yield from (json_rows if is_lines else json_items)(path, progress, ITEM)
+            yield from (json_rows if path.lower().endswith('.jsonl') else json_items)(path, progress, ITEM)
 
 def write_items(place, text, source):
     """ append all items of a source, in the template `text`, to the train files; return for each its tokens,
