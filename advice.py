@@ -39,7 +39,7 @@ def suiting(options, n_train, windows=0):
             'eval_interval': interval, **end}
 
 def count_windows(options, name):
-    return Split(find_dataset(name), 'train', options['block_size'], 2**16).windows
+    return Split(find_dataset(name), 'train', options['block_size'], 2**16).n_windows
 
 def count_epochs(options, name):
     """ how many epochs and iterations a run makes, in words, by train.py's arithmetic """

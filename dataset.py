@@ -44,9 +44,9 @@ class Split:
         check_enough(self.path, self.n_tokens, block_size if self.items is None else 1)
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
         self.epoch_order = functools.lru_cache(maxsize=2)(epoch_order) # a cache per split
-        self.targets = self.n_tokens - 1 # all tokens but the first, which has none before it
+        self.n_targets = self.n_tokens - 1 # all tokens but the first, which has none before it
         # per epoch; the last may be short
-        self.windows = -(-self.targets // block_size) if self.items is None else len(self.items)
+        self.n_windows = -(-self.n_targets // block_size) if self.items is None else len(self.items)
         self.check_ids(self.tokens[:2**28]) # takes less than a second; `batch` checks the rest
 
     def check_ids(self, ids) -> None:
@@ -61,23 +61,23 @@ class Split:
     def nth(self, number: np.ndarray) -> np.ndarray:
         """ the windows (n, 2) at these positions in the endless series of epochs """
         out = np.empty((len(number), 2), np.int64)
-        for epoch in np.unique(number // self.windows):
-            offset, order = self.epoch_order(self.seed, int(epoch), self.targets, self.windows)
-            here = number // self.windows == epoch
-            out[here] = self.cut(order[number[here] % self.windows], offset)
+        for epoch in np.unique(number // self.n_windows):
+            offset, order = self.epoch_order(self.seed, int(epoch), self.n_targets, self.n_windows)
+            here = number // self.n_windows == epoch
+            out[here] = self.cut(order[number[here] % self.n_windows], offset)
         return out
 
     def evaluation_windows(self, limit: int) -> np.ndarray:
         """ at most `limit` windows (n, 2), evenly spread over the split, the same at every call """
-        n = min(limit, self.windows)
-        return self.cut(np.arange(n) * self.windows // n)
+        n = min(limit, self.n_windows)
+        return self.cut(np.arange(n) * self.n_windows // n)
 
     def evaluation_parts(self, limit: int) -> list[tuple[float, np.ndarray, int]]:
         """ for each part: the weight of its mean loss, its windows, and how many of their targets count """
         windows = self.evaluation_windows(limit)
         n = self.count(windows)
         if not n: # a mask hides them: use all windows
-            windows = self.evaluation_windows(self.windows)
+            windows = self.evaluation_windows(self.n_windows)
             n = self.count(windows)
         if not n:
             raise ValueError(f"of {shorten(self.path)} no token that is evaluated counts, by its mask; "
@@ -92,7 +92,7 @@ class Split:
         return f'{self.n_tokens}:{zlib.crc32(np.concatenate(ends)):08x}{packed}'
 
     def describe_epochs(self, windows: float) -> str:
-        epochs = windows / self.windows
+        epochs = windows / self.n_windows
         return f"{epochs:.1f} epochs" if epochs >= 0.05 else "less than 0.1 epochs"
 
     def cut(self, index: np.ndarray, offset: int = 0) -> np.ndarray:
@@ -100,8 +100,8 @@ class Split:
         if self.items is not None:
             return self.items[index]
         start = index * self.block_size
-        length = np.minimum(self.block_size, self.targets - start)
-        return np.stack([(start + offset) % self.targets, length], axis=1)
+        length = np.minimum(self.block_size, self.n_targets - start)
+        return np.stack([(start + offset) % self.n_targets, length], axis=1)
 
     def batches(self, windows: np.ndarray, size: int):
         """ yield the windows, `size` at a time; the last batch is padded with windows without targets """
@@ -110,9 +110,9 @@ class Split:
 
     def read(self, array: np.ndarray, start: int) -> np.ndarray:
         """ block_size values from `start`, one per target, wrapping around the end of the split """
-        if start + self.block_size <= self.targets:
+        if start + self.block_size <= self.n_targets:
             return array[start:start + self.block_size]
-        return array[np.arange(start, start + self.block_size) % self.targets]
+        return array[np.arange(start, start + self.block_size) % self.n_targets]
 
     def batch(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """ inputs and targets (B, T), int64; a target that does not count is -1 """
@@ -142,7 +142,7 @@ class Mix(Split):
     def __init__(self, splits: list[Split], weights: list[float], seed: int):
         self.splits, self.block_size, self.seed = splits, splits[0].block_size, seed
         self.weights = np.array(weights) / sum(weights)
-        self.windows, self.n_tokens = sum(s.windows for s in splits), sum(s.n_tokens for s in splits)
+        self.n_windows, self.n_tokens = sum(s.n_windows for s in splits), sum(s.n_tokens for s in splits)
         self.bases = np.cumsum([0] + [s.n_tokens for s in splits])[:-1]
         ends = np.round(np.cumsum(self.weights) * self.ROUND).astype(int)
         self.source = np.repeat(np.arange(len(splits)), np.diff(ends, prepend=0)) # of each window in a round
@@ -158,16 +158,16 @@ class Mix(Split):
             order = np.random.default_rng([self.seed, int(turn)]).permutation(self.source)
             here = np.flatnonzero(number // self.ROUND == turn)
             for k, split in enumerate(self.splits):
-                before = np.cumsum(order == k) - 1 # k's windows so far in this round
+                place = np.cumsum(order == k) - 1 # of a window among k's in this round
                 mine = here[order[number[here] % self.ROUND] == k]
                 earlier = turn * (self.source == k).sum()
-                out[mine] = split.nth(earlier + before[number[mine] % self.ROUND]) + [self.bases[k], 0]
+                out[mine] = split.nth(earlier + place[number[mine] % self.ROUND]) + [self.bases[k], 0]
         return out
 
     def evaluation_parts(self, limit):
         parts = []
         for split, weight, base in zip(self.splits, self.weights, self.bases):
-            most = split.windows if limit >= self.windows else max(1, round(limit * weight))
+            most = split.n_windows if limit >= self.n_windows else max(1, round(limit * weight))
             (_, windows, n), = split.evaluation_parts(most)
             parts.append((float(weight), windows + [base, 0], n))
         return parts

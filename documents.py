@@ -250,7 +250,8 @@ def json_items(path: str, progress=lambda n: None, example: str = TEXT_ROW):
         yield from json_rows(path, progress, example)
         return
     name = shorten(path)
-    mend = "mend it" + (", or rename it to end in .txt to take it as plain text" if example == TEXT_ROW else "")
+    mend = "mend it"
+    mend += ", or rename it to end in .txt to take it as plain text" if example == TEXT_ROW else ""
     try:
         items = json.loads(read_text(path))
     except json.JSONDecodeError as error:

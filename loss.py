@@ -30,11 +30,11 @@ def add_product(total, a, b, room) -> None:
         total.addmm_(a, b)
         return
     copies, (V, C) = total.device.type == MIXED_ADD_COPIES_ON, total.shape
-    some = min(V, room.numel() // C if copies else 2**13)
-    product = torch.empty(some, C, dtype=b.dtype, device=b.device)
-    for part, rows in zip(total.split(some), a.split(some)):
-        made = torch.mm(rows, b, out=product[:len(rows)])
-        part += room.view(-1)[:made.numel()].view_as(made).copy_(made) if copies else made
+    n_rows = min(V, room.numel() // C if copies else 2**13)
+    buffer = torch.empty(n_rows, C, dtype=b.dtype, device=b.device)
+    for part, rows in zip(total.split(n_rows), a.split(n_rows)):
+        product = torch.mm(rows, b, out=buffer[:len(rows)])
+        part += room.view(-1)[:product.numel()].view_as(product).copy_(product) if copies else product
 
 class CrossEntropy(nn.Module):
     """ the summed cross-entropy of the first V columns of logits (N, >= V) against targets (N, 1), where -1
@@ -51,31 +51,31 @@ class CrossEntropy(nn.Module):
                    for q, t in zip(logits.split(few), targets.split(few)))
 
     def fused(self, logits, targets, scale, V: int, grads: bool):
-        counts, t = targets >= 0, targets.clamp(min=0)
+        valid, t = targets >= 0, targets.clamp(min=0)
         places = torch.arange(logits.size(1), device=logits.device)
         p = torch.where(places < V, logits.float(), -math.inf)
         # a sum, since a compiled gather may read the values written below (torch 2.9 to 2.11)
         at_target = torch.where(places == t, p, 0.0).sum(dim=1, keepdim=True)
-        most = p.amax(dim=1, keepdim=True)
-        norm = (p - most).exp().sum(dim=1, keepdim=True)
+        top = p.amax(dim=1, keepdim=True)
+        norm = (p - top).exp().sum(dim=1, keepdim=True)
         if grads: # (softmax - one-hot) * scale
-            share = counts * scale
-            logits.copy_((p - most).exp() * (share / norm) - torch.where(places == t, share, 0.0))
-        return ((norm.log() + most - at_target) * counts).sum()
+            factor = valid * scale
+            logits.copy_((p - top).exp() * (factor / norm) - torch.where(places == t, factor, 0.0))
+        return ((norm.log() + top - at_target) * valid).sum()
 
     def plain(self, logits, targets, scale, V: int, grads: bool, wide):
         """ the same, in `wide`, float32 scratch memory for half-precision logits; float32 logits change in
         place """
-        counts, t = targets >= 0, targets.clamp(min=0)
+        valid, t = targets >= 0, targets.clamp(min=0)
         p = logits if wide is None else wide[:len(logits)].copy_(logits)
         p[:, V:] = -math.inf
-        at_target, most = p.gather(1, t), p.amax(dim=1, keepdim=True)
-        norm = p.sub_(most).exp_().sum(dim=1, keepdim=True)
+        at_target, top = p.gather(1, t), p.amax(dim=1, keepdim=True)
+        norm = p.sub_(top).exp_().sum(dim=1, keepdim=True)
         if grads:
-            share = counts * scale
-            p.mul_(share / norm).scatter_add_(1, t, -share.expand_as(most).to(p.dtype))
+            factor = valid * scale
+            p.mul_(factor / norm).scatter_add_(1, t, -factor.expand_as(top).to(p.dtype))
             logits.copy_(p)
-        return ((norm.log() + most - at_target) * counts).sum()
+        return ((norm.log() + top - at_target) * valid).sum()
 
 class Lookup(torch.autograd.Function):
     """ the rows idx (B, T) of the tied matrix weight (V, C); their gradient is added to that of the head

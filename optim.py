@@ -242,13 +242,13 @@ def clip_gradients(optimizer, max_norm: float) -> float:
     multiply by 1; return the norm they had. An OffloadedAdamW clips only in its update. """
     params = [p for group in optimizer.param_groups for p in group['params']]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-    had = parallel.full(norm).item()
-    clips = had + 1e-6 > max_norm
+    total = parallel.full(norm).item()
+    clips = total + 1e-6 > max_norm
     if isinstance(optimizer, OffloadedAdamW):
         optimizer.limit = (max_norm, norm) if clips else None
     elif clips:
         torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
-    return had
+    return total
 
 def weights(model, optimizer) -> dict:
     """ the model's state dict in float32, wherever its weights are """

@@ -165,15 +165,15 @@ if not eval_only or plan == 'offload':
 
 train_data = open_split(folders, 'train', block_size, vocab_size, seed=seed)
 val_data = open_split(folders, 'val', block_size, vocab_size)
-n_evaluated = eval_iters * batch_size or val_data.windows # windows per split
+n_evaluated = eval_iters * batch_size or val_data.n_windows # windows per split
 check_match(None, model_config.vocab_size, tokenizer, dataset) # before weights are fetched
-judged = f'{min(n_evaluated, val_data.windows)} x {block_size} evaluated'
+judged = f'{min(n_evaluated, val_data.n_windows)} x {block_size} evaluated'
 config['data'] = f'{train_data.mark()} {val_data.mark()}, {judged}' # a resumed run compares it
 parallel.check_data(config['data'], dataset)
 evaluated = { # chosen now, since this raises ValueError if a mask leaves no targets
     'train': train_data.evaluation_parts(n_evaluated), 'val': val_data.evaluation_parts(n_evaluated)}
 if num_epochs:
-    max_iters = round(min(max_iters, max(1, num_epochs * train_data.windows / sequences)))
+    max_iters = round(min(max_iters, max(1, num_epochs * train_data.n_windows / sequences)))
     warmup_iters = min(warmup_iters, max_iters // 10)
 lr_decay_iters = lr_decay_iters or max_iters
 
@@ -322,7 +322,7 @@ say(f"{raw_model.num_params():,} parameters{some}, on {where} in {dtype}"
 say(f"{train_data.n_tokens:,} tokens to train on, {val_data.n_tokens:,} to validate on")
 say(f"an iteration is {memory.count(sequences)} of {block_size} tokens, {sequences * block_size:,} tokens; "
     f"{max_iters:,} iterations are {train_data.describe_epochs(max_iters * sequences)}"
-    + optim.doubts(config, max_iters, warmup_iters, max_iters * sequences / train_data.windows))
+    + optim.doubts(config, max_iters, warmup_iters, max_iters * sequences / train_data.n_windows))
 if eval_only:
     losses = with_room(evaluate, leaner=plans[3:])
     say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
@@ -374,7 +374,7 @@ clock = Clock(sequences * block_size, raw_model.flops_per_token(block_size) * se
 ended = False # whether the run is complete
 while True:
     # once in a while: evaluate and save
-    row = {'iter': iter_num, 'epoch': round(iter_num * sequences / train_data.windows, 4)}
+    row = {'iter': iter_num, 'epoch': round(iter_num * sequences / train_data.n_windows, 4)}
     if iter_num % eval_interval == 0 or iter_num >= max_iters:
         losses = with_room(evaluate, leaner=plans[3:]) # of leaner plans, only offload helps
         if losses is None:

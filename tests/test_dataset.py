@@ -57,15 +57,15 @@ def test_every_token_is_a_target_once_an_epoch_whoever_reads_it(
     data = make_split(tmp_path_factory.mktemp('d'), n, min(block_size, n - 1), seed=seed)
     sequences = math.prod(split) # so many epochs are as many iterations as an epoch has windows
     epochs = [[] for _ in range(sequences)]
-    for i in range(data.windows):
-        windows = data.training_windows(epoch * data.windows + i, sequences)
+    for i in range(data.n_windows):
+        windows = data.training_windows(epoch * data.n_windows + i, sequences)
         number = np.arange(i * sequences, (i + 1) * sequences).reshape(split) # of a window, in all of them
         shares = windows.reshape(*split, 2)
         for rank, step in np.ndindex(*split[:2]):
             x, y = data.batch(shares[rank][step])
             assert np.all(x[y >= 0] == y[y >= 0] - 1) # each is predicted from the one before it
             for k, targets in zip(number[rank][step], y):
-                epochs[k // data.windows] += targets[targets >= 0].tolist()
+                epochs[k // data.n_windows] += targets[targets >= 0].tolist()
     assert all(sorted(targets) == list(range(1, n)) for targets in epochs) # the first has nothing before it
 
 @settings(max_examples=30, deadline=None)
@@ -74,7 +74,7 @@ def test_every_token_is_a_target_once_an_epoch_whoever_reads_it(
 def test_the_shares_of_an_iteration_are_disjoint_and_together_the_whole(
         tmp_path_factory, n, block_size, world_size, each, seed):
     data = make_split(tmp_path_factory.mktemp('d'), n, block_size, seed=seed)
-    sequences = min(world_size * each, data.windows // world_size * world_size)
+    sequences = min(world_size * each, data.n_windows // world_size * world_size)
     windows = data.training_windows(0, sequences) # no more than an epoch has
     shares = [set(map(tuple, share)) for share in windows.reshape(world_size, -1, 2)]
     assert sum(map(len, shares)) == len(set.union(*shares)) == sequences
@@ -257,7 +257,7 @@ def make_items(folder, lengths, n_prompt=1):
 def test_windows_hold_whole_items_as_many_as_fit(tmp_path):
     data = make_split(tmp_path, make_items(tmp_path, [3, 4, 2, 12, 3]), 6)
     # 3 and 4 fill the first, since its last token is only a target; 12 are too many for one
-    assert data.cut(np.arange(data.windows)).tolist() == [[0, 6], [7, 1], [9, 6], [15, 5], [21, 2]]
+    assert data.cut(np.arange(data.n_windows)).tolist() == [[0, 6], [7, 1], [9, 6], [15, 5], [21, 2]]
     # an epoch, in an order of its own
     assert sorted(data.training_windows(3, 5).tolist()) == sorted(data.items.tolist())
     assert data.training_windows(3, 5).tolist() != data.training_windows(4, 5).tolist()
@@ -273,7 +273,7 @@ def test_every_answer_is_a_target_once_an_epoch_after_as_much_of_its_item_as_fit
     n = make_items(folder, lengths, n_prompt)
     data = make_split(folder, n, min(block_size, n - 1))
     starts = np.cumsum([0, *lengths])
-    for start, length in data.training_windows(7, data.windows).tolist():
+    for start, length in data.training_windows(7, data.n_windows).tolist():
         (x,), (y,) = data.batch(np.array([[start, length]]))
         seen += y[y >= 0].tolist()
         for target in y[y >= 0]:
@@ -321,7 +321,7 @@ def test_a_mixture_s_order_depends_on_seed_and_iteration_alone(mix):
     assert mix.count(stream[:12]) == (mix.batch(stream[:12])[1] >= 0).sum()
 
 def test_a_mixture_s_parts_are_evaluated_whole_or_in_their_shares_and_count_by_weight(mix):
-    (a, its, n_a), (b, others, n_b) = mix.evaluation_parts(mix.windows)
+    (a, its, n_a), (b, others, n_b) = mix.evaluation_parts(mix.n_windows)
     assert (a, b) == (0.75, 0.25) and (n_a, n_b) == (499, 79)
     for windows, targets in ((its, range(1, 500)), (others, range(1001, 1080))):
         _, y = mix.batch(windows)
