@@ -133,7 +133,7 @@ class AllLogits(torch.nn.Module):
         self.model = model
 
     def forward(self, idx, targets, scale):
-        logits = self.model.lm_head(self.model.hidden(idx))
+        logits = F.linear(self.model.hidden(idx), self.model.lm_head.weight)
         return None, scale * F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='sum')
 
 def make_training():

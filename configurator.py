@@ -98,7 +98,8 @@ def configure(options: dict, argv: list[str] | None = None, at_least_1: tuple[st
 def say_once(text: str) -> None:
     """ print `text`, unless it is empty, in the first process of a run only """
     if text and os.environ.get('RANK', '0') == '0':
-        print(text, file=sys.stderr)
+        with contextlib.suppress(OSError): # a full disk under a log
+            print(text, file=sys.stderr, flush=True)
 
 def options_of_run(out_dir: str, defaults: dict, typed: dict, sources: dict) -> dict:
     """ the options given to the run in out_dir, from its config.json, except those `typed` now; {} if the

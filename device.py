@@ -210,7 +210,8 @@ def describe_machine(device: str) -> str:
     elif os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as file:
             models = [line.partition(':')[2].strip() for line in file if line.startswith('model name')]
-        name = f'{len(models)} x {models[0]}' if models else name
+        n = len(os.sched_getaffinity(0)) # those that a scheduler gives to this process
+        name = f'{n} x {models[0]}' if models else name
     return f"{name}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
 
 def free_memory(device: str) -> int:

@@ -49,6 +49,7 @@ if others and not weights_only:
 # set-up
 
 import json
+import shutil
 import signal
 import tempfile
 
@@ -161,6 +162,7 @@ def write_hugging_face(folder, model, state, template):
         tokenizer.chat_template = make_chat_template(template)
     make_model(model, state).save_pretrained(folder, max_shard_size='1TB')
     tokenizer.save_pretrained(folder)
+    share(folder, 'model.safetensors', 'config.json')
     if state['name'] == 'char': # transformers 5 writes a class name that 4 does not know
         with open(os.path.join(folder, 'tokenizer_config.json'), 'r+', encoding='utf-8') as file:
             settings = json.load(file)
@@ -170,6 +172,10 @@ def write_hugging_face(folder, model, state, template):
     if template is not None: # for our own scripts, which also know {input}
         with open(os.path.join(folder, 'template.txt'), 'w', encoding='utf-8', newline='') as file:
             file.write(template)
+
+def share(folder, name, like):
+    """ let those read a file, which safetensors writes for its owner alone, who may read another """
+    shutil.copymode(os.path.join(folder, like), os.path.join(folder, name))
 
 # -----------------------------------------------------------------------------
 # for nanoGPT, and for PEFT
@@ -193,6 +199,7 @@ def write_adapter(folder, loaded, base, revision):
         json.dump(settings, file, indent=2)
     save_file({f'base_model.model.{name}.weight': tensor.to(DTYPES[dtype]).contiguous()
                for name, tensor in tensors.items()}, os.path.join(folder, 'adapter_model.safetensors'))
+    share(folder, 'adapter_model.safetensors', 'adapter_config.json')
 
 # -----------------------------------------------------------------------------
 # work

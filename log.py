@@ -188,10 +188,12 @@ def keep_samples(path: str, start_at: int) -> None:
     the file, if that is all there is """
     if os.path.exists(path):
         with open(path, 'rb') as file:
-            heads = re.finditer(rf'^{RULE}iteration (\d+)$'.encode(), file.read(), re.MULTILINE)
+            data = file.read()
+        heads = re.finditer(rf'^{RULE}iteration (\d+)$'.encode(), data, re.MULTILINE)
         start = next((head.start() for head in heads if int(head[1]) >= start_at), None)
         if start:
-            os.truncate(path, start)
+            with replacing(path, 'wb') as file: # it may be another user's
+                file.write(data[:start])
         elif start == 0:
             os.remove(path)
 
@@ -216,7 +218,15 @@ def finish_log(to_wandb: bool) -> None:
     for path in list(waiting):
         append(path, '')
     if to_wandb:
-        need_wandb().finish()
+        send(need_wandb().finish)
+
+def send(call, *args) -> None:
+    """ call wandb; if its process is gone, or anything else fails there, warn, since it is not worth a run """
+    try:
+        call(*args)
+    except Exception as error:
+        print(f"warning: wandb does not take this ({type(error).__name__}: {error}); log.csv has it all",
+              file=sys.stderr)
 
 def append_row(out_dir: str, row: dict, to_wandb: bool) -> None:
     """ append a row to log.csv, with empty cells for what was not measured; after an evaluation, redraw the
@@ -231,7 +241,7 @@ def append_row(out_dir: str, row: dict, to_wandb: bool) -> None:
         written = {**before, **written}
     csv.DictWriter(cells, COLUMNS).writerow(written)
     if to_wandb:
-        need_wandb().log(row)
+        send(need_wandb().log, row)
     append(path, cells.getvalue())
     if 'val_loss' in row:
         try:

@@ -9,6 +9,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+import parallel
+
 def rows_at_once(N: int, V: int, itemsize: int) -> tuple[int, int]:
     """ how many rows of logits, with elements of itemsize bytes, to compute at once: of a product, where many
     are faster, and, in equal parts, of a softmax that is not compiled, where few fit in a CPU's cache:
@@ -77,6 +79,29 @@ class CrossEntropy(nn.Module):
             logits.copy_(p)
         return ((norm.log() + top - at_target) * valid).sum()
 
+class Head(nn.Linear):
+    """ the layer from hidden states x (B, T, C) to logits (B, T, V), for sampling
+
+    GPT-2's logits are near -100, where bfloat16 rounds to halves. So in half precision each row's are less
+    its product with `mean`, that of weight's rows: a constant in a row, which a softmax ignores.
+    """
+
+    mean = None # (C,), set by `ready` for weights in half precision
+
+    def ready(self) -> None:
+        """ to be called when the weights have changed """
+        mean = None if self.weight.dtype == torch.float32 else self.weight.detach().mean(0)
+        self.mean = mean if mean is None else parallel.full(mean)
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.weight.dtype)
+            if self.mean is None:
+                return super().forward(x)
+            rows = x.flatten(0, 1)
+            logits = torch.addmm(-(rows @ self.mean)[:, None], rows, self.weight.t())
+            return logits.unflatten(0, x.shape[:2])
+
 class Lookup(torch.autograd.Function):
     """ the rows idx (B, T) of the tied matrix weight (V, C); their gradient is added to that of the head
 
@@ -129,12 +154,17 @@ class ChunkedLoss(torch.autograd.Function):
         # all rows share these buffers in turn; room is for few rows, or for one of C in add_product
         logits = torch.empty(rows, padded, dtype=dtype, device=x.device)[:, :len(w)]
         half = dtype != torch.float32
+        mean = w[:V].mean(0) if half else None # see Head
         room = torch.empty(max(few, -(-C // padded)), padded, device=x.device) if half else None
         wide = room[:, :len(w)] if half else None
         with torch.autocast(device, enabled=False):
             for i in range(0, N, rows):
                 xi, ti = x[i:i + rows].to(dtype), targets[i:i + rows, None]
-                part = torch.mm(xi, w.t(), out=logits[:len(xi)])
+                part = logits[:len(xi)]
+                if half:
+                    part.copy_(-(xi @ mean)[:, None]).addmm_(xi, w.t())
+                else:
+                    torch.mm(xi, w.t(), out=part)
                 total += cross_entropy(part, ti, scale, V, needs_dx or needs_dw, few, wide)
                 if needs_dx:
                     torch.mm(part, w, out=dx[i:i + rows])

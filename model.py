@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from attention import attend
-from loss import ChunkedLoss, CrossEntropy, Lookup
+from loss import ChunkedLoss, CrossEntropy, Head, Lookup
 from recompute import Linear, run_again, run_partly_again
 from sampling import FixedStep, KVCache, one_row, penalize, sample_token
 
@@ -103,7 +103,7 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Head(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight # one matrix, tied
         self.cross_entropy = CrossEntropy() # a module, so that it can be compiled
         self.apply(self._init_weights)
@@ -175,6 +175,7 @@ class GPT(nn.Module):
         length = min(block_size, window.size(1) + max_new_tokens)
         cache, step = [KVCache(length) for _ in self.transformer.h], None
         fixed = idx.is_cuda if fixed is None else fixed
+        self.lm_head.ready()
         for _ in range(max_new_tokens):
             if window.size(1) > block_size:
                 window = window[:, -(block_size // 2 or 1):]

@@ -56,7 +56,7 @@ def publish(folder: str):
             for name in reversed(made): # train.bin, without which there is no dataset, comes last
                 os.replace(os.path.join(place, name), os.path.join(folder, name))
     finally:
-        if not os.listdir(folder):
+        if not os.listdir(folder) and not os.path.islink(folder):
             os.rmdir(folder)
 
 def clear(folder: str) -> None:

@@ -120,6 +120,8 @@ class Saver:
             except BlockingIOError:
                 time.sleep(0.1)
             except OSError: # a file system without locks
+                print(f"warning: no file can be locked in {self.out_dir}; see that no other run writes there",
+                      file=sys.stderr)
                 break
         else:
             raise FileExistsError(f"another run is writing to {self.out_dir}; end it, or type "

@@ -222,7 +222,7 @@ def test_a_notebook_s_next_run_gives_up_what_its_last_has_locked(tmp_path):
         with pytest.raises(BlockingIOError):
             fcntl.flock(taken, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-def test_without_locks_a_run_that_was_overtaken_is_refused_too(tmp_path, monkeypatch):
+def test_without_locks_a_run_is_warned_and_refused_if_it_was_overtaken(tmp_path, monkeypatch, capsys):
     def none(file):
         raise OSError(38, 'Function not implemented')
     monkeypatch.setattr(saver, 'take', none)
@@ -230,6 +230,7 @@ def test_without_locks_a_run_that_was_overtaken_is_refused_too(tmp_path, monkeyp
     (tmp_path / 'last.pt').touch()
     with pytest.raises(FileExistsError, match='another run has just saved'):
         ours.lock()
+    assert 'warning: no file can be locked in' in capsys.readouterr().err
 
 @pytest.mark.parametrize('n', [3, 99])
 def test_a_file_that_another_program_reads_is_replaced_once_it_has_done_so(tmp_path, monkeypatch, n):

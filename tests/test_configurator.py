@@ -249,3 +249,11 @@ def test_an_option_without_a_value_is_told_one_that_means_something():
             ({'out_dir': 'out'}, ['--out_dir', 'x'], 'type --out_dir=VALUE, with = and no space')):
         with pytest.raises(ValueError, match=message):
             configure(options, argv)
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason="only Linux has a file that is always full")
+def test_a_log_on_a_full_disk_does_not_end_a_script(tmp_path):
+    (tmp_path / 'script.py').write_text(
+        f'import sys; sys.path.insert(0, {ROOT!r})' + SCRIPT + "open('ran', 'w')")
+    with open('/dev/full', 'w') as full:
+        subprocess.run([sys.executable, 'script.py', '--size=3'], cwd=tmp_path, stderr=full)
+    assert (tmp_path / 'ran').exists()

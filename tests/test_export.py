@@ -68,6 +68,8 @@ def test_transformers_read_an_export_with_no_code_of_ours_and_so_do_we(run, trai
                 and ('50,304 ids, its tokenizer 50,257' in out) == (kind == 'bpe'))
         assert (f'next: python sample.py --init_from={tmp_path}/{kind}'
                 f'{" --instruction=TEXT" * (kind == "bpe")}\n') in out
+        weights, config = (tmp_path / kind / name for name in ('model.safetensors', 'config.json'))
+        assert weights.stat().st_mode == config.stat().st_mode # for those who may read the folder
     questions = {'char': None, 'bpe': [{'role': 'user', 'content': text} for text in ('Look:', QUESTION)]}
     questions['bpe'] += [{'role': 'assistant', 'content': 'That.'}, questions['bpe'][1]]
     tasks = {f'{tmp_path}/{kind}': {'text': TEXTS[kind], 'prompt': PROMPTS[kind], 'question': questions[kind]}

@@ -3,6 +3,7 @@ What a run tells of itself: the best so far, its speed, and what to type next.
 """
 import io
 import os
+import types
 
 import pytest
 import torch
@@ -170,3 +171,12 @@ def test_a_picture_tells_the_lowest_loss_and_leaves_out_a_row_that_was_cut(tmp_p
     plot.plot_runs([str(tmp_path)])
     assert ('val split, best 2.5000 at iteration 10' in labels
             and any(str(label).endswith(', best 2.5000') for label in labels))
+
+def test_a_wandb_that_is_gone_costs_warnings_and_not_the_run(tmp_path, monkeypatch, capsys):
+    def gone(*args):
+        raise ConnectionResetError('Connection lost')
+    monkeypatch.setattr(log, 'need_wandb', lambda: types.SimpleNamespace(log=gone, finish=gone))
+    log.append_row(str(tmp_path), {'iter': 3, 'loss': 2.5}, True)
+    log.finish_log(True)
+    assert (tmp_path / 'log.csv').read_text().startswith('3,')
+    assert capsys.readouterr().err.count('warning: wandb does not take this (ConnectionResetError: ') == 2

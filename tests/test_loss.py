@@ -4,7 +4,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loss as losses
-from loss import ChunkedLoss, CrossEntropy
+from loss import ChunkedLoss, CrossEntropy, Head
 from model import GPT, GPTConfig
 
 @pytest.mark.parametrize('compiled', [False, True])
@@ -129,3 +129,31 @@ def test_several_threads_make_the_same_gradients_in_every_run(vocab_size, dropou
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+
+def far_from_zero(N=2048, C=64, V=1000):
+    """ x and w, exact in bfloat16, whose logits are near -100, as GPT-2's are, and spread by about 5 """
+    torch.manual_seed(0)
+    x, w = torch.randn(N, C), torch.randn(V, C) * 0.6
+    x[:, 0], w[:, 0] = 20, -5
+    return x.bfloat16().float(), w.bfloat16().float()
+
+def test_the_loss_of_logits_that_are_all_far_from_zero_is_exact_in_half_precision():
+    x, w = (tensor.requires_grad_() for tensor in far_from_zero())
+    targets = (x @ w.t()).detach().softmax(-1).multinomial(1)[:, 0]
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = ChunkedLoss.apply(x, w, targets, 1 / len(x))
+    expected = F.cross_entropy(x @ w.t(), targets)
+    assert abs(loss - expected) < 1e-3 # bfloat16 rounds such logits to halves
+    got, grads = torch.autograd.grad(loss, (x, w)), torch.autograd.grad(expected, (x, w))
+    assert all(relative_error(a, b) < 2e-2 for a, b in zip(got, grads))
+
+@torch.no_grad()
+def test_the_likeliest_token_is_known_among_logits_far_from_zero_in_half_precision():
+    x, w = far_from_zero()
+    head = Head(64, 1000, bias=False)
+    head.weight = torch.nn.Parameter(w)
+    expected = head(x[:, None])[:, 0].argmax(-1)
+    head.bfloat16().ready()
+    logits = head(x[:, None].bfloat16())[:, 0]
+    assert (logits.argmax(-1) != expected).float().mean() < 0.03
+    assert (logits.float().softmax(-1) - (x @ w.t()).softmax(-1)).abs().max() < 0.04
