@@ -134,6 +134,22 @@ def tell_place(pieces: np.ndarray, ends: np.ndarray) -> str:
     return (f", {len(pieces):,} documents from all parts of the text" if len(pieces) > 1 else
             ', one of the documents')
 
+def checksums(path: str, ends: np.ndarray) -> np.ndarray:
+    """ a checksum of each document of a token file, (n,); `ends` is where they end """
+    tokens = np.memmap(path, '<u2', 'r')
+    starts = np.append(0, ends[:-1])
+    return np.fromiter((hash(tokens[a:b].tobytes()) for a, b in zip(starts, ends)), np.int64, len(ends))
+
+def tell_repeats(sums: np.ndarray, ends: np.ndarray, pieces: np.ndarray) -> str:
+    """ a warning if one in a hundred documents to validate on, or more, is also trained on; '' otherwise """
+    starts = np.append(0, ends[:-1])
+    chosen = np.searchsorted(pieces.ravel(), starts, side='right') % 2 == 1
+    n = np.count_nonzero(np.isin(sums[chosen], sums[~chosen]))
+    if n == 0 or 100 * n < chosen.sum():
+        return ''
+    return (f"\nwarning: {n:,} of the {chosen.sum():,} to validate on are also trained on, to the last token, "
+            "which makes the validation loss too low; leave repeats out")
+
 def split_off(folder: str, stem: str, pieces: np.ndarray, dtype: str) -> None:
     """ move the `pieces` that `choose_val` returns from trainSTEM to valSTEM, a block at a time """
     edges, size = pieces.ravel(), np.dtype(dtype).itemsize

@@ -341,3 +341,27 @@ def test_an_interruption_leaves_the_earlier_dataset_as_it_was(clone, old, sent):
     error = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 130 and 'Traceback' not in error, error
     assert contents(old) == before
+
+@pytest.mark.parametrize('script, name', [('custom', 'a.txt'), ('instruct', 'a.jsonl')])
+def test_what_is_validated_on_and_trained_on_is_warned_of(run, tmp_path, script, name):
+    words = ['one two', 'three four', 'five six', 'seven eight']
+    lines = [f'{words[i % 4]} {words[i // 4 % 4]} {i if i < 80 else i % 20}' for i in range(100)]
+    rows = [json.dumps({'instruction': 'Go on.', 'output': line}) for line in lines]
+    (tmp_path / name).write_text('\n'.join(rows if script == 'instruct' else lines))
+    options = '--name=repeats', *(['--lines=True'] if script == 'custom' else [])
+    out = run(f'data/{script}/prepare.py', f'--input={tmp_path / name}', *options).out
+    told = re.search(r'warning: (\d+) of the 10 to validate on are also trained on', out)
+    alike = {i for i in range(100) if lines.count(lines[i]) > 1}
+    assert bool(told) == bool(alike) and 1 <= int(told[1]) <= 5
+    (tmp_path / name).write_text('\n'.join(dict.fromkeys(rows if script == 'instruct' else lines)))
+    out = run(f'data/{script}/prepare.py', f'--input={tmp_path / name}', *options).out
+    assert 'also trained on' not in out
+
+def test_a_link_to_what_is_validated_on_is_warned_of(run, tmp_path):
+    (tmp_path / 'texts').mkdir()
+    (tmp_path / 'val.txt').write_text('What is held back. ' * 20)
+    (tmp_path / 'texts' / 'a.txt').write_text(TEXT)
+    (tmp_path / 'texts' / 'b.txt').symlink_to(tmp_path / 'val.txt')
+    out = run('data/custom/prepare.py', f"--input={tmp_path / 'texts'}",
+              f"--val_input={tmp_path / 'val.txt'}", '--name=linked').out
+    assert 'warning: 1 of the 1 to validate on are also trained on' in out

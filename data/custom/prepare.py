@@ -45,7 +45,8 @@ def main():
     from advice import tell_run
     from documents import Documents
     from encode import write_characters, write_tokens
-    from publish import choose_val, claim, publish, split_off, tell_place, write_meta
+    from publish import (checksums, choose_val, claim, publish, split_off, tell_place, tell_repeats,
+                         write_meta)
     from text import shorten
     from tokenizer import BPETokenizer
     if not input:
@@ -67,6 +68,9 @@ def main():
         if not 1 < n_val < n - 1: # a target needs a token before it
             kept = f'the {n_val} of {val_input}' if val_input else f'{val_fraction} of them'
             raise ValueError(f"{n} tokens are too few to keep {kept} to validate on; add text")
+        sums = np.concatenate([checksums(*part) for part in zip(parts, ends)])
+        all_ends = np.concatenate([ends[0], *(its + ends[0][-1] for its in ends[1:])])
+        repeats = tell_repeats(sums, all_ends, pieces)
         if not val_input:
             split_off(place, '.bin', pieces, '<u2')
     count, characters = sum(map(len, ends)), sum(its.characters for its in texts)
@@ -81,7 +85,7 @@ def main():
               "was trained on: it hardly knows such a language, or such codes or numbers; --tokenizer=char "
               "is for a small model that learns from them alone")
     where = f', all of {val_input}' if val_input else tell_place(pieces, ends[0])
-    print(f"{shorten(folder)}: {n - n_val:,} tokens to train on, {n_val:,} to validate on{where}")
+    print(f"{shorten(folder)}: {n - n_val:,} tokens to train on, {n_val:,} to validate on{where}{repeats}")
     config = f"config/{'train_shakespeare_char_cpu' if chars else 'finetune/gpt2_small'}.py"
     tell_run(config, name, n - n_val, n_val)
     if tokenizer not in ('gpt2', 'char'):

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from advice import tell_run
 from documents import csv_rows, find_source, hub_rows, json_items, json_rows
 from instruct import TEMPLATE, encode, read_turns, render
-from publish import choose_val, claim, publish, split_off
+from publish import checksums, choose_val, claim, publish, split_off, tell_repeats
 from text import read_text, shorten
 from tokenizer import BPETokenizer
 
@@ -92,6 +92,7 @@ with publish(folder) as place:
     ends = np.cumsum(lengths)
     pieces = (np.array([[facts[0][:, 0].sum(), ends[-1]]]) if val_input
               else choose_val(ends, val_fraction, whole=True))
+    repeats = tell_repeats(checksums(os.path.join(place, 'train.bin'), ends), ends, pieces)
     split_off(place, '.bin', pieces, '<u2')
     split_off(place, '_mask.bin', pieces, 'u1')
     with open(os.path.join(place, 'template.txt'), 'w', encoding='utf-8', newline='') as file:
@@ -100,7 +101,7 @@ n, n_val = ends[-1], np.diff(pieces).sum() # tokens
 val_items = np.diff(np.searchsorted(ends, pieces, side='right')).sum()
 print(f"{len(lengths):,} items, {n:,} tokens, of which {counted.sum() / n:.1%} are answers and count")
 print(f"{shorten(folder)}: {len(lengths) - val_items:,} items of {n - n_val:,} tokens to train on, "
-      f"{val_items:,} of {n_val:,} to validate on")
+      f"{val_items:,} of {n_val:,} to validate on{repeats}")
 print(f"the longest item has {lengths.max():,} tokens")
 n_long = np.count_nonzero(lengths > LONGEST + 1) # the last is only a target
 if n_long:
