@@ -183,6 +183,9 @@ items = [] if task == 'perplexity' else read_items(lambada if task == 'lambada' 
 first = load(init_from)
 models = [one for one in (first, load_base(first.origin)) if one]
 alike = first.tokenizer.state == models[-1].tokenizer.state
+shortest = min(one.T for one in models)
+for one in models if alike else []: # more context would favor one of them
+    one.T, one.stride = shortest, stride or max(1, shortest // 2)
 has_bytes = all(one.tokenizer.state['name'] != 'numbers' for one in models) # else nobody knows of what text
 if task == 'perplexity' and not alike and (limit or not file or not has_bytes):
     how = ('and can be compared on a whole text only; type --file=PATH of one, without --limit, or'

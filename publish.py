@@ -147,8 +147,8 @@ def tell_repeats(sums: np.ndarray, ends: np.ndarray, pieces: np.ndarray) -> str:
     n = np.count_nonzero(np.isin(sums[chosen], sums[~chosen]))
     if n == 0 or 100 * n < chosen.sum():
         return ''
-    return (f"\nwarning: {n:,} of the {chosen.sum():,} to validate on are also trained on, to the last token, "
-            "which makes the validation loss too low; leave repeats out")
+    return (f"\nwarning: {n:,} of the {chosen.sum():,} to validate on are also trained on, to the last "
+            "token, which makes the validation loss too low; leave repeats out")
 
 def split_off(folder: str, stem: str, pieces: np.ndarray, dtype: str) -> None:
     """ move the `pieces` that `choose_val` returns from trainSTEM to valSTEM, a block at a time """

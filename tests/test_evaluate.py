@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -327,3 +328,18 @@ def test_ctrl_c_prints_no_figures(clone, chars):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and out == b'' and b'Traceback' not in err
+
+def test_a_model_and_a_base_that_reads_more_are_compared_at_the_context_of_both(results, chars, tmp_path):
+    file = tmp_path / 'a.txt'
+    file.write_text(TEXT[:300])
+    folders = []
+    for block_size in (16, 32):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(block_size, len(CHARS), 1, 1, 16))
+        folders.append(tmp_path / str(block_size))
+        folders[-1].mkdir()
+        torch.save({'model': model.state_dict(), 'model_args': asdict(model.config), 'iter_num': 0,
+                    'tokenizer': {'name': 'char', 'chars': CHARS}}, folders[-1] / 'ckpt.pt')
+    for first, second in (folders, folders[::-1]):
+        ours, base, _ = results(f'--out_dir={first}', f'--base={second}', f'--file={file}')
+        assert {(one['context'], one['stride']) for one in (ours, base)} == {(16, 8)}
