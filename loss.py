@@ -9,8 +9,6 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-import parallel
-
 def rows_at_once(N: int, V: int, itemsize: int) -> tuple[int, int]:
     """ how many rows of logits, with elements of itemsize bytes, to compute at once: of a product, where many
     are faster, and, in equal parts, of a softmax that is not compiled, where few fit in a CPU's cache:
@@ -89,9 +87,8 @@ class Head(nn.Linear):
     mean = None # (C,), set by `ready` for weights in half precision
 
     def ready(self) -> None:
-        """ to be called when the weights have changed """
-        mean = None if self.weight.dtype == torch.float32 else self.weight.detach().mean(0)
-        self.mean = mean if mean is None else parallel.full(mean)
+        """ to be called before a text, since the weights may have changed """
+        self.mean = None if self.weight.dtype == torch.float32 else self.weight.detach().mean(0)
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
