@@ -17,6 +17,11 @@ def rows_at_once(N: int, V: int, itemsize: int) -> tuple[int, int]:
     few = min(rows, max(rows // 8, 2**22 // V, 1))
     return rows, math.ceil(rows / math.ceil(rows / few))
 
+def mean_row(weight):
+    """ the mean (C,) of weight's rows (V, C), some at a time, since a CPU copies to float32 what it sums """
+    sums = [rows.sum(0, dtype=torch.float32) for rows in weight.split(2**12)]
+    return (sum(sums) / len(weight)).to(weight.dtype)
+
 MIXED_ADD_COPIES_ON = 'cpu' # the device where adding tensors of two dtypes makes a temporary copy of one
 
 def add_product(total, a, b, room) -> None:
@@ -88,7 +93,7 @@ class Head(nn.Linear):
 
     def ready(self) -> None:
         """ to be called before a text, since the weights may have changed """
-        self.mean = None if self.weight.dtype == torch.float32 else self.weight.detach().mean(0)
+        self.mean = None if self.weight.dtype == torch.float32 else mean_row(self.weight.detach())
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -151,7 +156,7 @@ class ChunkedLoss(torch.autograd.Function):
         # all rows share these buffers in turn; room is for few rows, or for one of C in add_product
         logits = torch.empty(rows, padded, dtype=dtype, device=x.device)[:, :len(w)]
         half = dtype != torch.float32
-        mean = w[:V].mean(0) if half else None # see Head
+        mean = mean_row(w[:V]) if half else None # see Head
         room = torch.empty(max(few, -(-C // padded)), padded, device=x.device) if half else None
         wide = room[:, :len(w)] if half else None
         with torch.autocast(device, enabled=False):

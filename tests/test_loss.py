@@ -1,10 +1,12 @@
+import json
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loss as losses
-from loss import ChunkedLoss, CrossEntropy, Head
+from loss import ChunkedLoss, CrossEntropy, Head, mean_row
 from model import GPT, GPTConfig
 
 @pytest.mark.parametrize('compiled', [False, True])
@@ -157,3 +159,13 @@ def test_the_likeliest_token_is_known_among_logits_far_from_zero_in_half_precisi
     logits = head(x[:, None].bfloat16())[:, 0]
     assert (logits.argmax(-1) != expected).float().mean() < 0.03
     assert (logits.float().softmax(-1) - (x @ w.t()).softmax(-1)).abs().max() < 0.04
+
+def test_the_mean_of_a_head_in_half_precision_takes_no_copy_of_the_head(tmp_path):
+    weight = torch.randn(20_000, 64).bfloat16()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        mean = mean_row(weight)
+    assert mean.dtype == weight.dtype and relative_error(mean, weight.float().mean(0)) < 1e-2
+    profile.export_chrome_trace(str(tmp_path / 'trace.json'))
+    events = json.loads((tmp_path / 'trace.json').read_text())['traceEvents']
+    taken = [event['args']['Bytes'] for event in events if event['name'] == '[memory]']
+    assert 0 < max(taken) < weight.nbytes / 2
