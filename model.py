@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from attention import attend
 from loss import ChunkedLoss, CrossEntropy, Head, Lookup
-from recompute import Linear, run_again, run_partly_again
+from recompute import Linear, close_gaps, run_again, run_partly_again
 from sampling import FixedStep, KVCache, one_row, penalize, sample_token
 
 @dataclass
@@ -95,6 +95,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.lean = False # whether it follows a plan that saves memory
         self.recompute = False # keep only the input of each block, and run the block again in backward
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -157,6 +158,8 @@ class GPT(nn.Module):
             return self.lm_head(x[:, -1:]), None
         if scale is None:
             scale = 1 / (targets >= 0).sum()
+        if self.lean and torch.is_grad_enabled():
+            close_gaps(x)
         # detached, or ChunkedLoss would compute its gradient under no_grad, too
         weight = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
         return None, ChunkedLoss.apply(x.flatten(0, 1), weight, targets.flatten(), scale,
@@ -204,7 +207,7 @@ class GPT(nn.Module):
 
     def follow(self, plan: str) -> None:
         """ keep for backward what this plan of memory.py keeps """
-        self.recompute = plan in ('recompute', 'offload')
+        self.lean, self.recompute = plan != 'device', plan in ('recompute', 'offload')
         for block in self.transformer.h:
             block.selective = plan == 'selective'
 

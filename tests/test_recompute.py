@@ -1,5 +1,6 @@
 from functools import partial
 
+import psutil
 import pytest
 import torch
 from torch.nn import functional as F
@@ -161,3 +162,22 @@ def test_recomputing_compiled_blocks_changes_nothing(dropout, compiler):
     expected = grads_in('device', gpt, idx, half=True)
     for plan in ('selective', 'recompute'):
         assert all(map(torch.equal, expected, grads_in(plan, gpt, idx, half=True))), plan
+
+def test_a_lean_plan_closes_the_gaps_of_a_cpu_s_memory_before_the_loss_and_each_block_s_backward(monkeypatch):
+    gpt, idx, closed = GPT(GPTConfig(16, 50, 3, 2, 16)), torch.zeros(2, 16, dtype=torch.long), []
+    monkeypatch.setattr(recompute, 'MALLOC_TRIM', closed.append)
+    for plan, n in (('device', 0), ('selective', 4), ('recompute', 4)):
+        grads_in(plan, gpt, idx)
+        with torch.no_grad():
+            gpt(idx, idx)
+        assert closed == [0] * n, plan
+        closed.clear()
+
+@pytest.mark.skipif(recompute.MALLOC_TRIM is None, reason='the system has no malloc_trim')
+def test_memory_between_tensors_goes_back_to_the_system():
+    tensors = [torch.ones(2**14) for _ in range(3000)] # 64 KiB each, too little for a mapping of its own
+    kept = tensors[::50]
+    del tensors
+    before = psutil.Process().memory_info().rss
+    recompute.close_gaps(kept[0])
+    assert before - psutil.Process().memory_info().rss > 100 * 2**20
