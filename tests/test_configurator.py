@@ -80,6 +80,15 @@ def test_whatever_is_typed_is_of_the_right_type_or_refused_in_one_line(key, type
         assert (key != 'text' and status == 2
                 and printed.startswith(f'error: {key} is ') and printed.count('\n') == 1)
 
+def test_a_file_that_its_user_may_not_read_is_told_in_one_line_whoever_opens_it(capsys):
+    with pytest.raises(PermissionError) as raised:
+        exec(compile("raise PermissionError(13, 'Permission denied', 'data/novel/train.bin')",
+                     '/lib/python3/numpy/memmap.py', 'exec'))
+    with pytest.raises(SystemExit) as left:
+        report(raised.type, raised.value, raised.tb)
+    assert left.value.code == 2 and capsys.readouterr().err == (
+        'error: cannot use data/novel/train.bin (Permission denied); type another path, or mend that one\n')
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.sampled_from(list(RIGHT))
                 .flatmap(lambda key: st.tuples(st.just(key), RIGHT[key], st.booleans())), max_size=6))
