@@ -87,3 +87,9 @@ def test_the_last_token_sees_all_of_a_cache_also_where_it_could_learn(dropout, d
     exact = (q.double() @ k.mT.double() / 8 ** 0.5).softmax(-1) @ v.double()
     assert torch.allclose(attention.attend(q, k, v, dropout).double(), exact,
                           atol=1e-5 if dtype == torch.float32 else 0.03)
+
+def test_a_dropout_that_rounds_to_all_leaves_finite_numbers():
+    q = torch.randn(1, 2, 24, 8, requires_grad=True)
+    y = attention.attend(q, q, q, 1 - 1e-6)
+    y.sum().backward()
+    assert y.isfinite().all() and q.grad.isfinite().all()

@@ -248,3 +248,45 @@ def test_a_file_that_another_program_reads_is_replaced_once_it_has_done_so(tmp_p
     else:
         with pytest.raises(OSError, match='cannot save .*Access is denied'):
             saver.save({'iter_num': 1}, str(tmp_path / 'last.pt'))
+
+@pytest.mark.parametrize('anew', [False, True])
+def test_what_a_killed_save_left_is_removed_and_a_resumed_run_s_checkpoints_stay(tmp_path, anew):
+    out = tmp_path / 'lr[3e-4]' # a name that is a pattern
+    out.mkdir()
+    for name in ('last.pt', 'iter_000004.pt', 'iter_000008.pt.tmp', 'mine.txt'):
+        (out / name).touch()
+    saver.Saver(str(out), False).clear(anew)
+    assert sorted(os.listdir(out)) == (['mine.txt'] if anew else ['iter_000004.pt', 'last.pt', 'mine.txt'])
+
+def test_a_save_that_succeeds_makes_up_for_one_that_failed(tmp_path, monkeypatch, capsys):
+    def refuse(*args):
+        raise OSError(28, 'No space left on device')
+    to = saver.Saver(str(tmp_path), False)
+    with monkeypatch.context() as patch:
+        patch.setattr(saver, 'save', refuse)
+        assert not to({'iter_num': 1, 'model': {'w': torch.ones(2)}}, is_best=True)
+    assert to({'iter_num': 2, 'model': {'w': torch.ones(2)}}, is_best=True)
+    capsys.readouterr()
+    to.check()
+    assert capsys.readouterr().err == ''
+
+def test_a_byte_far_into_a_large_tensor_does_not_change_unnoticed(tmp_path):
+    path = tmp_path / 'last.pt'
+    saver.save({'model': {'w': torch.zeros(6 * 2**20)}, 'model_args': {}}, str(path)) # 24 MB
+    with open(path, 'r+b') as file:
+        file.seek(20 * 2**20)
+        file.write(b'\1')
+    with pytest.raises(ValueError, match='is damaged: of its bytes'):
+        checkpoints.load(str(path))
+
+def test_a_meta_pkl_of_another_model_beside_a_checkpoint_is_passed_over(tmp_path):
+    meta = {'vocab_size': 3, 'itos': dict(enumerate('abc')), 'stoi': {c: i for i, c in enumerate('abc')}}
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    path = str(tmp_path / 'ckpt.pt')
+    assert checkpoints.tokenizer_beside(path, 3) == {'tokenizer': {'name': 'char', 'chars': list('abc')}}
+    assert checkpoints.tokenizer_beside(path, 4) == {}
+
+def test_a_number_of_iterations_below_0_is_refused(tmp_path):
+    saver.save({'model': {}, 'model_args': {}, 'iter_num': -1}, str(tmp_path / 'ckpt.pt'))
+    with pytest.raises(ValueError, match='the iter_num of .* is -1'):
+        checkpoints.load(str(tmp_path / 'ckpt.pt'))

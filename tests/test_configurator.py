@@ -266,3 +266,44 @@ def test_a_log_on_a_full_disk_does_not_end_a_script(tmp_path):
     with open('/dev/full', 'w') as full:
         subprocess.run([sys.executable, 'script.py', '--size=3'], cwd=tmp_path, stderr=full)
     assert (tmp_path / 'ran').exists()
+
+def test_a_run_whose_folder_was_renamed_goes_on_where_it_is(tmp_path):
+    script = RESUMES.replace("out_dir = '.'", "out_dir = 'out'\noverwrite = False")
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'config.json').write_text(
+        '{"size": 9, "out_dir": "old", "overwrite": true, "init_from": "scratch", "given": {}}')
+    done = call(tmp_path, 'print(size, out_dir, overwrite, init_from)', '--init_from=resume', script=script)
+    assert done.stdout == '9 out False resume\n'
+
+@pytest.mark.skipif(os.name == 'nt', reason="Windows has no such pipes")
+def test_a_reader_that_is_gone_ends_a_script_in_silence(tmp_path):
+    body = "while True:\n    print('x' * 1000)\n"
+    (tmp_path / 'script.py').write_text(f'import sys; sys.path.insert(0, {ROOT!r})' + SCRIPT + body)
+    with subprocess.Popen([sys.executable, 'script.py'], cwd=tmp_path, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process: # as in `python sample.py | head`
+        process.stdout.readline()
+        process.stdout.close()
+        error = process.stderr.read()
+    assert (process.returncode, error) == (141, b'')
+
+def test_a_script_outside_its_environment_says_what_to_type():
+    bare = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
+    done = subprocess.run([sys.executable, '-S', 'sample.py'], cwd=ROOT, env=bare, capture_output=True,
+                          encoding='utf-8')
+    assert done.returncode == 2 and done.stderr.count('\n') == 1
+    assert done.stderr.startswith("error: No module named 'torch'; activate its environment")
+
+def test_a_config_typed_again_may_name_by_its_name_the_dataset_that_was_named_by_its_path(tmp_path):
+    script = RESUMES.replace('init_from', "dataset = 'openwebtext'\ninit_from")
+    (tmp_path / 'config.json').write_text('{"dataset": "data/novel", "given": {}}')
+    (tmp_path / 'c.py').write_text("dataset = 'novel'")
+    assert call(tmp_path, 'print(dataset)', 'c.py', '--init_from=resume', script=script).stdout == 'novel\n'
+
+@pytest.mark.parametrize('option', ['eval_only', 'dry_run'])
+def test_a_run_may_be_evaluated_on_the_dataset_of_a_config(tmp_path, option):
+    script = RESUMES.replace('init_from', f"dataset = 'openwebtext'\n{option} = False\ninit_from")
+    (tmp_path / 'config.json').write_text('{"dataset": "my novel", "given": {}}')
+    (tmp_path / 'c.py').write_text("dataset = 'shakespeare'")
+    for value, status in ((True, 0), (False, 2)):
+        assert call(tmp_path, '', 'c.py', '--init_from=resume', f'--{option}={value}',
+                    script=script).returncode == status

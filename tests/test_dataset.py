@@ -2,6 +2,7 @@ import hashlib
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dataset
-from dataset import Split, find_datasets, open_split, read_tokenizer_state
+from dataset import DATA, Split, find_dataset, open_split, read_tokenizer_state
 from publish import fetch, publish, write_dataset
 from text import read_text
 from tokenizer import CharTokenizer, count_ids
@@ -297,64 +298,10 @@ def test_a_mask_of_another_length_is_an_error(tmp_path):
     with pytest.raises(ValueError, match='6 bytes for 7 tokens'):
         make_split(tmp_path, 7, 4)
 
-@pytest.fixture
-def mix(tmp_path):
-    """ two datasets, of tokens below and from 1000, in shares of 3 to 1 """
-    for name, n, base in (('a', 500, 0), ('b', 80, 1000)):
-        (tmp_path / name).mkdir()
-        for split in ('train', 'val'):
-            np.arange(base, base + n, dtype='<u2').tofile(tmp_path / name / f'{split}.bin')
-    return open_split({str(tmp_path / 'a'): 3.0, str(tmp_path / 'b'): 1.0}, 'train', 10, 2000, seed=3)
-
-def test_a_mixture_reads_its_datasets_in_their_shares_and_each_in_its_own_order(mix):
-    x, y = mix.batch(mix.training_windows(0, 2000))
-    from_b = x[:, 0] >= 1000
-    assert from_b[:1000].sum() == from_b[1000:].sum() == 250
-    assert from_b[:40].sum() not in (0, 40) # and not one after the other
-    own = mix.splits[1].batch(mix.splits[1].training_windows(0, 500))
-    assert np.array_equal(x[from_b], own[0]) and np.array_equal(y[from_b], own[1])
-
-def test_a_mixture_s_order_depends_on_seed_and_iteration_alone(mix):
-    stream = np.concatenate([mix.training_windows(i, 12) for i in range(200)])
-    assert np.array_equal(stream[-12:], mix.training_windows(199, 12))
-    assert np.array_equal(stream, mix.training_windows(0, 2400))
-    assert mix.count(stream[:12]) == (mix.batch(stream[:12])[1] >= 0).sum()
-
-def test_a_mixture_s_parts_are_evaluated_whole_or_in_their_shares_and_count_by_weight(mix):
-    (a, its, n_a), (b, others, n_b) = mix.evaluation_parts(mix.n_windows)
-    assert (a, b) == (0.75, 0.25) and (n_a, n_b) == (499, 79)
-    for windows, targets in ((its, range(1, 500)), (others, range(1001, 1080))):
-        _, y = mix.batch(windows)
-        assert sorted(y[y >= 0]) == list(targets)
-    assert [len(windows) for _, windows, _ in mix.evaluation_parts(12)] == [9, 3]
-    assert mix.describe_epochs(1000).startswith('15.0 epochs of ') # 750 of 50 windows
-
-def test_a_weight_of_less_than_a_window_in_a_round_is_an_error(mix):
-    folders = {os.path.dirname(split.path): weight for split, weight in zip(mix.splits, (0.9996, 0.0004))}
-    with pytest.raises(ValueError, match='less than a window in 1000'):
-        open_split(folders, 'train', 10, 2000)
-
 def test_a_split_of_which_no_target_counts_is_not_evaluated(tmp_path):
     make_mask(tmp_path, 7, hidden=lambda i: True)
     with pytest.raises(ValueError, match='no token that is evaluated counts'):
         make_split(tmp_path, 7, 4).evaluation_parts(10)
-
-def test_datasets_are_named_with_weights_or_without(tmp_path):
-    assert list(find_datasets('a:0.7, b:3').values()) == [0.7, 3.0]
-    assert [os.path.basename(folder) for folder in find_datasets('a,b:2')] == ['a', 'b']
-    assert list(find_datasets('C:\\texts\\novel').values()) == [1.0] # a drive is no weight
-    for wrong in ('a:0', 'a:-1,b', 'a,,b', 'a:1e999', 'a:.', f'{tmp_path},{tmp_path}/'):
-        with pytest.raises(ValueError, match='type --dataset=NAME'):
-            find_datasets(wrong)
-
-def test_a_mixture_s_order_is_drawn_from_the_seed(tmp_path):
-    for name in ('a', 'b'):
-        (tmp_path / name).mkdir()
-        make_split(tmp_path / name, 500, 10)
-    def owners(seed):
-        mix = open_split({str(tmp_path / 'a'): 1.0, str(tmp_path / 'b'): 1.0}, 'train', 10, 2000, seed=seed)
-        return (mix.training_windows(0, 100)[:, 0] >= mix.bases[1]).tolist()
-    assert owners(3) == owners(3) != owners(4)
 
 def test_the_mark_of_a_dataset_tells_changes_at_both_ends(tmp_path):
     marks = set()
@@ -375,3 +322,33 @@ def test_an_id_that_the_vocabulary_lacks_is_told_when_it_is_opened_or_read(tmp_p
         file.write(np.full(100, 70, '<u2').tobytes())
     with pytest.raises(ValueError, match='token id 70'):
         split.batch(split.training_windows(0, 4))
+
+def test_the_last_token_which_is_a_target_alone_is_checked_too(tmp_path):
+    np.zeros(100, '<u2').tofile(tmp_path / 'train.bin')
+    split = Split(str(tmp_path), 'train', 4, vocab_size=65)
+    with open(tmp_path / 'train.bin', 'r+b') as file: # as if it lay beyond those that opening checks
+        file.seek(2 * 99)
+        file.write(np.array([70], '<u2').tobytes())
+    with pytest.raises(ValueError, match='token id 70'):
+        split.batch(split.evaluation_windows(10**9))
+
+def test_a_folder_here_does_not_take_the_place_of_the_dataset_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'novel').mkdir()
+    assert find_dataset('novel') == os.path.join(DATA, 'novel')
+    assert find_dataset(os.path.join('.', 'novel')) == os.path.join('.', 'novel')
+
+@pytest.mark.parametrize('n', [2, 3, 7, 8, 50])
+def test_a_block_size_for_which_a_split_is_too_short_is_refused_and_the_one_named_fits(tmp_path, n):
+    np.zeros(400, '<u2').tofile(tmp_path / 'train.bin')
+    np.zeros(n, '<u2').tofile(tmp_path / 'val.bin')
+    with pytest.raises(ValueError, match=f'has {n} tokens, too few for block_size = {n};') as error:
+        Split(str(tmp_path), 'val', n, 50)
+    named = int(re.search(r'type --block_size=(\d+)', str(error.value))[1])
+    for name in ('train', 'val'):
+        assert Split(str(tmp_path), name, named, 50).n_windows >= 1
+
+def test_a_part_of_an_epoch_is_told_by_its_tenth(tmp_path):
+    split = make_split(tmp_path, 101, 10)
+    assert [split.describe_epochs(n) for n in (3, 0.5, 0.4)] == [
+        '0.3 epochs', '0.1 epochs', 'less than 0.1 epochs']

@@ -210,3 +210,11 @@ def test_resident_memory_is_known_on_windows(monkeypatch):
     monkeypatch.setattr(device.psutil, 'Process', lambda: types.SimpleNamespace(
         memory_info=lambda: types.SimpleNamespace(peak_wset=3 * 2**20)))
     assert device.memory_mb('cpu') == 3
+
+def test_a_gpu_s_peak_is_its_data_sheet_s(monkeypatch):
+    for name, tera in (('NVIDIA A100-SXM4-80GB', 312), ('NVIDIA H100 PCIe', 756), ('NVIDIA L40S', 362),
+                       ('Tesla V100-PCIE-16GB', 112), ('Tesla V100-SXM2-16GB', 125), ('Tesla T4', 65),
+                       ('NVIDIA L4', 121)):
+        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda at: name)
+        assert device.peak_flops('cuda', 'bfloat16') == tera * 1e12
+        assert device.peak_flops('cuda', 'float32') is None

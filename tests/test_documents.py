@@ -240,3 +240,14 @@ def test_a_tsv_is_rows_and_the_end_of_text_that_a_text_spells_out_is_seen(tmp_pa
         monkeypatch.setattr(documents, 'BLOCK', block)
         read = Documents(str(tmp_path))
         assert [''.join(blocks) for _, blocks in read][2:] == ['a\n<|endoftext|>\nb'] and read.has_eot
+
+@pytest.mark.parametrize('block', range(1, 15))
+def test_end_of_text_is_seen_wherever_blocks_end(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(documents, 'BLOCK', block)
+    (tmp_path / 'a.txt').write_text('a<|endoftext|>')
+    read = Documents(str(tmp_path / 'a.txt'))
+    assert [''.join(blocks) for _, blocks in read] == ['a<|endoftext|>'] and read.has_eot
+
+def test_a_list_in_json_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / 'a.json').write_text(json.dumps([{'text': 'one'}, {'text': 'two'}]), encoding='utf-8-sig')
+    assert [''.join(blocks) for _, blocks in Documents(str(tmp_path / 'a.json'))] == ['one', 'two']

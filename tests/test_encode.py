@@ -1,14 +1,18 @@
 import itertools
 import multiprocessing
+import os
+import subprocess
+import sys
 
 import numpy as np
+import psutil
 import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import encode
-from conftest import TEXT
+from conftest import ROOT, TEXT
 from tokenizer import BPETokenizer
 
 BPE = BPETokenizer()
@@ -139,3 +143,26 @@ def test_more_characters_than_ids_are_refused(tmp_path):
     text = ''.join(chr(0x10000 + i) for i in range(2**16))
     with pytest.raises(ValueError, match='65,537 different characters'):
         encode.write_characters({str(tmp_path / 'a.bin'): [('x', [text])]})
+
+ENCODES = """
+import itertools, multiprocessing, time
+import encode
+from tokenizer import BPETokenizer
+if __name__ == '__main__':
+    jobs = (['text', None] for _ in itertools.count())
+    results = encode.encode_in_processes(jobs, BPETokenizer(), False, 2)
+    next(results)
+    print(*[process.pid for process in multiprocessing.active_children()], flush=True)
+    time.sleep(60)
+"""
+
+def test_the_processes_that_encode_end_with_one_that_was_killed(tmp_path):
+    (tmp_path / 'encodes.py').write_text(ENCODES)
+    with subprocess.Popen([sys.executable, tmp_path / 'encodes.py'], stdout=subprocess.PIPE, encoding='utf-8',
+                          env={**os.environ, 'PYTHONPATH': ROOT}) as parent:
+        workers = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    _, left = psutil.wait_procs(workers, timeout=20)
+    for process in left:
+        process.kill()
+    assert workers and not left

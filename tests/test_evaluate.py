@@ -343,3 +343,20 @@ def test_a_model_and_a_base_that_reads_more_are_compared_at_the_context_of_both(
     for first, second in (folders, folders[::-1]):
         ours, base, _ = results(f'--out_dir={first}', f'--base={second}', f'--file={file}')
         assert {(one['context'], one['stride']) for one in (ours, base)} == {(16, 8)}
+
+def test_each_dataset_of_a_mixture_is_scored_as_a_text_of_its_own(results, theirs, bpe, tmp_path):
+    nats = []
+    for name, text in (('a', STORY[:150]), ('b', STORY[40:120])):
+        (tmp_path / name).mkdir()
+        np.array(BPE.encode(text), '<u2').tofile(tmp_path / name / 'val.bin')
+        nats += sliding(theirs, BPE.encode(text), 32, 16)
+    result, = results(f'--out_dir={bpe}', f"--dataset={tmp_path / 'a'},{tmp_path / 'b'}", *CPU)
+    assert result['tokens'] == len(nats) and result['nats/token'] == pytest.approx(np.mean(nats), rel=1e-5)
+
+def test_models_of_different_tokens_are_not_compared_on_parts_of_different_length(
+        evaluate, chars, bpe, tmp_path):
+    (tmp_path / 'a.txt').write_text(TEXT[:300], encoding='utf-8')
+    status, out, err = evaluate(f'--out_dir={chars[1]}', f'--base={bpe}', f"--file={tmp_path / 'a.txt'}",
+                                '--device=cpu', '--limit=50')
+    assert status == 2 and not out
+    assert 'have different tokens' in err.splitlines()[-1] and 'without --limit' in err.splitlines()[-1]

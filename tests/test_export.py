@@ -291,3 +291,15 @@ def test_a_tensorflow_checkpoint_without_tensorflow_is_told_what_to_install(monk
     (tmp_path / 'model.ckpt.index').touch()
     with pytest.raises(ImportError, match='is not installed; type pip install tensorflow'):
         checkpoints.load_model(str(tmp_path))
+
+def test_transformers_are_told_of_the_folder_that_a_base_is_to_be_exported_to(run, tmp_path):
+    model = GPT(GPTConfig(16, len(CHARS), 1, 1, 8))
+    base = tmp_path / 'base' / 'ckpt.pt'
+    base.parent.mkdir()
+    saver.save({'model': model.state_dict(), 'model_args': checkpoints.model_args(model)}, str(base))
+    lora.add(model, 2, 4.0, 0.0, 'attn.c_attn')
+    saver.save({**checkpoints.adapter_state(model), 'base': str(base),
+                'model_args': checkpoints.model_args(model)}, str(tmp_path / 'lora.pt'))
+    out = run('export.py', f'--out_dir={tmp_path}/lora.pt', '--adapter=True', f'--to={tmp_path}/peft').out
+    assert f'next: python export.py --init_from={base} --to=FOLDER\n' in out
+    assert "AutoModelForCausalLM.from_pretrained('FOLDER')" in out

@@ -313,3 +313,12 @@ def test_a_question_is_put_by_the_template_and_only_answers_are_printed(train, r
 def test_a_model_that_saw_no_instructions_is_not_asked(run, base):
     assert 'was not trained on instructions' in run('sample.py', f'--out_dir={base}', '--instruction=x',
                                                     status=2).err
+
+def test_an_iteration_whose_windows_a_mask_leaves_empty_is_no_error(train, clone):
+    folder = clone / 'data' / 'sparse'
+    shutil.copytree(clone / 'data' / 'chars', folder)
+    for name in ('train', 'val'):
+        n = (folder / f'{name}.bin').stat().st_size // 2
+        (np.arange(n) < 40).astype(np.uint8).tofile(folder / f'{name}_mask.bin')
+    run = train('--dataset=sparse', '--max_iters=4', '--eval_interval=9', '--eval_iters=0')
+    assert 0.0 in [float(v) for v in run.column('loss') if v]

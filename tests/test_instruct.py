@@ -292,3 +292,13 @@ def test_a_command_for_items_counts_their_windows_and_cuts_none(run, tmp_path):
         assert f' --eval_interval={windows // 8} ' in out
         assert ('--block_size' not in out
                 and f'makes at most 10.0 epochs of them, in {10 * windows // 4} iterations' in out)
+
+def test_an_item_is_too_long_if_its_last_token_cannot_be_a_target(run, tmp_path):
+    n_prompt = len(BPETokenizer().encode(render(TEMPLATE, 'Count.')))
+    for n, told in ((1025, False), (1026, True)):
+        items = [{'instruction': 'Count.', 'output': ' a' * (n - n_prompt - 1)},
+                 *[{'instruction': 'Go.', 'output': 'x'}] * 9]
+        (tmp_path / 'items.jsonl').write_text('\n'.join(map(json.dumps, items)))
+        out = run('data/instruct/prepare.py', f"--input={tmp_path / 'items.jsonl'}", '--name=bounds').out
+        assert f'the longest item has {n:,} tokens' in out
+        assert ('warning: items longer than the 1,024 tokens' in out) == told

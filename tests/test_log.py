@@ -2,6 +2,7 @@
 What a run tells of itself: the best so far, its speed, and what to type next.
 """
 import io
+import json
 import os
 import types
 
@@ -180,3 +181,74 @@ def test_a_wandb_that_is_gone_costs_warnings_and_not_the_run(tmp_path, monkeypat
     log.finish_log(True)
     assert (tmp_path / 'log.csv').read_text().startswith('3,')
     assert capsys.readouterr().err.count('warning: wandb does not take this (ConnectionResetError: ') == 2
+
+def test_of_several_that_could_not_be_saved_the_lowest_loss_is_told():
+    best, _ = Best().after(0, 3.0)
+    for at, loss in ((10, 2.0), (20, 2.5)):
+        best = best.after(at, loss)[0].without(best)
+    assert (best.best_val_loss, best.best_iter, best.lost) == (3.0, 0, 2.0)
+
+def test_a_row_of_which_the_disk_took_a_part_is_whole_with_the_next(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, file): self.file = file
+        def __enter__(self): return self
+        def __exit__(self, *args): self.file.close()
+        def write(self, text):
+            self.file.write(text[:3])
+            self.file.flush()
+            raise OSError(28, 'No space left on device')
+    path = str(tmp_path / 'log.csv')
+    log.append(path, 'first\n')
+    with monkeypatch.context() as patch:
+        patch.setattr(log, 'open', lambda *args, **options: Full(open(*args, **options)), raising=False)
+        log.append(path, 'second\n')
+    log.append(path, 'third\n')
+    assert (tmp_path / 'log.csv').read_text() == 'first\nsecond\nthird\n'
+
+def test_an_iteration_is_logged_once_its_evaluation_is(tmp_path):
+    row = {**dict.fromkeys(log.COLUMNS, ''), 'iter': 4, 'loss': 2.0}
+    for val_loss, logged in (('', False), (3.0, True)):
+        (tmp_path / 'log.csv').write_text('\n'.join([','.join(log.COLUMNS), ','.join(
+            str(value) for value in {**row, 'val_loss': val_loss}.values()), '']))
+        assert log.is_logged(str(tmp_path), 4) == logged and not log.is_logged(str(tmp_path), 5)
+
+def test_a_run_of_several_processes_goes_on_by_torchrun(monkeypatch):
+    best, _ = Best().after(0, 3.0)
+    for size, launch in (('1', 'python train.py'), ('2', 'torchrun ... train.py')):
+        monkeypatch.setenv('WORLD_SIZE', size)
+        assert f'\nto go on: {launch} --init_from=resume' in best.describe('out', 5, 9, ended=False)
+
+def test_a_model_that_was_trained_on_instructions_is_sampled_with_one():
+    best, _ = Best().after(5, 3.0)
+    for asked in (True, False):
+        told = best.describe('out', 5, 5, ended=True, asked=asked)
+        assert told.endswith(f"next: python sample.py --out_dir=out{' --instruction=TEXT' * asked}")
+
+def test_a_sample_that_is_not_written_again_stays(tmp_path):
+    path = tmp_path / 'samples.txt'
+    for interval, stay in ((4, [0, 3, 6]), (3, [0, 3]), (0, [0, 3, 6])): # iteration 6 writes one of every 3
+        path.write_text(''.join(f'{log.RULE}iteration {i}\ntext {i}\n' for i in (0, 3, 6)))
+        log.start_log(str(tmp_path), {'init_from': 'resume', 'sample_interval': interval},
+                      {'model_args': dict.fromkeys(DEFAULTS, 1)}, 6)
+        assert [int(line[5:]) for line in path.read_text().splitlines() if line.startswith('text ')] == stay
+
+def test_what_waits_to_be_written_comes_before_what_is_new(tmp_path, monkeypatch):
+    path = str(tmp_path / 'log.csv')
+    monkeypatch.setattr(log, 'waiting', {path: '1\n'})
+    log.append(path, '2\n')
+    assert (tmp_path / 'log.csv').read_text() == '1\n2\n'
+
+def test_a_report_tells_the_last_iteration_the_median_speed_and_what_was_trained(tmp_path):
+    (tmp_path / 'config.json').write_text(json.dumps({
+        'init_from': 'scratch', 'dataset': 'novel', 'max_iters': 100, 'parameters': 2000, 'trained': 1000,
+        'machine': 'a machine', 'device': 'cpu', 'dtype': 'float32'}))
+    rows = [{**dict.fromkeys(log.COLUMNS, ''), 'iter': i, 'epoch': i / 10, 'tokens_per_sec': speed,
+             'train_loss': loss, 'val_loss': loss}
+            for i, speed, loss in ((0, 10, 4.0), (10, 3000, 2.0), (20, 1000, 3.0))]
+    lines = [log.COLUMNS, *([str(row[key]) for key in log.COLUMNS] for row in rows), []]
+    (tmp_path / 'log.csv').write_text('\n'.join(map(','.join, lines)))
+    log.write_report(str(tmp_path))
+    text = (tmp_path / 'report.md').read_text()
+    assert 'trained on novel to iteration 20 of 100, epoch 2.00.' in text
+    assert 'The best validation loss is 2.0000, at iteration 10. Of 2,000 parameters, 1,000 were' in text
+    assert 'cpu in float32, 1,000 tokens/s.' in text

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 import lora
+import memory
 from model import GPT, GPT2_SHAPES, GPTConfig
 from optim import make_optimizer
 
@@ -155,3 +156,34 @@ def test_an_adapter_that_goes_on_may_have_its_targets_named_in_another_way():
     lora.restrict(model, config | {'lora_targets': ' c_attn'})
     with pytest.raises(ValueError, match='type --lora_targets=attn.c_attn'):
         lora.restrict(model, config | {'lora_targets': 'c_proj'})
+
+def test_what_learns_and_vectors_stay_in_float32_beside_a_shrunk_base():
+    gpt = GPT(GPTConfig(16, 50, 2, 2, 16))
+    lora.add(gpt, 4, 8.0, 0.0, 'attn.c_attn')
+    lora.shrink(gpt, torch.bfloat16)
+    wide = {name for name, p in gpt.named_parameters() if p.dtype == torch.float32}
+    assert wide == {name for name, p in gpt.named_parameters() if p.requires_grad or p.dim() == 1}
+
+def test_the_residual_stream_is_in_float32_beside_a_shrunk_base():
+    gpt, seen = GPT(GPTConfig(16, 50, 2, 2, 16)), []
+    lora.add(gpt, 4, 8.0, 0.0, 'attn.c_attn')
+    lora.shrink(gpt, torch.bfloat16)
+    for block in gpt.transformer.h:
+        block.register_forward_hook(lambda module, args, x: seen.append((args[0].dtype, x.dtype)))
+    with torch.autocast('cpu', torch.bfloat16):
+        gpt.hidden(torch.arange(16)[None])
+    assert seen == [(torch.float32, torch.float32)] * 2
+
+def test_an_adapter_of_other_matrices_is_not_loaded_in_part():
+    narrow, wide = (GPT(GPTConfig(8, 11, 1, 1, 8)) for _ in range(2))
+    lora.add(narrow, 2, 4.0, 0.0, 'attn.c_attn')
+    lora.add(wide, 2, 4.0, 0.0, 'attn.c_attn,mlp.c_fc')
+    for gpt, other in ((narrow, wide), (wide, narrow)):
+        with pytest.raises(RuntimeError, match='not those that its rank and targets say'):
+            lora.load(gpt, lora.adapter(other))
+
+def test_an_adapter_that_does_not_fit_is_not_told_to_take_an_adapter():
+    with torch.device('meta'):
+        gpt = GPT(GPTConfig(64, 500, 3, 2, 32))
+        lora.add(gpt, 4, 32.0, 0.0, 'attn.c_attn')
+    assert not memory.shape_of(gpt, 64, 0.0, True, lora=True, adapts=True).adapts

@@ -169,3 +169,26 @@ def test_the_mean_of_a_head_in_half_precision_takes_no_copy_of_the_head(tmp_path
     events = json.loads((tmp_path / 'trace.json').read_text())['traceEvents']
     taken = [event['args']['Bytes'] for event in events if event['name'] == '[memory]']
     assert 0 < max(taken) < weight.nbytes / 2
+
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('away', [-200, 200])
+def test_cross_entropy_is_torch_s_for_float32_logits_far_from_zero(away, compiled, compiler):
+    torch.manual_seed(0)
+    module, logits, targets = CrossEntropy(), torch.randn(3, 10) + away, torch.tensor([3, 0, 9])
+    if compiled:
+        module.compile(backend='eager', fullgraph=True)
+    expected = F.cross_entropy(logits, targets, reduction='sum')
+    assert torch.isclose(module(logits.clone(), targets[:, None], 1.0, 10, True, 3), expected)
+
+def test_a_head_in_float32_keeps_its_precision_under_autocast():
+    torch.manual_seed(0)
+    head, x = Head(64, 1000, bias=False), torch.randn(2, 1, 64)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.allclose(head(x).double(), F.linear(x.double(), head.weight.double()), atol=1e-5)
+
+def test_without_a_scale_the_loss_is_the_mean_over_the_targets_that_count():
+    torch.manual_seed(0)
+    gpt, idx = GPT(GPTConfig(8, 11, 1, 1, 8)), torch.randint(11, (2, 8))
+    targets = idx.masked_fill(torch.arange(16).view(2, 8) < 5, -1)
+    expected = F.cross_entropy(gpt.lm_head(gpt.hidden(idx)).view(-1, 11), targets.view(-1), ignore_index=-1)
+    assert torch.isclose(gpt(idx, targets)[1], expected)

@@ -384,3 +384,9 @@ def test_what_is_told_of_a_plan_is_of_that_run():
     assert memory.choose('auto', xl, 8, 8, 5 * memory.GiB, learns=False)[0] == 'offload'
     assert 'on cuda: a share of weights' in memory.describe('device', replace(shape, shards=2), 1, True,
                                                             memory.GiB)
+
+def test_gradients_in_ddp_s_buckets_are_there_also_without_accumulation():
+    shape = memory.Shape(124_439_808, 12, 12, 768, 50257, 1024)
+    alone, in_buckets = (memory.peak('recompute', replace(shape, buckets=n), 1, accumulates=False)
+                         for n in (0, 2))
+    assert in_buckets == memory.peak('recompute', shape, 1, accumulates=True) > alone

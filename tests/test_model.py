@@ -49,7 +49,7 @@ def test_sizes_have_openai_s_parameter_counts(name, count):
 
 @pytest.mark.parametrize('change', [
     dict(activation_function='gelu'), dict(scale_attn_by_inverse_layer_idx=True), dict(n_inner=64),
-    dict(layer_norm_epsilon=1e-6)])
+    dict(layer_norm_epsilon=1e-6), dict(scale_attn_weights=False)])
 def test_a_variant_that_computes_otherwise_is_refused(tmp_path, change):
     with pytest.raises(ValueError, match=f"its {next(iter(change))} is .*GPT-2's is"):
         make_pair(tmp_path, **change)
@@ -117,3 +117,12 @@ def test_flops_of_a_partly_frozen_model_are_those_that_torch_counts(frozen):
         gpt(idx, idx)[1].backward()
     assert gpt.flops_per_token(0) == pytest.approx(counter.get_total_flops() / idx.numel(), rel=0.02)
     assert gpt.flops_per_token(16) - gpt.flops_per_token(0) == (12 * 4 - 8 * gpt.n_idle()) * 64 * 16
+
+def test_weights_that_are_read_in_half_precision_are_trained_in_float32():
+    gpt = GPT(GPTConfig(8, 11, 1, 1, 8))
+    halves = {name: tensor.half() for name, tensor in gpt.state_dict().items()}
+    assert {p.dtype for p in GPT.from_weights(gpt.config, halves).parameters()} == {torch.float32}
+
+def test_biases_start_at_zero():
+    gpt = GPT(GPTConfig(8, 20, 2, 2, 16))
+    assert not any(p.any() for name, p in gpt.named_parameters() if name.endswith('bias'))

@@ -1,10 +1,13 @@
 import re
+import threading
 
 import pytest
 import torch
 
+import lora
 from model import GPT, GPT2_SHAPES, GPTConfig
-from optim import doubts, get_lr, load_optimizer, make_optimizer, set_lr, weights
+from optim import (check_options, clip_gradients, doubts, get_lr, load_optimizer, make_optimizer, set_lr,
+                   weights)
 
 def make(name, model, lr=1e-2):
     return make_optimizer(name, model, lr, 0.02, 0.1, (0.9, 0.95))
@@ -139,3 +142,66 @@ def test_a_run_that_can_hardly_be_meant_is_warned_of(train):
     told = re.search(r'\nwarning: the learning rate warms up for 200 iterations, of which this run has 3: '
                      r'it reaches (\S+);', result.out)
     assert float(told[1]) == pytest.approx(float(result.column('lr')[2]), rel=0.05)
+
+def test_a_warm_up_that_lasts_until_the_decay_ends_leaves_the_least_rate():
+    assert [get_lr(it, 1.0, 0.1, 4, 4) for it in (3, 4, 5)] == [0.8, 0.1, 0.1]
+
+def test_muon_and_adamw_decay_matrices_alike():
+    groups = make_optimizer('muon', GPT(GPTConfig(8, 11, 1, 1, 8)), 1e-2, 0.02, 0.3, (0.9, 0.95)).param_groups
+    assert [group['weight_decay'] for group in groups] == [0.3, 0.3, 0.0]
+
+ADAM, IN_RAM = (1e-2, 0.0, 0.1, (0.9, 0.95)), ('cpu', torch.float32)
+
+def test_the_moments_of_fewer_trained_parts_are_refused():
+    part, whole = (GPT(GPTConfig(8, 11, 2, 1, 8)) for _ in range(2))
+    lora.freeze_parts(part, 'h.0')
+    old, new = (make_optimizer('adamw', gpt, *ADAM) for gpt in (part, whole))
+    part(idx := torch.arange(8)[None], idx)[1].backward()
+    old.step()
+    with pytest.raises(ValueError, match='of other trained parameters'):
+        load_optimizer(new, old.state_dict())
+
+def test_gradients_on_their_way_to_ram_are_those_of_two_blocks_at_most():
+    opt = make_optimizer('adamw', GPT(GPTConfig(8, 11, 1, 1, 8)), *ADAM, IN_RAM)
+    master, waits, most = next(iter(opt.copies)), threading.Event(), []
+    opt.thread.submit(waits.wait, 10)
+    threading.Timer(0.2, waits.set).start()
+    for _ in range(40):
+        opt.send(master, torch.ones_like(master))
+        most.append(len(opt.jobs))
+    opt.collect()
+    assert max(most) == 24 and master.grad.eq(40).all()
+
+def test_buffers_of_gradients_are_freed_once_all_is_updated():
+    gpt, idx = GPT(GPTConfig(8, 11, 1, 1, 8)), torch.arange(8)[None]
+    opt = make_optimizer('adamw', gpt, *ADAM, IN_RAM)
+    for _ in range(2):
+        gpt(idx, idx)[1].backward()
+        opt.step()
+    opt.zero_grad()
+    opt.finish()
+    assert not opt.room and all(p.grad is None for p in opt.masters.values())
+
+def test_a_least_learning_rate_is_not_asked_for_without_decay():
+    config = dict(optimizer='adamw', beta1=0.9, beta2=0.95, decay_lr=False, min_lr=6e-5, learning_rate=1e-5)
+    check_options(config)
+    with pytest.raises(ValueError, match='type --min_lr=1e-06'):
+        check_options({**config, 'decay_lr': True})
+
+@pytest.mark.parametrize('offload', [False, True])
+@pytest.mark.parametrize('share', [0.9, 1.1, 3.0]) # of the limit
+def test_gradients_are_clipped_as_torch_clips_them_only_above_the_limit(share, offload):
+    gpt = GPT(GPTConfig(8, 11, 1, 1, 8))
+    opt = make_optimizer('adamw', gpt, *ADAM, IN_RAM if offload else None)
+    gpt(idx := torch.arange(8)[None], idx)[1].backward()
+    if offload:
+        opt.collect()
+    params = [p for group in opt.param_groups for p in group['params']]
+    grads = [p.grad.clone() for p in params]
+    limit = torch.nn.utils.get_total_norm(grads).item() / share
+    assert clip_gradients(opt, limit) == pytest.approx(share * limit)
+    if offload:
+        assert (opt.limit is not None) == (share > 1)
+    else:
+        for p, grad in zip(params, grads):
+            assert torch.allclose(p.grad, grad / max(share, 1), atol=1e-5 * grad.abs().max(), rtol=1e-4)

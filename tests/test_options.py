@@ -141,3 +141,10 @@ def test_an_adapter_has_the_dtype_and_a_tokenizer_the_length_of_the_model(train,
         torch.float16}
     run('export.py', f'--out_dir={base}', f"--to={tmp_path / 'hf'}")
     assert json.loads((tmp_path / 'hf' / 'tokenizer_config.json').read_text())['model_max_length'] == 16
+
+def test_each_micro_batch_and_each_process_drops_others(train, same):
+    still = *STILL, '--dropout=0.5', '--learning_rate=0', '--min_lr=0', '--max_iters=1', '--batch_size=1'
+    one = losses(train(*still, '--gradient_accumulation_steps=1'))
+    two, shared = (losses(train(*still, '--gradient_accumulation_steps=2', processes=n, out_dir=f'{n}'))
+                   for n in (1, 2))
+    assert one != two and shared == pytest.approx(two, abs=1e-6)

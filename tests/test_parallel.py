@@ -5,6 +5,7 @@ sharded.
 import os
 import re
 import shutil
+import socket
 import textwrap
 
 import numpy as np
@@ -278,3 +279,42 @@ def test_all_processes_come_to_the_same_verdict(clone, run):
     (clone / 'agree.py').write_text(textwrap.dedent(AGREE))
     assert re.findall(r'told: (.*)', run('agree.py', processes=3).out) == 3 * [
         '(False, True, True, False, 3.0)']
+
+CLOSE = """
+    import parallel
+    rank, world_size, device = parallel.start_processes('gloo', 'cpu')
+    print('told: ' + repr(parallel.are_same(2**32 - 1 - rank)) + chr(10), end='')
+    parallel.stop_processes()
+"""
+
+def test_fingerprints_that_differ_in_their_last_bit_differ(clone, run):
+    (clone / 'close.py').write_text(textwrap.dedent(CLOSE))
+    assert re.findall(r'told: (.*)', run('close.py', processes=2).out) == ['False'] * 2
+
+FIRST = """
+    import parallel
+    rank, world_size, device = parallel.start_processes('gloo', 'cpu')
+    for kind in (OSError, ValueError, ImportError):
+        def work():
+            raise kind('no ' + kind.__name__)
+        try:
+            parallel.in_first(work)
+        except (OSError, ValueError, ImportError) as error:
+            print(f'told: {rank} {error}' + chr(10), end='')
+    parallel.stop_processes()
+"""
+
+def test_what_fails_in_the_first_process_is_an_error_in_each(clone, run):
+    (clone / 'first.py').write_text(textwrap.dedent(FIRST))
+    assert sorted(re.findall(r'told: (.*)', run('first.py', processes=2, timeout=30).out)) == [
+        '0 no ImportError', '0 no OSError', '0 no ValueError',
+        *['1 the first process cannot start; see its error'] * 3]
+
+def test_jobs_without_an_id_are_those_of_their_agents(monkeypatch):
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
+    ids = []
+    for host, agent in (('a', 1), ('a', 1), ('a', 2), ('b', 1)):
+        monkeypatch.setattr(socket, 'gethostname', lambda: host)
+        monkeypatch.setattr(os, 'getppid', lambda: agent)
+        ids.append(parallel.launch_id())
+    assert ids[0] == ids[1] and len(set(ids)) == 3

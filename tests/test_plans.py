@@ -246,3 +246,8 @@ def test_an_evaluation_without_room_is_told_what_would_make_room_for_it(train, t
     error = train(tmp_path / 'full.py', f'--plan={plan}', status=2).err.splitlines()[-1]
     assert (error.startswith(f'error: out of memory in plan {plan}, 1 sequence of 16')
             and error.endswith(f'type {last}'))
+
+def test_an_evaluation_is_told_no_fewer_windows_where_they_do_not_divide():
+    config = {'batch_size': 5, 'gradient_accumulation_steps': 2, 'block_size': 1024, 'eval_iters': 3} # 15
+    assert memory.advice('device', 5, config).endswith(
+        '--batch_size=2 --gradient_accumulation_steps=5 --eval_iters=8')

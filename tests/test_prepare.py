@@ -13,14 +13,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import publish
-from advice import suiting
+from advice import fit_block, suiting
 from conftest import CHARS, TEXT
-from publish import choose_val, split_off, tell_place
 from tokenizer import BPETokenizer
 
 BPE = BPETokenizer()
@@ -131,47 +128,6 @@ def test_sorted_rows_are_validated_on_from_all_parts_or_on_a_file_of_their_own(r
                 '--name=given', status=2).err
     assert ('there is no none.csv; type the path of a file' in error
             and read(clone / 'data' / 'given', 'val').tolist() == its)
-
-def test_a_few_documents_or_one_that_is_most_of_them_are_validated_on_at_their_end():
-    def choose_of(lengths, **options):
-        ends = np.cumsum(lengths)
-        pieces = choose_val(ends, 0.1, **options)
-        return pieces.tolist(), tell_place(pieces, ends)
-    assert choose_of([100]) == ([[90, 100]], '')
-    assert choose_of([10, 10, 10]) == ([[27, 30]], ', the end of the text')
-    assert choose_val(np.array([10, 20]), 0.7).tolist() == [[6, 20]] # else both, and none to train on
-    assert choose_of([10, 10, 10], whole=True) == ([[20, 30]], ', the end of the text')
-    (piece,), told = choose_of([10] * 10)
-    assert np.diff(piece) == 10 and told == ', one of the documents'
-    n = piece[0] // 10 # which one is drawn
-    # it would be nearly all
-    assert choose_of([10] * n + [1000] + [10] * (9 - n)) == ([[981, 1090]], ', the end of the text')
-    # and here nearly nothing
-    assert choose_of([100] * n + [1] + [100] * (9 - n), whole=True) == ([[801, 901]], ', the end of the text')
-
-@pytest.mark.parametrize('period', [8, 10, 21, 34, 50, 55, 89, 100])
-def test_kinds_that_take_turns_are_validated_on_as_random_rows_would_be(period):
-    pieces = choose_val(np.arange(1, 10**5 + 1), 0.1)
-    assert len(pieces) == 10**4 and (np.diff(pieces) == 1).all()
-    share = np.bincount(pieces[:, 0] % period, minlength=period) / (10**4 / period)
-    assert 0.6 < share.min() and share.max() < 1.4
-    assert all(len(part) == 10**3
-               for part in np.split(pieces, np.searchsorted(pieces[:, 0], range(10**4, 10**5, 10**4))))
-
-@settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(1, 9), min_size=2, max_size=40), fraction=st.floats(0.01, 0.99),
-       block=st.integers(1, 20), dtype=st.sampled_from(['u1', '<u2']))
-def test_what_is_validated_on_is_moved_and_the_rest_stays_in_order(
-        tmp_path_factory, lengths, fraction, block, dtype):
-    folder, ids = tmp_path_factory.mktemp('d'), np.arange(sum(lengths)).astype(dtype)
-    ids.tofile(folder / 'train.bin')
-    pieces = choose_val(np.cumsum(lengths), fraction)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(publish, 'BLOCK', block)
-        split_off(str(folder), '.bin', pieces, dtype)
-    val = np.concatenate([ids[start:end] for start, end in pieces]).tolist()
-    assert np.fromfile(folder / 'val.bin', dtype).tolist() == val
-    assert np.fromfile(folder / 'train.bin', dtype).tolist() == [i for i in ids.tolist() if i not in val]
 
 def whole(folder):
     return [*read(folder, 'train').tolist(), *read(folder, 'val').tolist()]
@@ -365,3 +321,33 @@ def test_a_link_to_what_is_validated_on_is_warned_of(run, tmp_path):
     out = run('data/custom/prepare.py', f"--input={tmp_path / 'texts'}",
               f"--val_input={tmp_path / 'val.txt'}", '--name=linked').out
     assert 'warning: 1 of the 1 to validate on are also trained on' in out
+
+def test_a_sequence_is_shorter_than_what_is_validated_on_an_eighth_of_the_text_at_most_and_cuts_no_item():
+    config = {'block_size': 1024}
+    assert fit_block(config, 8192, 1025, 0) == {}
+    assert fit_block(config, 8191, 1025, 0) == {'block_size': 512}
+    assert fit_block(config, 8192, 1024, 0) == {'block_size': 512}
+    assert fit_block(config, 4000, 4000, 600) == {} # an item of 600 would not fit into 512
+    assert fit_block(config, 4000, 4000, 512) == {'block_size': 512}
+
+@pytest.mark.parametrize('n_train, sequences, epochs', [
+    (10**5 - 1, 4, 10), (10**5, 16, 5), (10**6 - 1, 16, 5), (10**6, 64, 3), (10**8 - 1, 64, 3),
+    (10**8, 64, 1)])
+def test_so_much_text_is_read_so_often(n_train, sequences, epochs):
+    more = suiting({'init_from': 'gpt2', 'block_size': 1024}, n_train)
+    assert more['batch_size'] * more['gradient_accumulation_steps'] == sequences
+    assert more['num_epochs'] == epochs and ('lora_rank' in more) == (n_train < 10**5)
+
+def test_end_of_text_that_is_read_as_a_token_is_not_said_to_be_text(run, tmp_path):
+    (tmp_path / 'a.txt').write_text('one<|endoftext|>two ' * 10)
+    for options, told in (((), True), (('--allow_special=True',), False)):
+        out = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", '--name=marked', *options).out
+        assert ('<|endoftext|> in the text was read as text' in out) == told
+
+def test_each_document_of_another_file_is_compared_with_those_to_train_on(run, tmp_path):
+    lines = [f'{n}. What is said once.' for n in range(40)]
+    (tmp_path / 'a.txt').write_text('\n'.join(lines))
+    (tmp_path / 'b.txt').write_text('\n'.join(['not there', *lines[:3], 'nor this']))
+    out = run('data/custom/prepare.py', f"--input={tmp_path / 'a.txt'}", f"--val_input={tmp_path / 'b.txt'}",
+              '--lines=True', '--name=compared').out
+    assert 'warning: 3 of the 5 to validate on are also trained on' in out

@@ -121,3 +121,12 @@ def test_the_troubleshooting_of_several_processes_is_headed_by_messages_that_the
     for heading in headings:
         for part in heading.split('…'):
             assert part.strip() in code, heading
+
+def test_an_evaluation_that_is_told_to_end_is_left_at_once(train, tmp_path):
+    (tmp_path / 'ends.py').write_text( # told within the evaluation of iteration 4
+        "import os, signal, dataset\n_batches, _n = dataset.Split.batches, [0]\n"
+        "def _end(self, *args):\n    _n[0] += 1\n"
+        "    os.kill(os.getpid(), signal.SIGTERM) if _n[0] == 3 else None\n    return _batches(self, *args)\n"
+        "dataset.Split.batches = _end\n")
+    out = train(tmp_path / 'ends.py').out
+    assert 'stopped at iteration 4' in out and 'step 4' not in out

@@ -204,3 +204,18 @@ def test_a_file_of_samples_is_in_utf8_unless_another_encoding_is_asked_for(clone
     assert not done.returncode, done.stderr
     printed = done.stdout.decode(asked or 'utf-8').splitlines()[-2]
     assert len(printed) == 6 and set(printed) <= set('?' if asked else '\u5c0f\u732b')
+
+def test_what_a_question_is_about_reaches_the_model(run, tmp_path):
+    template = 'Q: {instruction}\n\nAbout: {input}\n\nA: '
+    model = GPT(GPTConfig(64, 50257, 1, 1, 8))
+    torch.save({'model': model.state_dict(), 'model_args': model.config.__dict__,
+                'tokenizer': {'name': 'gpt2'}, 'template': template}, tmp_path / 'ckpt.pt')
+    (tmp_path / 'spy.py').write_text(
+        "import model\n_stream = model.GPT.stream\ndef _spy(self, idx, *args, **options):\n"
+        "    print('read', idx[0].tolist())\n    return _stream(self, idx, *args, **options)\n"
+        "model.GPT.stream = _spy\n")
+    out = run('sample.py', tmp_path / 'spy.py', f"--out_dir={tmp_path / 'ckpt.pt'}", '--instruction=Sum up.',
+              '--input=A long text.', '--num_samples=1', '--max_new_tokens=1', '--device=cpu').out
+    asked = 'Q: Sum up.\n\nAbout: A long text.\n\nA: '
+    assert out.splitlines()[0] == f'read {BPETokenizer().encode(asked)}'
+    assert 'Sum up' not in out # A8: only the answer is printed

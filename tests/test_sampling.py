@@ -8,6 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
+import model
+from loss import mean_row
 from model import GPT, GPTConfig
 from sampling import FixedStep, KVCache, sample_token, warm_up_stream
 
@@ -152,3 +154,37 @@ def test_a_repetition_penalty_is_transformers(hf_dir, fixed):
         assert found.equal(expected), penalty
         distinct.append(len(set(found.flatten().tolist())))
     assert distinct[-1] > max(distinct[:2])
+
+def test_a_head_in_half_precision_is_made_ready_before_each_text():
+    gpt, idx = GPT(GPTConfig(8, 11, 1, 1, 8)).bfloat16(), torch.zeros(1, 3, dtype=torch.int64)
+    for _ in range(2):
+        with torch.no_grad():
+            gpt.transformer.wte.weight += 1
+        list(gpt.stream(idx, 1))
+        assert gpt.lm_head.mean.equal(mean_row(gpt.lm_head.weight.detach()))
+
+def test_tokens_are_drawn_in_float32_also_where_logits_are_in_half_precision(monkeypatch):
+    gpt, seen = GPT(GPTConfig(8, 11, 1, 1, 8)).bfloat16(), []
+    monkeypatch.setattr(model, 'sample_token',
+                        lambda logits, *options: seen.append(logits.dtype) or logits.argmax(-1))
+    list(gpt.stream(torch.zeros(1, 3, dtype=torch.int64), 3))
+    assert seen == [torch.float32] * 3
+
+@pytest.mark.parametrize('temperature', [1e-9, 1e-38])
+def test_a_temperature_near_zero_takes_the_likeliest_token(temperature):
+    assert sample_token(torch.tensor([[-90.0, 3.0, 50.0]]), temperature).tolist() == [2]
+
+def test_a_model_of_one_position_goes_on():
+    gpt = GPT(GPTConfig(1, 11, 1, 1, 8)).eval()
+    text = gpt.generate(torch.zeros(2, 1, dtype=torch.int64), 3, temperature=0)
+    for i in range(3):
+        assert text[:, i + 1].equal(gpt(text[:, i:i + 1])[0][:, -1].argmax(-1))
+
+@pytest.mark.parametrize('fixed', [False, True])
+def test_a_text_goes_on_past_a_token_that_could_not_be_drawn(fixed):
+    gpt = GPT(GPTConfig(8, 11, 1, 1, 8))
+    with torch.no_grad():
+        gpt.transformer.ln_f.weight[0] = float('nan')
+    idx = torch.zeros(2, 3, dtype=torch.int64)
+    assert torch.stack([*gpt.stream(idx, 3, fixed=fixed)]).tolist() == [[-1, -1]] * 3
+    assert gpt.generate(idx, 3, fixed=fixed).equal(torch.zeros(2, 6, dtype=torch.int64))

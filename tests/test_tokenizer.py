@@ -6,7 +6,7 @@ from transformers import GPT2Tokenizer
 
 import tokenizer
 from conftest import TEXT
-from tokenizer import BPETokenizer, CharTokenizer, check_match, from_state
+from tokenizer import BPETokenizer, CharTokenizer, NumberTokenizer, check_match, from_state
 
 BPE = BPETokenizer()
 
@@ -45,3 +45,9 @@ def test_a_model_is_matched_with_data_of_its_own_tokenizer_only():
                               (None, 50257, chars), (chars, 3, {'name': 'char', 'chars': list('abd')})):
         with pytest.raises(ValueError, match='type --dataset'):
             check_match(model, size, data, 'd')
+
+def test_a_number_that_is_no_token_is_refused():
+    assert NumberTokenizer(90).encode('0 89') == [0, 89]
+    for word in ('90', '-1', 'x'):
+        with pytest.raises(ValueError, match='numbers from 0 to 89'):
+            NumberTokenizer(90).encode(word)
