@@ -321,8 +321,8 @@ def reference(scripts: list[str]) -> str:
 
 def report(kind, error, trace) -> None:
     """ the scripts' sys.excepthook: an error that our own files raise on purpose is for the user, and becomes
-    one line and exit status 2; one that a library raises is our bug, and keeps its traceback, unless it is of
-    a file that this user may not use """
+    one line and exit status 2; one that a library raises is our bug, and keeps its traceback, except one
+    about a file that this user may not use """
     if issubclass(kind, KeyboardInterrupt):
         sys.exit(130)
     if issubclass(kind, BrokenPipeError): # the reader has gone, as in `python sample.py | head`
@@ -332,10 +332,10 @@ def report(kind, error, trace) -> None:
     raised_in = os.path.abspath(frames[-1].filename) if frames else ''
     ours = raised_in.startswith(ROOT + os.sep) and 'site-packages' not in raised_in
     device = sys.modules.get('device') # our device.py, which knows torch's messages
-    ours = ours and issubclass(kind, (ValueError, OSError, ImportError)) or (
-        issubclass(kind, PermissionError) and error.filename is not None)
-    full = issubclass(kind, MemoryError) or not ours and device and device.is_out_of_memory(error)
-    if not (full or ours):
+    told = (ours and issubclass(kind, (ValueError, OSError, ImportError))
+            or issubclass(kind, PermissionError) and isinstance(error.filename, str))
+    full = issubclass(kind, MemoryError) or not told and device and device.is_out_of_memory(error)
+    if not (full or told):
         sys.__excepthook__(kind, error, trace)
         sys.exit(1)
     if os.environ.get('LOCAL_RANK', '0') != '0':

@@ -221,7 +221,7 @@ def finish_log(to_wandb: bool) -> None:
         send(need_wandb().finish)
 
 def send(call, *args) -> None:
-    """ call wandb; if its process is gone, or anything else fails there, warn, since it is not worth a run """
+    """ call wandb; if its process is gone, or anything else fails there, warn: it is not worth a run """
     try:
         call(*args)
     except Exception as error:

@@ -18,7 +18,7 @@ def rows_at_once(N: int, V: int, itemsize: int) -> tuple[int, int]:
     return rows, math.ceil(rows / math.ceil(rows / few))
 
 def mean_row(weight):
-    """ the mean (C,) of weight's rows (V, C), some at a time, since a CPU copies to float32 what it sums """
+    """ the mean (C,) of weight's rows (V, C), some at a time, or a CPU would copy all to float32 """
     sums = [rows.sum(0, dtype=torch.float32) for rows in weight.split(2**12)]
     return (sum(sums) / len(weight)).to(weight.dtype)
 

@@ -4,8 +4,8 @@ What of a forward pass is kept for backward, and what backward computes again: m
 In every plan, Linear keeps no half-precision copy of its weight. In the leaner ones a block runs twice, the
 second time when backward comes to it: in selective from what is_kept has kept, in recompute and offload from
 its input alone. torch's checkpoint makes this second pass, and stops it at the last tensor that backward
-needs; SecondPass, the context that it runs in, lets it stop earlier still. Here memory is short, so on a CPU
-the gaps between tensors go back to the system (close_gaps).
+needs; SecondPass, the context that it runs in, lets it stop earlier still. In these plans memory is
+short, so on a CPU with glibc the gaps between tensors go back to the system (close_gaps).
 
 Shapes: x and a block's result are (B, T, C), C = n_embd.
 """
@@ -61,12 +61,12 @@ class Linear(nn.Linear):
 # -----------------------------------------------------------------------------
 # a block that runs twice
 
-# glibc's, which few systems but Linux have
+# glibc's; musl, macOS and Windows have none
 MALLOC_TRIM = getattr(ctypes.CDLL(None), 'malloc_trim', None) if sys.platform == 'linux' else None
 
 def close_gaps(x) -> None:
-    """ if x is on a CPU, return the memory between its tensors to the system: the allocator would keep it,
-    though few of the tensors to come fit in, since backward frees activations and makes larger gradients """
+    """ if x is on a CPU with glibc, return the free memory between tensors to the system; the allocator would
+    keep it, though few of the gradients that follow fit in, which are larger than activations """
     if MALLOC_TRIM and x.device.type == 'cpu':
         MALLOC_TRIM(0)
 

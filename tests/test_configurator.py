@@ -80,7 +80,7 @@ def test_whatever_is_typed_is_of_the_right_type_or_refused_in_one_line(key, type
         assert (key != 'text' and status == 2
                 and printed.startswith(f'error: {key} is ') and printed.count('\n') == 1)
 
-def test_a_file_that_its_user_may_not_read_is_told_in_one_line_whoever_opens_it(capsys):
+def test_a_file_that_its_user_may_not_read_is_told_in_one_line_also_where_numpy_opens_it(capsys):
     with pytest.raises(PermissionError) as raised:
         exec(compile("raise PermissionError(13, 'Permission denied', 'data/novel/train.bin')",
                      '/lib/python3/numpy/memmap.py', 'exec'))

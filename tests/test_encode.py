@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import psutil
@@ -153,8 +154,14 @@ if __name__ == '__main__':
     results = encode.encode_in_processes(jobs, BPETokenizer(), False, 2)
     next(results)
     print(*[process.pid for process in multiprocessing.active_children()], flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
+
+def runs(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE # where nothing reaps what has lost its parent
+    except psutil.NoSuchProcess:
+        return False
 
 def test_the_processes_that_encode_end_with_one_that_was_killed(tmp_path):
     (tmp_path / 'encodes.py').write_text(ENCODES)
@@ -162,7 +169,10 @@ def test_the_processes_that_encode_end_with_one_that_was_killed(tmp_path):
                           env={**os.environ, 'PYTHONPATH': ROOT}) as parent:
         workers = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
         parent.kill()
-    _, left = psutil.wait_procs(workers, timeout=20)
+    end = time.time() + 30
+    while any(map(runs, workers)) and time.time() < end:
+        time.sleep(0.05)
+    left = list(filter(runs, workers))
     for process in left:
         process.kill()
     assert workers and not left

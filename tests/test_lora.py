@@ -1,6 +1,8 @@
 """
 What of a model learns: frozen parts, and LoRA beside a frozen model.
 """
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -186,4 +188,6 @@ def test_an_adapter_that_does_not_fit_is_not_told_to_take_an_adapter():
     with torch.device('meta'):
         gpt = GPT(GPTConfig(64, 500, 3, 2, 32))
         lora.add(gpt, 4, 32.0, 0.0, 'attn.c_attn')
-    assert not memory.shape_of(gpt, 64, 0.0, True, lora=True, adapts=True).adapts
+    shape = memory.shape_of(gpt, 64, 0.0, True, lora=True, adapts=True)
+    assert 'lora_rank' not in memory.tell_leaner('recompute', shape, 2**40)
+    assert 'lora_rank' in memory.tell_leaner('recompute', replace(shape, adapts=True), 2**40)

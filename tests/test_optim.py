@@ -165,10 +165,11 @@ def test_gradients_on_their_way_to_ram_are_those_of_two_blocks_at_most():
     opt = make_optimizer('adamw', GPT(GPTConfig(8, 11, 1, 1, 8)), *ADAM, IN_RAM)
     master, waits, most = next(iter(opt.copies)), threading.Event(), []
     opt.thread.submit(waits.wait, 10)
-    threading.Timer(0.2, waits.set).start()
+    threading.Timer(0.5, waits.set).start()
     for _ in range(40):
         opt.send(master, torch.ones_like(master))
         most.append(len(opt.jobs))
+    assert waits.is_set() # it was waited for
     opt.collect()
     assert max(most) == 24 and master.grad.eq(40).all()
 

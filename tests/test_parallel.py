@@ -306,7 +306,7 @@ FIRST = """
 
 def test_what_fails_in_the_first_process_is_an_error_in_each(clone, run):
     (clone / 'first.py').write_text(textwrap.dedent(FIRST))
-    assert sorted(re.findall(r'told: (.*)', run('first.py', processes=2, timeout=30).out)) == [
+    assert sorted(re.findall(r'told: (.*)', run('first.py', processes=2).out)) == [
         '0 no ImportError', '0 no OSError', '0 no ValueError',
         *['1 the first process cannot start; see its error'] * 3]
 

@@ -218,4 +218,4 @@ def test_what_a_question_is_about_reaches_the_model(run, tmp_path):
               '--input=A long text.', '--num_samples=1', '--max_new_tokens=1', '--device=cpu').out
     asked = 'Q: Sum up.\n\nAbout: A long text.\n\nA: '
     assert out.splitlines()[0] == f'read {BPETokenizer().encode(asked)}'
-    assert 'Sum up' not in out # A8: only the answer is printed
+    assert 'Sum up' not in out # only the answer is printed
